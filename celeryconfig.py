@@ -1,0 +1,63 @@
+"""The settings of this deployment. Celery reads the file from the directory in which a command is started.
+
+Keys that begin with ``cluster_`` are the cluster's; a variable wins over its key (``CLUSTER_LEASE_S`` over
+``cluster_lease_s``). All others are Celery's own. What stands behind a ``#`` shows the default.
+
+Addresses and passwords belong into variables, not here: ``CLUSTER_BROKER_URL``, ``CLUSTER_RESULT_BACKEND``,
+``CLUSTER_REGISTRY_URL``, ``CLUSTER_LLM_API_KEY``, ``CLUSTER_EMBEDDING_API_KEY``.
+"""
+
+# --- Which node gets a job -------------------------------------------------------------------------------------------
+
+# round_robin, least_connection, weighted, consistent_hash or adaptive; for all request types that name no other.
+cluster_strategy = "least_connection"
+# Jobs of one session go to the node that knows it.
+cluster_strategy_llm = "consistent_hash"
+# cluster_strategy_retrieval = None
+# cluster_strategy_embedding = None
+# Of the request types of your own tasks:
+# cluster_strategies = {"ocr": "weighted"}
+
+# --- When a node is lost ---------------------------------------------------------------------------------------------
+
+# A node beats once in heartbeat_s. Its work goes to others when no beat came for lease_s (at least twice as long).
+cluster_heartbeat_s = 1.0
+cluster_lease_s = 3.0
+# cluster_health_check_s = 0.5
+# How long running jobs may take to end after SIGTERM. Whatever stops a node must wait longer than this.
+cluster_drain_timeout_s = 30.0
+
+# --- What this node is: usually set by variables, per machine --------------------------------------------------------
+
+# cluster_serves = ["llm", "retrieval", "embedding"]  # else all types that its tasks declare
+# cluster_metadata = {"zone": "a", "weight": "2"}
+# cluster_max_qps = 0.0  # 0: no limit
+
+# --- Models ----------------------------------------------------------------------------------------------------------
+
+# Any endpoint that speaks the OpenAI protocol. Without one, local stand-ins answer that need no download.
+# cluster_llm_base_url = "http://127.0.0.1:8000/v1"
+# cluster_llm_model = "name-of-the-model"
+# cluster_embedding_base_url = "http://127.0.0.1:8000/v1"
+# cluster_embedding_model = "name-of-the-model"
+
+# Where collections live: every node that serves retrieval must reach it.
+# cluster_data_dir = "cluster-data"
+
+# --- Celery ----------------------------------------------------------------------------------------------------------
+
+# Never pickle: whoever can write to Redis could run code on the nodes.
+task_serializer = "json"
+result_serializer = "json"
+accept_content = ["json"]
+
+# Seconds; how long results can be fetched.
+result_expires = 24 * 3600
+
+# Flower lives on these events.
+worker_send_task_events = True
+task_send_sent_event = True
+task_track_started = True
+
+timezone = "UTC"
+enable_utc = True

@@ -1,0 +1,355 @@
+"""The Kombu transport: Redis lists as ever, with fetches that record what they give.
+
+Queues of the cluster (``node.*``, ``waiting.*``) are filled and emptied by scripts only. All other queues work as on
+Kombu's own Redis transport, on the same connection.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from hashlib import sha1
+from queue import Empty
+from typing import Any, Literal
+
+import redis
+from celery.app.amqp import AMQP
+from kombu.connection import Connection, ConnectionPool, PooledConnection
+from kombu.transport import redis as stock
+from kombu.utils.json import dumps, loads
+
+from cluster_tasks.broker import deliveries
+from cluster_tasks.broker.deliveries import Deliveries
+from cluster_tasks.broker.message import DELIVERY_PROPERTY, Delivery, check_payload, place_message
+from cluster_tasks.broker.placement import Placer, placing_script
+from cluster_tasks.errors import ConfigurationError
+from cluster_tasks.keys import DEFAULT_NAME, Keys, priority_suffixes
+from cluster_tasks.redis_store import load_script, script_source, text
+
+logger = logging.getLogger(__name__)
+
+BELL_WAIT_S = 1
+GLANCE_EVERY_S = 0.02
+_SUFFIXES = priority_suffixes()
+_FETCH = script_source(__package__, "fetch")
+_GLANCE = script_source(__package__, "glance")
+_FETCH_SHA = sha1(_FETCH.encode(), usedforsecurity=False).hexdigest()
+
+
+class ClusterQoS(stock.QoS):
+    """Acknowledges what came from the cluster's queues through the register of the process."""
+
+    def can_consume(self) -> bool:
+        """Whether a slot is free. What other queues delivered fills slots as well."""
+        node = self.channel.node
+        if node is None:
+            return bool(super().can_consume())
+        foreign = len(self._delivered) - len(self._dirty)
+        return bool(node.free_slots() > foreign)
+
+    def append(self, message: Any, delivery_tag: str) -> None:
+        node = deliveries.current()
+        if node is None or not node.holds(delivery_tag):
+            super().append(message, delivery_tag)
+
+    def ack(self, delivery_tag: str) -> None:
+        if delivery_tag in self._delivered or (node := deliveries.current()) is None:
+            super().ack(delivery_tag)
+        else:
+            node.ack(delivery_tag)
+
+    def reject(self, delivery_tag: str, requeue: bool = False) -> None:
+        if delivery_tag in self._delivered or (node := deliveries.current()) is None:
+            super().reject(delivery_tag, requeue=requeue)
+        elif requeue:
+            node.requeue(delivery_tag)
+        else:
+            node.ack(delivery_tag)
+
+
+class ClusterChannel(stock.Channel):
+    """A channel that fetches for a node: fetch, deliver, …, empty, wait at the bell, fetch."""
+
+    QoS = ClusterQoS
+    cluster_name = DEFAULT_NAME
+    from_transport_options = (*stock.Channel.from_transport_options, "cluster_name")  # type: ignore[assignment]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._next: Literal["fetch", "bell", "glance"] = "fetch"
+        self._under_way: Literal["fetch", "bell", "glance"] | None = None
+        self._carried: list[str] = []
+        """Acknowledged tags that the fetch under way carries."""
+        self._asked = 0
+        """How many jobs it asks for."""
+        self._glanced_s = 0.0
+        self._fetch_by_text = False
+        super().__init__(*args, **kwargs)
+
+    @cached_property
+    def keys(self) -> Keys:
+        return Keys(self.cluster_name)
+
+    @cached_property
+    def _placer(self) -> Placer:
+        # Kombu builds a client for each publish; one for the channel saves a quarter of its cost.
+        return Placer(self._create_client(), self.keys)
+
+    @cached_property
+    def _queue_control(self) -> redis.commands.core.Script:
+        return load_script(self._create_client(), __package__, "queue_control")
+
+    @cached_property
+    def _purge_script(self) -> redis.commands.core.Script:
+        return load_script(self._create_client(), __package__, "purge")
+
+    @property
+    def node(self) -> Deliveries | None:
+        """The register of this process, if this channel consumes its list."""
+        node = deliveries.current()
+        return node if node is not None and node.queue in self._active_queues else None
+
+    # Publishing.
+
+    def _put(self, queue: str, message: dict[str, Any], **kwargs: Any) -> None:
+        if queue == self.keys.control_queue:
+            self._put_control(queue, message)
+        elif self.keys.owns(queue):
+            target = queue if self.keys.node_of(queue) else ""
+            placement = place_message(message, dumps(message), self.keys, target)
+            batch = kwargs.get("_publish_batch")
+            if batch is None:
+                self._placer.place([placement])
+            else:
+                arguments = [self.keys.bell_prefix, *placement.arguments()]
+                batch.add("eval", placing_script("place"), 5, *self._placer.index, *arguments)
+        else:
+            super()._put(queue, message, **kwargs)
+
+    def _put_control(self, queue: str, message: dict[str, Any]) -> None:
+        last = self.keys.queued_control(message["headers"].get("task", ""))
+        self._queue_control([queue, last], [dumps(message)])
+
+    def _purge(self, queue: str) -> int:
+        if not self.keys.owns(queue):
+            return int(super()._purge(queue))
+        lists = [queue + suffix for suffix in _SUFFIXES]
+        return int(self._purge_script([self.keys.backlog, queue, *lists]))
+
+    def _delete(self, queue: str, *args: Any, **kwargs: Any) -> None:
+        super()._delete(queue, *args, **kwargs)
+        if self.keys.owns(queue):
+            self._purge(queue)
+
+    def _size(self, queue: str) -> int:
+        if not self.keys.owns(queue):
+            return int(super()._size(queue))
+        # Our lists have Kombu's own steps, whatever priority_steps and sep the other queues are given.
+        with self.conn_or_acquire() as client:
+            return sum(client.llen(queue + suffix) for suffix in _SUFFIXES)
+
+    # Consuming. Kombu's poller calls _brpop_start when no command is under way and _brpop_read when a reply is there.
+
+    def _brpop_start(self, timeout: float | None = None) -> None:
+        node = self.node
+        if node is None:
+            super()._brpop_start(timeout)
+        elif not self._deliver_inbox(node):
+            # Whatever ends a wait or a glance, a fetch follows.
+            command, self._next = self._next, "fetch"
+            self._under_way = command
+            if command == "fetch":
+                self._fetch(node)
+            elif command == "bell":
+                node.at_bell = True
+                self._send("BRPOP", node.bell, *self._lists_of_others(node), BELL_WAIT_S)
+            else:
+                lists = self._lists_of_others(node)
+                self._send("EVAL", _GLANCE, len(lists), *lists)
+
+    def _send(self, *command: Any) -> None:
+        self._in_poll = self.client.connection
+        self._brpop_sent_at = stock.monotonic()  # type: ignore[assignment]
+        self.client.connection.send_command(*command)
+
+    def _fetch(self, node: Deliveries) -> None:
+        keys = self.keys
+        epoch, first_tag, acked = node.next_fetch()
+        names = [keys.epochs, keys.draining, keys.backlog, keys.idle, keys.serves, node.unacked_of(epoch)]
+        script = ("EVAL", _FETCH) if self._fetch_by_text else ("EVALSHA", _FETCH_SHA)
+        self._carried, self._asked = acked, self._wanted(node)
+        self._send(
+            *(*script, len(names), *names, node.queue, epoch, self._asked, first_tag),
+            *(len(_SUFFIXES), len(node.waiting), *_SUFFIXES, *node.waiting, *acked),
+        )
+
+    def _wanted(self, node: Deliveries) -> int:
+        foreign = len(self.qos._delivered) - len(self.qos._dirty)
+        return max(node.free_slots() - foreign, 0)
+
+    def _lists_of_others(self, node: Deliveries) -> list[str]:
+        queues = [queue for queue in self._queue_cycle.consume(len(self.active_queues)) if queue != node.queue]
+        return [self._q_for_pri(queue, step) for step in self.priority_steps for queue in queues]
+
+    def _brpop_read(self, **options: Any) -> Any:
+        command, self._under_way = self._under_way, None
+        if command == "fetch":
+            return self._read_fetch()
+        if command:
+            return self._read_others()
+        return super()._brpop_read(**options)
+
+    def _reply(self, command: str) -> Any:
+        connection = self.client.connection
+        try:
+            return self.client.parse_response(connection, command)
+        except self.connection_errors:
+            connection.disconnect()
+            raise
+        except redis.exceptions.NoScriptError:
+            self._fetch_by_text = True
+            raise Empty from None
+        except redis.ResponseError as exc:
+            # READONLY, LOADING, OOM: this server cannot be worked with now. Reconnecting waits and looks again.
+            connection.disconnect()
+            raise redis.ConnectionError(f"Redis refused {command}: {exc}") from exc
+        finally:
+            self._in_poll = False
+
+    def _read_others(self) -> bool:
+        if (node := deliveries.current()) is not None:
+            node.at_bell = False
+        reply = self._reply("BRPOP")
+        if reply is None or text(reply[0]).startswith(self.keys.bell_prefix):
+            raise Empty
+        queue = text(reply[0]).rsplit(self.sep, 1)[0]
+        self._queue_cycle.rotate(queue)
+        self.connection._deliver(loads(text(reply[1])), queue)
+        return True
+
+    def _read_fetch(self) -> bool:
+        status, *items = self._reply("EVALSHA")
+        self._fetch_by_text = False
+        node = self.node
+        if node is None:
+            # The consumer was cancelled meanwhile: what was given stays recorded, and the end of the epoch moves it.
+            raise Empty
+        given = [(text(tag), message) for tag, message in zip(items[::2], items[1::2], strict=True)]
+        node.receive(given, self._carried)
+        # Not "whether slots are free now": one that was freed meanwhile must not send us to wait beside a full list.
+        if text(status) != "ok" or len(given) < self._asked:
+            self._next = "bell"
+        elif len(self.active_queues) > 1 and stock.monotonic() - self._glanced_s > GLANCE_EVERY_S:
+            # Queues that are not ours are read at the bell, which a busy node does not reach.
+            self._next, self._glanced_s = "glance", stock.monotonic()
+        if not self._deliver_inbox(node):
+            raise Empty
+        return True
+
+    def _deliver_inbox(self, node: Deliveries) -> bool:
+        delivered = False
+        while (item := node.next()) is not None:
+            delivery, message = item
+            delivered = True
+            try:
+                payload = self._decode(delivery, message)
+            except Exception as exc:  # noqa: BLE001 - whatever a broken message raises, it must harm no other.
+                logger.error("a message that cannot be decoded is set aside: %r", exc)
+                node.set_aside(delivery.tag)
+                continue
+            self.connection._deliver(payload, node.queue)
+        return delivered
+
+    def _decode(self, delivery: Delivery, message: bytes) -> dict[str, Any]:
+        payload = check_payload(loads(text(message)))
+        properties = payload["properties"]
+        if body := payload.get("body"):
+            # Kombu decodes it where an error would end the worker.
+            payload["body"] = self.decode_body(body, properties.pop("body_encoding", None))
+        properties["delivery_tag"] = delivery.tag
+        properties[DELIVERY_PROPERTY] = [delivery.node_id, delivery.epoch, delivery.tag]
+        return payload
+
+    def close(self) -> None:
+        if self._under_way == "fetch":
+            # Kombu would wait for the reply and deliver it. What it gives is recorded in Redis and not lost.
+            self._in_poll = False
+        super().close()
+
+
+class ClusterSentinelChannel(ClusterChannel, stock.SentinelChannel):
+    """The same behind Redis Sentinel."""
+
+    from_transport_options = (*stock.SentinelChannel.from_transport_options, "cluster_name")  # type: ignore[assignment]
+
+
+class ClusterTransport(stock.Transport):
+    """Kombu's Redis transport with channels of the cluster."""
+
+    Channel = ClusterChannel
+
+    def __init__(self, client: Any, **kwargs: Any) -> None:
+        if client.transport_options.get("global_keyprefix"):
+            # Kombu prefixes the first key of a script only.
+            raise ConfigurationError("global_keyprefix cannot be used here; clusters that share a Redis differ by name")
+        super().__init__(client, **kwargs)
+
+    def register_with_event_loop(self, connection: Any, loop: Any) -> None:
+        super().register_with_event_loop(connection, loop)
+        node = deliveries.current()
+        if node is not None:
+            # A job that ends in a thread of the pool frees a slot while the loop sleeps.
+            loop.add_reader(node.wake_fd, _drain_wake_fd, node.wake_fd)
+
+
+class ClusterSentinelTransport(ClusterTransport, stock.SentinelTransport):
+    """The same behind Redis Sentinel."""
+
+    Channel = ClusterSentinelChannel
+    default_port = stock.SentinelTransport.default_port
+
+
+def _drain_wake_fd(fd: int) -> None:
+    os.eventfd_read(fd)
+
+
+class ClusterConnection(Connection):
+    """A connection whose ``redis://`` means the transport of the cluster: URLs and Flower stay as they are."""
+
+    def get_transport_cls(self) -> type[stock.Transport]:
+        if self.transport_cls in ("redis", "rediss", "redis+socket"):
+            return ClusterTransport
+        if self.transport_cls == "sentinel":
+            return ClusterSentinelTransport
+        return super().get_transport_cls()  # type: ignore[no-any-return]
+
+    def Pool(self, limit: int | None = None, **options: Any) -> ConnectionPool:  # noqa: N802 - Kombu's name
+        return ClusterConnectionPool(self, limit, **options)
+
+
+class PooledClusterConnection(PooledConnection, ClusterConnection):
+    """Kombu's pools build connections of their own class; this one keeps our transport, after a failover too."""
+
+
+class ClusterConnectionPool(ConnectionPool):
+    """A pool of connections of the cluster."""
+
+    def new(self) -> PooledClusterConnection:
+        return PooledClusterConnection(self, **dict(self.connection._info(resolve=False)))
+
+
+class ClusterAMQP(AMQP):  # type: ignore[misc]
+    """Celery's messaging over connections of the cluster; the router comes first, before the app's own routes."""
+
+    Connection = ClusterConnection
+    cluster_route: Callable[..., dict[str, Any] | None]
+
+    @property
+    def routes(self) -> tuple[Any, ...]:
+        return (self.cluster_route, *super().routes)
+
+
+def consumed_tags(requests: Iterable[Any]) -> set[str]:
+    """The delivery tags of Celery's requests."""
+    return {request.message.delivery_tag for request in requests}

@@ -1,0 +1,198 @@
+"""What this process holds as a node: every delivery from fetch to acknowledgement.
+
+An acknowledgement belongs to (node, epoch, tag) and not to a channel: it is kept here, sent with the next fetch or
+by a client of the process, and kept until Redis has taken it. So it works after a reconnect and on a closed channel.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Set
+from typing import Any
+
+import redis
+
+from cluster_tasks.broker.message import Delivery, Placement, replace_message
+from cluster_tasks.broker.placement import Placer
+from cluster_tasks.keys import ANY_TYPE, Keys
+from cluster_tasks.redis_store import text
+
+logger = logging.getLogger(__name__)
+
+
+class Deliveries:
+    """The register of one node process. Thread-safe: pool threads acknowledge, the event loop fetches."""
+
+    def __init__(
+        self, node_id: str, serves: Iterable[str], keys: Keys, client: redis.Redis, slots: Callable[[], int]
+    ) -> None:
+        self.node_id, self.queue, self.bell = node_id, keys.node_queue(node_id), keys.bell(node_id)
+        self.waiting = [keys.waiting_queue(request_type) for request_type in sorted({*serves, ANY_TYPE})]
+        """The waiting lists that this node takes from."""
+        self.epoch = ""
+        self.at_bell = False
+        """Whether the node waits at its doorbell: then no fetch will carry an acknowledgement soon."""
+        self.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        """Becomes readable when a slot was freed, maybe by another thread."""
+        self._keys, self._client, self._slots = keys, client, slots
+        self._placer = Placer(client, keys)
+        self._lock = threading.Lock()
+        self._held: dict[str, bytes] = {}
+        self._inbox: deque[tuple[str, bytes]] = deque()
+        self._acked: set[str] = set()
+        self._returned: dict[str, Placement] = {}
+        self._unreadable: dict[str, bytes] = {}
+        self._fetches = 0
+
+    @property
+    def unacked_key(self) -> str:
+        """The hash in Redis of what this epoch holds."""
+        return self.unacked_of(self.epoch)
+
+    def unacked_of(self, epoch: str) -> str:
+        """The hash in Redis of what an epoch of this node holds."""
+        return self._keys.unacked(self.node_id, epoch)
+
+    def begin(self, epoch: str) -> None:
+        """Work under a new epoch. What the old one holds still fills its slots until it ends, and is not committed."""
+        with self._lock:
+            self.epoch = epoch
+            for tag, _ in self._inbox:
+                self._held.pop(tag, None)
+            self._inbox.clear()
+            self._acked.clear()
+            self._returned.clear()
+            self._unreadable.clear()
+        self.wake()
+
+    def free_slots(self) -> int:
+        """How many more jobs may be fetched now."""
+        return self._slots() - len(self._held) if self.epoch else 0
+
+    def held(self) -> int:
+        """How many jobs this process holds, of all epochs."""
+        return len(self._held)
+
+    def next_fetch(self) -> tuple[str, str, list[str]]:
+        """Return epoch, first part of the tags and acknowledged tags to carry, all for the fetch that comes now.
+
+        They are read together: the agent may begin a new epoch at any time.
+        """
+        with self._lock:
+            self._fetches += 1
+            # Random through the epoch: a Redis that lost its last second must not see a tag twice.
+            return self.epoch, f"{self.epoch}.{self._fetches}.", list(self._acked)
+
+    def receive(self, deliveries: Collection[tuple[str, bytes]], acked: Collection[str]) -> None:
+        """Take what a fetch returned; ``acked`` went with it. What an epoch was given that has ended is others'."""
+        with self._lock:
+            self._acked.difference_update(acked)
+            fresh = [(tag, message) for tag, message in deliveries if self._is_current(tag) and tag not in self._held]
+            self._held.update(fresh)
+            self._inbox.extend(fresh)
+
+    def next(self) -> tuple[Delivery, bytes] | None:
+        """Return a delivery that no consumer has seen yet."""
+        with self._lock:
+            if not self._inbox:
+                return None
+            tag, message = self._inbox.popleft()
+            return Delivery(self.node_id, self.epoch, tag), message
+
+    def holds(self, tag: str) -> bool:
+        """Whether this process holds the delivery, under whatever epoch."""
+        return tag in self._held
+
+    def ack(self, tag: str) -> None:
+        """Let go of a delivery that is done. Never raises for an outage: the acknowledgement is kept."""
+        with self._lock:
+            known = self._held.pop(tag, None)
+            if known is not None and self._is_current(tag):
+                self._acked.add(tag)
+        self.wake()
+        if self.at_bell:
+            self.flush()
+
+    def requeue(self, tag: str) -> None:
+        """Give a delivery back, to be placed anew in front of the others. Never raises for an outage."""
+        with self._lock:
+            message = self._held.pop(tag, None)
+            if message is not None and self._is_current(tag):
+                self._returned[tag] = replace_message(message, self._keys, delivered=True)
+        self.wake()
+        self.flush()
+
+    def set_aside(self, tag: str) -> None:
+        """Put a message that cannot be decoded out of the way, for inspection. Never raises for an outage."""
+        with self._lock:
+            message = self._held.pop(tag, None)
+            if message is not None and self._is_current(tag):
+                self._unreadable[tag] = message
+        self.wake()
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what was acknowledged or given back and has not reached Redis; keep it if Redis is away."""
+        with self._lock:
+            acked, returned, unreadable = list(self._acked), dict(self._returned), dict(self._unreadable)
+            unacked = self.unacked_key
+        try:
+            if acked:
+                self._client.hdel(unacked, *acked)
+            if returned:
+                self._placer.move_held(unacked, returned.items())
+            for tag, message in unreadable.items():
+                self._placer.set_aside_held(unacked, tag, message)
+        except redis.RedisError as exc:
+            logger.debug("acknowledgements are kept until Redis answers", extra={"error": repr(exc)})
+            return
+        with self._lock:
+            self._acked.difference_update(acked)
+            for tag in returned:
+                self._returned.pop(tag, None)
+            for tag in unreadable:
+                self._unreadable.pop(tag, None)
+
+    def resync(self, running: Set[str]) -> int:
+        """Deliver again what Redis says this epoch holds and nobody here works on; return how many.
+
+        ``running`` are the tags that the pool works on. Celery drops all other requests when its connection breaks,
+        and a fetch whose reply was lost has given jobs that never arrived. Raises redis.RedisError, which Celery takes
+        as the loss of the connection.
+        """
+        with self._lock:
+            # Known before the look into Redis: what ends meanwhile is gone here and may still stand in what was read.
+            known = {*self._held.keys() & running, *self._acked, *self._returned, *self._unreadable}
+        held: Any = self._client.hgetall(self.unacked_key)
+        recorded = {text(tag): message for tag, message in held.items()}
+        with self._lock:
+            self._held = {tag: message for tag, message in self._held.items() if tag in running}
+            missing = [item for item in recorded.items() if item[0] not in known and self._is_current(item[0])]
+            self._inbox = deque(missing)
+            self._held.update(missing)
+        self.wake()
+        return len(missing)
+
+    def wake(self) -> None:
+        """Let the event loop look for work."""
+        os.eventfd_write(self.wake_fd, 1)
+
+    def _is_current(self, tag: str) -> bool:
+        return bool(self.epoch) and tag.startswith(self.epoch + ".")
+
+
+_current: Deliveries | None = None
+
+
+def current() -> Deliveries | None:
+    """The register of this process, if it is a node."""
+    return _current
+
+
+def install(deliveries: Deliveries | None) -> None:
+    """Make this process a node, or (None) no node any more. A process is one node at most."""
+    global _current
+    _current = deliveries

@@ -1,0 +1,95 @@
+"""What a Kombu message says of itself: its job, its request type, its priority.
+
+Scripts handle messages as opaque strings; whatever must be read in them is read here.
+"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect
+from dataclasses import dataclass
+from typing import Any
+
+from cluster_tasks.keys import ANY_TYPE, PRIORITY_STEPS, Keys, priority_suffixes
+from cluster_tasks.model import REQUEST_TYPE
+
+REQUEST_TYPE_PROPERTY = "request_type"
+DELIVERY_PROPERTY = "cluster_delivery"
+"""Where a delivered message says which delivery it is; see Delivery."""
+
+_SUFFIXES = priority_suffixes()
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """One handing of a job to one epoch of a node: the token that a commit is checked against."""
+
+    node_id: str
+    epoch: str
+    tag: str
+
+    @classmethod
+    def of(cls, properties: dict[str, Any] | None) -> Delivery | None:
+        """Read it from the properties of a message or a task's request; None if it did not come from a node's list."""
+        token = (properties or {}).get(DELIVERY_PROPERTY)
+        return cls(*token) if token else None
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """A message and where it is to go: to a node's list ('' for none), else to the waiting list of its type."""
+
+    queue: str
+    waiting: str
+    request_type: str
+    suffix: str
+    message: bytes | str
+
+    def arguments(self) -> tuple[bytes | str, ...]:
+        """The five arguments that the placing scripts take."""
+        return (self.queue, self.waiting, self.request_type, self.suffix, self.message)
+
+
+def place_message(payload: dict[str, Any], message: bytes | str, keys: Keys, queue: str = "") -> Placement:
+    """Say where ``message`` goes, whose decoded form is ``payload``."""
+    properties = payload.get("properties") or {}
+    request_type = properties.get(REQUEST_TYPE_PROPERTY)
+    if not isinstance(request_type, str) or not REQUEST_TYPE.fullmatch(request_type):
+        request_type = ANY_TYPE
+    return Placement(
+        queue, keys.waiting_queue(request_type), request_type, priority_suffix(properties.get("priority")), message
+    )
+
+
+def replace_message(message: bytes, keys: Keys, *, delivered: bool) -> Placement:
+    """Say where a message goes that is placed again; one that was ``delivered`` is marked as redelivered.
+
+    Raises ValueError if it is not a Kombu message.
+    """
+    try:
+        payload = check_payload(json.loads(message))
+    except RecursionError as exc:
+        raise ValueError("nested too deeply") from exc
+    if not delivered:
+        return place_message(payload, message, keys)
+    properties = payload["properties"]
+    properties["delivery_info"] = {**(properties.get("delivery_info") or {}), "redelivered": True}
+    return place_message(payload, json.dumps(payload), keys)
+
+
+def check_payload(payload: Any) -> dict[str, Any]:
+    """Return ``payload`` if it has the parts of a Kombu message. Raises ValueError."""
+    if isinstance(payload, dict) and isinstance(properties := payload.get("properties"), dict):
+        optional = payload.get("headers"), properties.get("delivery_info")
+        if all(isinstance(part, dict | None) for part in optional):
+            return payload
+    raise ValueError("not a Kombu message")
+
+
+def priority_suffix(priority: Any) -> str:
+    """The sub-list of a priority from 0 (first) to 9 (last), as Kombu's Redis transport reads and steps it."""
+    try:
+        level = min(max(int(priority), 0), 9)
+    except (TypeError, ValueError, OverflowError):
+        level = 0
+    return _SUFFIXES[bisect(PRIORITY_STEPS, level) - 1]

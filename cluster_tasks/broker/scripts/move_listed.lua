@@ -1,0 +1,23 @@
+-- Move the head of a list, one message after the other in their order. Safe to repeat and to run twice at once: it
+-- stops at the first message that is not the head any more.
+--
+-- KEYS     1 epochs, 2 draining, 3 backlog, 4 idle, 5 serves, 6 list to empty
+-- ARGV     1 prefix of the doorbells, 2 name of the list in the backlog index; then five a message: node list ('' for
+--          none), waiting list, request type, priority suffix, message
+-- Returns  how many were moved
+
+local keys = {
+  epochs = KEYS[1], draining = KEYS[2], backlog = KEYS[3], idle = KEYS[4], serves = KEYS[5], bells = ARGV[1],
+}
+local moved = 0
+for i = 3, #ARGV, 5 do
+  if redis.call('LINDEX', KEYS[6], -1) ~= ARGV[i + 4] then break end
+  redis.call('RPOP', KEYS[6])
+  place(keys, ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3], ARGV[i + 4], 'LPUSH')
+  moved = moved + 1
+end
+if moved > 0 and redis.call('ZSCORE', KEYS[3], ARGV[2])
+    and tonumber(redis.call('ZINCRBY', KEYS[3], -moved, ARGV[2])) <= 0 then
+  redis.call('ZREM', KEYS[3], ARGV[2])
+end
+return moved

@@ -1,0 +1,65 @@
+-- Shared by every script that puts a message on a list; it is prepended to them and returns nothing itself.
+--
+-- place() pushes a message to the list of a node that may work, else to the waiting list of its type, keeps the
+-- index of non-empty lists, and rings one doorbell. A node that may not work is one without an epoch or draining.
+--
+-- keys   epochs, draining, backlog, idle, serves, bells (prefix of the doorbells)
+-- queue  list of the node that was chosen, '' for none
+-- push   'LPUSH' behind the others, 'RPUSH' before them
+
+local function serves(types, kind)
+  return types and string.find(types, ',' .. kind .. ',', 1, true)
+end
+
+local function covers(types, others)
+  if types == others then return true end
+  if not types or not others then return false end
+  for kind in string.gmatch(others, '[^,]+') do
+    if not serves(types, kind) then return false end
+  end
+  return true
+end
+
+-- The node that has idled longest and serves `kind`; first choice is one that may take from the list `queue`.
+local function idle_node(keys, kind, queue)
+  local wanted = queue ~= '' and redis.call('HGET', keys.serves, queue)
+  local second
+  for page = 0, redis.call('ZCARD', keys.idle), 32 do
+    for _, name in ipairs(redis.call('ZRANGE', keys.idle, page, page + 31)) do
+      local types = redis.call('HGET', keys.serves, name)
+      if serves(types, kind) and redis.call('SISMEMBER', keys.draining, name) == 0 then
+        if not wanted or covers(types, wanted) then return name, true end
+        second = second or name
+      end
+    end
+  end
+  return second, false
+end
+
+local function ring(keys, queue)
+  redis.call('ZREM', keys.idle, queue)
+  redis.call('LPUSH', keys.bells .. queue, 1)
+  redis.call('EXPIRE', keys.bells .. queue, 60)
+end
+
+local function place(keys, queue, waiting, kind, suffix, message, push)
+  if queue ~= '' and (redis.call('HEXISTS', keys.epochs, queue) == 0
+      or redis.call('SISMEMBER', keys.draining, queue) == 1) then
+    queue = ''
+  end
+  local target, listener = queue, queue
+  if queue == '' or not redis.call('ZSCORE', keys.idle, queue) then
+    local idle, may_take = idle_node(keys, kind, queue)
+    listener = idle
+    if queue == '' then
+      target = waiting
+    elseif idle and not may_take then
+      -- It could run the job but may not take it from that list, where other types wait: hand it over now.
+      target = idle
+    end
+  end
+  redis.call(push, target .. suffix, message)
+  redis.call('ZINCRBY', keys.backlog, 1, target)
+  if listener then ring(keys, listener) end
+  return target
+end

@@ -1,0 +1,1 @@
+"""The command lines: ``celery -A APP cluster …`` and ``cluster-tasks``."""

@@ -1,0 +1,281 @@
+"""``celery -A APP cluster …``: look at the cluster of an app, and steer it.
+
+A command is a function under ``@cluster.command()`` and ``@pass_cluster``; it lets the errors of the facade pass.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import click
+from celery.platforms import EX_FAILURE, EX_OK
+from celery.utils.nodenames import default_nodename, host_format
+from kombu.utils.imports import symbol_by_name
+
+from cluster_tasks.cli.group import ClusterGroup, json_option, pass_cluster
+from cluster_tasks.cli.summary import Summary, summarize
+from cluster_tasks.cli.tables import Cell, Column, moment, print_json, print_rows
+from cluster_tasks.cluster import Cluster
+from cluster_tasks.errors import ClusterError, NodeNotFound
+from cluster_tasks.failover.events import MAX_EVENTS, ClusterEvent
+from cluster_tasks.model import Node, NodeFilter, NodeRole, NodeStatus, check_node_id, check_request_type
+
+FOLLOW_S = 1.0
+"""How long one read waits for news; less than the time-out of a socket."""
+NODE_COLUMNS = (
+    Column("id", whole=True), Column("status", whole=True), Column("roles", wide=True), Column("serves"),
+    Column("held", number=True), Column("queue", number=True), Column("qps", number=True),
+    Column("cpu_percent", number=True),
+    Column("memory_mb", number=True, wide=True), Column("success_rate", number=True, wide=True),
+    Column("epoch", wide=True), Column("last_seen_s", number=True),
+)  # fmt: skip
+EVENT_COLUMNS = (Column("time", min_width=25), Column("kind", min_width=13), Column("facts"))
+STATUS_COLUMNS = (Column("name"), Column("value"))
+
+
+@click.group(cls=ClusterGroup)
+def cluster() -> None:
+    """Look at the cluster of an app, and steer it.
+
+    \b
+    Exit codes: 0 done, 1 refused or degraded, 2 wrong usage,
+    69 Redis or the registry does not answer.
+
+    \b
+    Example: celery -A cluster_tasks cluster nodes
+    """
+
+
+def _metadata(_: click.Context, __: click.Parameter, values: Sequence[str]) -> Mapping[str, str]:
+    pairs = [value.partition("=") for value in values]
+    if any(not (key and separator) for key, separator, _ in pairs):
+        raise click.BadParameter(f"expected KEY=VALUE, not {' '.join(values)}")
+    return {key: value for key, _, value in pairs}
+
+
+def _request_type(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    try:
+        return None if value is None else check_request_type(value)
+    except ValueError as exc:
+        raise click.BadParameter(str(exc)) from None
+
+
+@cluster.command()
+@click.option("--status", type=click.Choice(NodeStatus, case_sensitive=False), help="Only nodes of this status.")
+@click.option("--role", type=click.Choice(NodeRole, case_sensitive=False), help="Only nodes of this role.")
+@click.option("--type", "request_type", metavar="TYPE", callback=_request_type, help="Only nodes that serve this type.")
+@click.option("--metadata", metavar="KEY=VALUE", multiple=True, callback=_metadata,
+              help="Only nodes with this in their metadata; can be repeated.")  # fmt: skip
+@json_option
+@pass_cluster
+def nodes(
+    cluster: Cluster,
+    status: NodeStatus | None,
+    role: NodeRole | None,
+    request_type: str | None,
+    metadata: Mapping[str, str],
+    as_json: bool,
+) -> None:
+    """List the nodes and what they carry.
+
+    Held are the jobs a node runs or has reserved, of so many slots; queue, the jobs in its list; last seen, the
+    seconds since its last report. A terminal of fewer than 120 columns shows the most telling ones.
+
+    \b
+    Example: celery -A cluster_tasks cluster nodes --status online --type llm
+    """
+    found = cluster.nodes(NodeFilter(status, role, request_type, metadata))
+    if as_json:
+        print_json([node.model_dump(mode="json") for node in found])
+    else:
+        now = cluster.clock.time()
+        print_rows(NODE_COLUMNS, [_node_cells(node, now) for node in found])
+
+
+def _node_cells(node: Node, now: float) -> tuple[Cell, ...]:
+    load = node.load
+    return (
+        node.id,
+        node.status,
+        sorted(node.roles),
+        sorted(node.serves),
+        f"{load.current_connections}/{node.capacity.max_connections}",
+        str(load.queue_length),
+        f"{load.current_qps:.1f}",
+        f"{load.cpu_usage_percent:.0f}",
+        f"{load.memory_usage_mb:.0f}",
+        f"{load.success_rate:.2f}",
+        node.epoch,
+        f"{max(now - node.last_seen, 0):.1f}" if node.last_seen else "",
+    )
+
+
+@cluster.command()
+@json_option
+@pass_cluster
+def status(cluster: Cluster, as_json: bool) -> None:
+    """Sum up the cluster; exit with 1 if it is degraded.
+
+    It is degraded while no worker node is online or busy, and while jobs wait that no such node serves. Nodes that
+    do not beat for a lease count as silent, whatever they reported last.
+
+    \b
+    Example: celery -A cluster_tasks cluster status --json
+    """
+    summary = summarize(cluster)
+    if as_json:
+        print_json({"healthy": not summary.problems, **asdict(summary)})
+    else:
+        print_rows(STATUS_COLUMNS, list(_status_cells(summary)), header=False)
+    click.get_current_context().exit(EX_FAILURE if summary.problems else EX_OK)
+
+
+def _status_cells(summary: Summary) -> Iterator[tuple[str, str]]:
+    lost = summary.last_node_lost
+    yield "cluster", summary.cluster
+    yield "broker", summary.broker
+    yield "health", "degraded" if summary.problems else "healthy"
+    yield "problems", "; ".join(summary.problems)
+    yield "nodes", _counts(summary.nodes)
+    yield "coordinators", " ".join(summary.coordinators)
+    yield "waiting", _counts(summary.waiting)
+    yield "held", str(summary.held)
+    yield "in flight", str(summary.in_flight)
+    yield "last node lost", f"{lost.facts['node']} at {moment(lost.timestamp)}" if lost else ""
+    yield "health checks", str(summary.checks)
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+
+
+@cluster.command()
+@click.option("--count", type=click.IntRange(1, MAX_EVENTS), default=20, show_default=True, help="How many at most.")
+@click.option("--follow", is_flag=True, help="Go on with what happens until Ctrl-C; with --json an object a line.")
+@json_option
+@pass_cluster
+def events(cluster: Cluster, count: int, follow: bool, as_json: bool) -> None:
+    """Tell what happened in the cluster, the oldest first.
+
+    \b
+    Example: celery -A cluster_tasks cluster events --count 5 --follow
+    """
+    latest = cluster.events.latest(count)
+    if as_json and not follow:
+        print_json([asdict(event) for event in latest])
+        return
+    _print_events(latest, as_json)
+    if follow:
+        try:
+            _follow(cluster, latest[-1].id if latest else "0", as_json)
+        except KeyboardInterrupt:
+            click.get_current_context().exit(128 + signal.SIGINT)
+
+
+def _follow(cluster: Cluster, position: str, as_json: bool) -> None:
+    while True:
+        if news := cluster.events.after(position, FOLLOW_S):
+            _print_events(news, as_json, header=False)
+            position = news[-1].id
+
+
+def _print_events(found: Sequence[ClusterEvent], as_json: bool, *, header: bool = True) -> None:
+    if as_json:
+        for event in found:
+            print_json(asdict(event), one_line=True)
+    else:
+        print_rows(EVENT_COLUMNS, [_event_cells(event) for event in found], header=header)
+
+
+def _event_cells(event: ClusterEvent) -> tuple[str, str, str]:
+    return moment(event.timestamp), event.kind, " ".join(f"{key}={_fact(fact)}" for key, fact in event.facts.items())
+
+
+def _fact(fact: Any) -> str:
+    # Quoted, whatever it holds: neither a tab nor an escape code reaches the terminal.
+    return fact if isinstance(fact, str) and fact.isprintable() else json.dumps(fact)
+
+
+@cluster.command()
+@click.argument("node")
+@json_option
+@pass_cluster
+def drain(cluster: Cluster, node: str, as_json: bool) -> None:
+    """Place nothing new on NODE, and hand its list to the others.
+
+    What it runs goes on. NODE is an id, or what stands before the @ if only one node has that name.
+
+    \b
+    Example: celery -A cluster_tasks cluster drain gpu1
+    """
+    node_id = _node_id(cluster, node)
+    handed_over = cluster.drain(node_id).listed
+    if as_json:
+        print_json({"node": node_id, "status": NodeStatus.DRAINING, "handed_over": handed_over})
+    else:
+        click.echo(f"{node_id} is draining; jobs handed over: {handed_over}")
+
+
+@cluster.command()
+@click.argument("node")
+@json_option
+@pass_cluster
+def resume(cluster: Cluster, node: str, as_json: bool) -> None:
+    """Let a draining NODE take jobs again.
+
+    NODE is an id, or what stands before the @ if only one node has that name.
+
+    \b
+    Example: celery -A cluster_tasks cluster resume gpu1@host
+    """
+    node_id = _node_id(cluster, node)
+    cluster.resume(node_id)
+    if as_json:
+        print_json({"node": node_id, "status": NodeStatus.ONLINE})
+    else:
+        click.echo(f"{node_id} takes jobs again")
+
+
+def _node_id(cluster: Cluster, given: str) -> str:
+    """Return the id of the one node of this id or name. Raises NodeNotFound, or ClusterError if there are several."""
+    known = sorted(cluster.epochs.beats())
+    if given in known:
+        return given
+    matches = [node_id for node_id in known if node_id.partition("@")[0] == given]
+    if not matches:
+        raise NodeNotFound(given, [name for node_id in known for name in (node_id, node_id.partition("@")[0])])
+    if len(matches) > 1:
+        raise ClusterError(f"{given!r} is the name of several nodes: give one of the ids {', '.join(matches)}")
+    return matches[0]
+
+
+def _hostname(_: click.Context, __: click.Parameter, value: str) -> str:
+    try:
+        return check_node_id(host_format(default_nodename(value)))
+    except ValueError as exc:
+        raise click.BadParameter(str(exc)) from None
+
+
+@cluster.command()
+@click.option("-n", "--hostname", metavar="NAME", default="coordinator@%h", show_default=True, callback=_hostname,
+              help="Its node name, %h being the host.")  # fmt: skip
+@click.option("-l", "--loglevel", type=click.Choice(("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"), False),
+              default="WARNING", show_default=True, help="The least that is logged.")  # fmt: skip
+@pass_cluster
+def coordinator(cluster: Cluster, hostname: str, loglevel: str) -> None:
+    """Check the health of all nodes until it is stopped.
+
+    The work of dead nodes goes to the living. Any number of coordinators may run, each under a name of its own.
+
+    \b
+    Example: celery -A cluster_tasks cluster coordinator -n coordinator2@%h -l INFO
+    """
+    # Asked now, a Redis that is away is told in one line; the worker would log a traceback.
+    cluster.checks_done()
+    worker = symbol_by_name("workers.coordinator:coordinator")(cluster.app, hostname, loglevel)
+    worker.start()
+    click.get_current_context().exit(worker.exitcode)

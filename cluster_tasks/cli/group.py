@@ -1,0 +1,61 @@
+"""What all commands share: the cluster they speak of, how errors end them, ``--json``.
+
+Exit codes: 0 done, 1 refused or degraded, 2 wrong usage, 69 Redis or the registry does not answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec
+
+import click
+from celery.platforms import EX_UNAVAILABLE
+
+from cluster_tasks.cluster import Cluster, cluster_of
+from cluster_tasks.errors import ClusterError, RegistryUnavailable, UnavailableError
+
+P = ParamSpec("P")
+
+
+class ServiceUnavailable(click.ClickException):
+    """Redis or the registry does not answer."""
+
+    exit_code = EX_UNAVAILABLE
+
+
+class ClusterGroup(click.Group):
+    """Tells the errors of the cluster in one line, without a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command. Raises ClickException for every ClusterError."""
+        try:
+            return super().invoke(ctx)
+        except UnavailableError as exc:
+            raise ServiceUnavailable(_one_line(f"{exc} {_remedy(cluster_of(ctx.obj.app), exc)}")) from exc
+        except ClusterError as exc:
+            raise click.ClickException(_one_line(exc)) from exc
+
+
+def _one_line(message: object) -> str:
+    return " ".join(str(message).split())
+
+
+def _remedy(cluster: Cluster, exc: UnavailableError) -> str:
+    settings = cluster.settings
+    if isinstance(exc, RegistryUnavailable) and settings.registry_url:
+        return f"(is the registry up at {settings.registry_url}? CLUSTER_REGISTRY_URL names another)"
+    return f"(is Redis up at {settings.broker_url}? CLUSTER_BROKER_URL names another)"
+
+
+def pass_cluster(command: Callable[Concatenate[Cluster, P], None]) -> Callable[P, None]:
+    """Give a command the cluster of the app after ``celery -A`` as its first argument."""
+
+    @wraps(command)
+    def with_cluster(*args: P.args, **kwargs: P.kwargs) -> None:
+        command(cluster_of(click.get_current_context().obj.app), *args, **kwargs)
+
+    return with_cluster
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")

@@ -1,0 +1,272 @@
+"""``Cluster``: wires everything to one Celery app."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import redis
+from celery import Celery, signals
+from kombu.utils.imports import symbol_by_name
+from pydantic import SecretStr
+
+from cluster_tasks.broker.channel import ClusterAMQP
+from cluster_tasks.broker.epochs import Beat, EpochTable
+from cluster_tasks.broker.results import FENCED_BACKENDS
+from cluster_tasks.clock import SystemClock
+from cluster_tasks.errors import BrokerUnavailable, ConfigurationError, NodeNotFound, UnavailableError
+from cluster_tasks.failover.detector import Detector
+from cluster_tasks.failover.evacuation import Evacuation, Moved
+from cluster_tasks.failover.events import EventLog
+from cluster_tasks.failover.health import HealthCheck
+from cluster_tasks.keys import Keys
+from cluster_tasks.model import Node, NodeEvent, NodeFilter, NodeStatus
+from cluster_tasks.redis_store import connect, foreign_errors
+from cluster_tasks.registry import create_registry
+from cluster_tasks.registry.base import ALL, Registry
+from cluster_tasks.router import ClusterRouter, ClusterView
+from cluster_tasks.settings import BROKER_SCHEMES, CONF_PREFIX, ClusterSettings, SecretUrl, load_settings
+from cluster_tasks.tasks import apps
+from cluster_tasks.tasks.base import ClusterTask
+from cluster_tasks.tasks.control import register_control_tasks
+
+logger = logging.getLogger(__name__)
+
+
+def cluster_of(app: Celery) -> Cluster:
+    """Return the cluster of an app. Raises ClusterError if none was made for it."""
+    cluster = apps.cluster_of(app)
+    assert isinstance(cluster, Cluster)
+    return cluster
+
+
+class Cluster:
+    """Makes the workers of a Celery app the nodes of a cluster.
+
+    ``Cluster(app)`` does no I/O and may stand before or after the app is configured. Tasks whose base is
+    ``ClusterTask`` are balanced; all others stay where they were.
+    """
+
+    def __init__(self, app: Celery) -> None:
+        self.app, self.clock = app, SystemClock()
+        apps.join(app, self)
+        self._settings: ClusterSettings | ConfigurationError | None = None
+        # A class of its own hands the app's messaging this cluster's router, whatever sets task_routes, and when.
+        base = symbol_by_name(app.amqp_cls)
+        app.amqp_cls = type("AMQP", (ClusterAMQP, base), {"cluster_route": staticmethod(self._route)})
+        app.__dict__.pop("amqp", None)
+        app.steps["worker"].add("workers.bootsteps:NodeStep")
+        app.steps["consumer"].add("workers.bootsteps:ResyncStep")
+        register_control_tasks(app, self._check_health)
+        signals.worker_init.connect(self._check_runtime, weak=False)
+        if app.configured:
+            self._configure()
+            self.settings  # noqa: B018 - a wrong setting is refused here, where it is set
+        else:
+            app.on_after_configure.connect(self._configure, weak=False)
+
+    @property
+    def settings(self) -> ClusterSettings:
+        """The settings, validated. Raises ConfigurationError."""
+        if self._settings is None:
+            # Reading the configuration makes Celery load it, and calls _configure.
+            self.app.conf.get("broker_url")
+        if isinstance(self._settings, ConfigurationError):
+            raise self._settings
+        assert self._settings is not None
+        return self._settings
+
+    @cached_property
+    def keys(self) -> Keys:
+        """Names of this cluster's Redis keys."""
+        return Keys(self.settings.name)
+
+    @cached_property
+    def client(self) -> redis.Redis:
+        """A client of the broker's Redis; connects when it is used."""
+        return connect(self._broker_url, sentinel_master=self.settings.sentinel_master)
+
+    @cached_property
+    def epochs(self) -> EpochTable:
+        """Who may work."""
+        return EpochTable(self.client, self.keys)
+
+    @cached_property
+    def registry(self) -> Registry:
+        """Who exists."""
+        return create_registry(
+            self.settings.registry_url, broker_url=self._broker_url, keys=self.keys, clock=self.clock,
+            sentinel_master=self.settings.sentinel_master,
+        )  # fmt: skip
+
+    @cached_property
+    def events(self) -> EventLog:
+        """What happened."""
+        return EventLog(self.client, self.keys, self.clock)
+
+    @cached_property
+    def evacuation(self) -> Evacuation:
+        """Moves jobs that nobody owns."""
+        return Evacuation(self.client, self.keys)
+
+    @cached_property
+    def health(self) -> HealthCheck:
+        """This process as observer of the others."""
+        detector = Detector(self.clock, self.settings.lease_s, self.settings.failure_threshold)
+        return HealthCheck(self.epochs, detector, self.evacuation, self.registry, self.events)
+
+    @cached_property
+    def router(self) -> ClusterRouter:
+        """What Celery asks for the queue of each job."""
+        view = ClusterView(self._read_nodes, self.clock, self.settings.snapshot_s)
+        return ClusterRouter(self.settings, view, self.clock, random.Random())
+
+    def nodes(self, where: NodeFilter = ALL) -> Sequence[Node]:
+        """Return the nodes that pass ``where``, with their queue lengths. Raises UnavailableError."""
+        return [node for node in self._read_nodes() if where.matches(node)]
+
+    def watch(self, stop: Event | None = None) -> Iterator[NodeEvent]:
+        """Yield joined, left and updated until ``stop`` is set; see ``Registry.watch``."""
+        return self.registry.watch(stop or Event())
+
+    def drain(self, node_id: str, epoch: str = "") -> Moved:
+        """Place nothing new on a node and hand its list to the others; what it runs goes on.
+
+        Raises NodeNotFound if ``epoch`` ('': any) of it does not stand.
+        """
+        self._set_draining(node_id, True, epoch)
+        moved = self.evacuation.hand_over(node_id)
+        self.events.add("node draining", node=node_id, listed=moved.listed)
+        return moved
+
+    def resume(self, node_id: str) -> None:
+        """Let a draining node take jobs again. Raises NodeNotFound."""
+        self._set_draining(node_id, False)
+        self.events.add("node resumed", node=node_id)
+
+    def retire(self, node_id: str, epoch: str) -> None:
+        """End the epoch of a node that leaves in good order, and give back what it holds."""
+        if not self.epochs.fence(node_id, Beat(epoch, 0), even_if_it_beats=True):
+            return
+        moved = self.evacuation.move_remains(node_id, epoch)
+        self.events.add("node left", node=node_id, epoch=epoch, held=moved.held, listed=moved.listed)
+        try:
+            self.registry.deregister(node_id, epoch)
+        except UnavailableError as exc:
+            logger.warning("the registry could not be told that %s left: %s", node_id, exc)
+
+    def served_types(self) -> frozenset[str]:
+        """The request types this process can run: as set, else all that its tasks declare."""
+        if self.settings.serves is not None:
+            return self.settings.serves
+        tasks = self.app.tasks.values()
+        return frozenset(task.request_type for task in tasks if isinstance(task, ClusterTask))
+
+    def checks_done(self) -> int:
+        """How many health checks coordinators have run. Raises BrokerUnavailable."""
+        with foreign_errors(BrokerUnavailable, "reading the number of checks"):
+            return int(self.client.get(self.keys.checks) or 0)
+
+    @property
+    def _broker_url(self) -> str:
+        return self.settings.broker_url.get_secret_value()
+
+    def _set_draining(self, node_id: str, draining: bool, epoch: str = "") -> None:
+        self.epochs.set_draining(node_id, draining, epoch)
+        try:
+            self.registry.set_status(node_id, NodeStatus.DRAINING if draining else NodeStatus.ONLINE)
+        except (UnavailableError, NodeNotFound) as exc:
+            # The epoch table refuses jobs already; the node reports its status with its next load.
+            logger.warning(
+                "the registry does not show yet that %s %s: %s", node_id, "drains" if draining else "is back", exc
+            )
+
+    def _read_nodes(self) -> list[Node]:
+        lengths = self.epochs.lengths()
+        return [
+            node.model_copy(update={"load": node.load.model_copy(update={"queue_length": length})})
+            if (length := lengths.get(self.keys.node_queue(node.id), 0))
+            else node
+            for node in self.registry.list()
+        ]
+
+    def _route(self, *args: Any, **kwargs: Any) -> dict[str, Any] | None:
+        return self.router(*args, **kwargs)
+
+    def _check_health(self) -> None:
+        self.health.act(self.health.observe())
+        # Counted when it is done: checks that fail must not keep the agents from acting.
+        with foreign_errors(BrokerUnavailable, "counting a check"):
+            self.client.incr(self.keys.checks)
+
+    def _check_runtime(self, sender: Any, **_: Any) -> None:
+        """Celery loads the node's runtime by name: say so when that name leads elsewhere."""
+        if sender.app is not self.app:
+            return
+        try:
+            self.settings  # noqa: B018 - refused before a worker starts
+        except ConfigurationError as exc:
+            # Not an exception: Celery logs those of signals and goes on.
+            raise SystemExit(str(exc)) from None
+        spec = find_spec("workers")
+        home = Path(__file__).parents[1] / "workers" / "__init__.py"
+        if spec is None or spec.origin is None or Path(spec.origin) != home:
+            found = spec.origin or "a folder without __init__.py" if spec else "nothing"
+            raise SystemExit(
+                f"the node's runtime is the top-level package 'workers' at {home.parent}, but Python finds {found}: "
+                "rename the other package, or start the worker from a folder where it does not come first"
+            )
+
+    def _configure(self, **_: Any) -> None:
+        try:
+            self._settings = self._load_settings()
+        except ConfigurationError as exc:
+            # Celery logs what a receiver raises and goes on: who asks for the settings is told.
+            self._settings = exc
+        else:
+            self._apply(self._settings)
+
+    def _load_settings(self) -> ClusterSettings:
+        conf = self.app.conf
+        given = {key: conf[key] for key in conf if str(key).startswith(CONF_PREFIX)}
+        if conf.broker_url:
+            given.setdefault(f"{CONF_PREFIX}broker_url", conf.broker_url)
+        return load_settings(given, os.environ)
+
+    def _apply(self, settings: ClusterSettings) -> None:
+        conf = self.app.conf
+        # Celery shows its configuration in reports and to Flower: what can hold a password shows masked there.
+        conf.update(
+            {f"{CONF_PREFIX}{name}": value for name, value in settings if isinstance(value, SecretUrl | SecretStr)}
+        )
+        broker = settings.broker_url.get_secret_value()
+        conf.broker_url = broker
+        conf.broker_transport_options = {
+            "socket_timeout": 5.0, "socket_connect_timeout": 3.0, "socket_keepalive": True, "health_check_interval": 3,
+            "master_name": settings.sentinel_master, **conf.broker_transport_options, "cluster_name": settings.name,
+        }  # fmt: skip
+        self._configure_results(broker)
+        conf.update(
+            # A refused command (READONLY, LOADING) is a reason to reconnect, never to exit.
+            broker_channel_error_retry=True,
+            broker_connection_retry_on_startup=True,
+            # Deliveries outlive a connection here: nothing is cancelled or throttled when one breaks.
+            worker_cancel_long_running_tasks_on_connection_loss=False,
+            worker_enable_prefetch_count_reduction=False,
+        )
+
+    def _configure_results(self, broker: str) -> None:
+        conf, own = self.app.conf, self.settings.result_backend
+        results = own.get_secret_value() if own else conf.result_backend or broker
+        conf.result_backend = results
+        if str(results) == broker:
+            self.app.loader.override_backends = {**self.app.loader.override_backends, **FENCED_BACKENDS}
+        elif str(results).partition("://")[0] in BROKER_SCHEMES:
+            logger.warning("results live in another Redis than jobs: a result and its delivery are not one commit")

@@ -1,0 +1,90 @@
+"""Every error that this package raises, as one tree under ``ClusterError``.
+
+Adapters turn foreign errors into these at their edge, so a caller needs to know no client library.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ClusterError(Exception):
+    """Base of all errors of this package."""
+
+
+class ConfigurationError(ClusterError, ValueError):
+    """A setting is unknown or has a value that cannot work."""
+
+
+class InvalidArguments(ClusterError, ValueError):
+    """The arguments of a job were refused before it was sent; the message names the field."""
+
+
+class NoNodeAvailable(ClusterError):
+    """A balancer was given no node to choose from."""
+
+
+class NodeNotFound(ClusterError, LookupError):
+    """No node of that id is registered."""
+
+    def __init__(self, node_id: str, known: Iterable[str] = ()) -> None:
+        super().__init__(f"no node {node_id!r} is registered{did_you_mean(node_id, known)}")
+        self.node_id = node_id
+
+
+class NodeNameTaken(ClusterError):
+    """A living node has this id already."""
+
+
+class UnavailableError(ClusterError):
+    """A service that the cluster leans on did not answer."""
+
+
+class BrokerUnavailable(UnavailableError):
+    """Redis as broker did not answer."""
+
+
+class RegistryUnavailable(UnavailableError):
+    """The service registry did not answer."""
+
+
+class StoreUnavailable(UnavailableError):
+    """The document store could not be read or written."""
+
+
+class FencedError(ClusterError):
+    """The epoch of this node was ended by others: it must not start, commit or acknowledge anything."""
+
+    def __init__(self, node_id: str, epoch: str) -> None:
+        super().__init__(f"node {node_id} was fenced: its epoch {epoch} has ended")
+        self.node_id, self.epoch = node_id, epoch
+
+    def __reduce__(self) -> tuple[type[FencedError], tuple[str, str]]:
+        return type(self), (self.node_id, self.epoch)
+
+
+class StaleCommit(ClusterError):
+    """A result was refused: another delivery of the job, or another node, has ended it."""
+
+
+class ProviderError(ClusterError):
+    """A backend of language models or embeddings refused or failed a request."""
+
+
+class ProviderUnavailable(ProviderError):
+    """A provider did not answer, or kept answering with errors that may pass."""
+
+
+class CollectionNotFound(ClusterError, LookupError):
+    """No collection of that name exists."""
+
+
+class CollectionMismatch(ClusterError, ValueError):
+    """Vectors do not fit the collection: another embedding model or another dimension."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the nearest of ``known``, or nothing."""
+    nearest = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""

@@ -1,0 +1,1 @@
+"""Finding dead nodes and moving their work to living ones."""

@@ -1,0 +1,112 @@
+"""Moving the work of an ended epoch to nodes that live. Every step can be repeated, and done by several at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, cast
+
+import redis
+
+from cluster_tasks.broker.message import Placement, replace_message
+from cluster_tasks.broker.placement import Placer
+from cluster_tasks.errors import BrokerUnavailable
+from cluster_tasks.keys import Keys, priority_suffixes
+from cluster_tasks.redis_store import foreign_errors, text
+
+CHUNK = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """How many jobs found new owners: those that had been fetched and those that only waited."""
+
+    held: int = 0
+    listed: int = 0
+
+    def __add__(self, other: Moved) -> Moved:
+        return Moved(self.held + other.held, self.listed + other.listed)
+
+    def __bool__(self) -> bool:
+        return bool(self.held or self.listed)
+
+
+class Evacuation:
+    """Moves jobs out of lists and hashes that no living epoch owns. Raises BrokerUnavailable."""
+
+    def __init__(self, client: redis.Redis, keys: Keys) -> None:
+        self._client, self._keys, self._placer = client, keys, Placer(client, keys)
+
+    def move_remains(self, node_id: str, epoch: str) -> Moved:
+        """Move all that a fence put away, what was held before what was listed, and forget the epoch."""
+        keys = self._keys
+        with foreign_errors(BrokerUnavailable, f"evacuating {node_id}"):
+            moved = Moved(self._move_hash(keys.remains_unacked(node_id, epoch)))
+            moved += Moved(listed=self._move_lists(keys.remains(node_id, epoch)))
+            self._client.srem(keys.fenced, f"{node_id}/{epoch}")
+        return moved
+
+    def hand_over(self, node_id: str) -> Moved:
+        """Move the list of a node that drains; what it holds stays with it."""
+        with foreign_errors(BrokerUnavailable, f"handing over the list of {node_id}"):
+            return Moved(listed=self._move_lists(self._keys.node_queue(node_id)))
+
+    def move_orphans(self) -> Moved:
+        """Move what belongs to no epoch that stands: a Redis that lost its last second leaves such things."""
+        keys, moved = self._keys, Moved()
+        with foreign_errors(BrokerUnavailable, "looking for orphans"):
+            # The hashes are read before the epochs: one that is in no epoch now was ended, never just begun.
+            hashes = [text(key) for key in self._client.scan_iter(match=keys.unacked_pattern, count=1000)]
+            listed: Any = self._client.zrange(keys.backlog, 0, -1)
+            queues = [text(queue) for queue in listed]
+            standing = {text(queue): text(epoch) for queue, epoch in self._client.hgetall(keys.epochs).items()}
+            for name in hashes:
+                node_id, epoch = keys.epoch_of(name)
+                if standing.get(keys.node_queue(node_id)) != epoch:
+                    moved += Moved(self._move_hash(name))
+            for queue in queues:
+                if keys.node_of(queue) and queue not in standing:
+                    moved += Moved(listed=self._move_lists(queue))
+        return moved
+
+    def _move_hash(self, source: str) -> int:
+        moved = 0
+        while self._client.hlen(source):
+            scan = self._client.hscan_iter(source, count=CHUNK)
+            while chunk := dict(islice(scan, CHUNK)):
+                # Each goes to the front, so the one that was fetched first comes last.
+                newest_first = sorted(chunk.items(), key=_fetched, reverse=True)
+                held = list(self._readable(source, newest_first))
+                moved += self._placer.move_held(source, held) if held else 0
+        return moved
+
+    def _readable(self, source: str, fields: Iterable[tuple[bytes, bytes]]) -> Iterator[tuple[str, Placement]]:
+        for tag, message in fields:
+            try:
+                yield text(tag), replace_message(message, self._keys, delivered=True)
+            except ValueError:
+                self._placer.set_aside_held(source, tag, message)
+
+    def _move_lists(self, base: str) -> int:
+        return sum(self._move_list(base, base + suffix) for suffix in priority_suffixes())
+
+    def _move_list(self, queue: str, source: str) -> int:
+        moved = 0
+        while messages := cast(list[bytes], self._client.lrange(source, -CHUNK, -1)):
+            placements = []
+            for message in reversed(messages):
+                try:
+                    placements.append(replace_message(message, self._keys, delivered=False))
+                except ValueError:
+                    break
+            if placements:
+                moved += self._placer.move_listed(source, queue, placements)
+            else:
+                self._placer.set_aside_listed(source, queue, messages[-1])
+        return moved
+
+
+def _fetched(field: tuple[bytes, bytes]) -> list[bytes]:
+    """The place of a delivery among those of its epoch: the numbers at the end of its tag, comparable as text."""
+    return [part.zfill(20) for part in field[0].split(b".")]

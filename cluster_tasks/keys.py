@@ -1,0 +1,176 @@
+r"""The name of every Redis key and queue, in one place.
+
+Queues are Kombu lists that Flower, ``celery purge`` and exporters read by name, so under the default cluster
+name they carry no prefix. Priorities other than 0 live in sub-lists ``<queue>\x06\x16<step>`` that Kombu's
+Redis transport defines.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cluster_tasks.model import check_node_id, check_request_type
+
+DEFAULT_NAME = "cluster"
+PRIORITY_SEPARATOR = "\x06\x16"
+PRIORITY_STEPS = (0, 3, 6, 9)
+ANY_TYPE = "any"
+"""Request type of a message that declares none; every node serves it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """Key names of one cluster; ``name`` lets two clusters share a Redis."""
+
+    name: str = DEFAULT_NAME
+
+    @property
+    def _queue_prefix(self) -> str:
+        return "" if self.name == DEFAULT_NAME else f"{self.name}."
+
+    def node_queue(self, node_id: str) -> str:
+        """The list of a node. Raises ValueError for an id that could escape its name space."""
+        return f"{self._queue_prefix}node.{check_node_id(node_id)}"
+
+    def waiting_queue(self, request_type: str) -> str:
+        """The list of jobs of one type that have no node."""
+        return f"{self._queue_prefix}waiting.{check_request_type(request_type)}"
+
+    @property
+    def control_queue(self) -> str:
+        """The list that coordinators consume."""
+        return f"{self.name}.control"
+
+    def node_of(self, queue: str) -> str | None:
+        """The id of the node whose list ``queue`` is, or None."""
+        prefix = f"{self._queue_prefix}node."
+        return queue[len(prefix) :] if queue.startswith(prefix) else None
+
+    def owns(self, queue: str) -> bool:
+        """Whether ``queue`` is the list of a node or a waiting list, which only this package's scripts may fill."""
+        return queue.startswith((f"{self._queue_prefix}node.", f"{self._queue_prefix}waiting."))
+
+    # The epoch table. Hashes go from a node's queue name to a value.
+
+    @property
+    def epochs(self) -> str:
+        """Hash queue → epoch, of every node that may work."""
+        return f"{self.name}:epochs"
+
+    @property
+    def beats(self) -> str:
+        """Hash queue → beat counter."""
+        return f"{self.name}:beats"
+
+    @property
+    def serves(self) -> str:
+        """Hash queue → request types, comma-separated and sorted, with a comma at both ends."""
+        return f"{self.name}:serves"
+
+    @property
+    def draining(self) -> str:
+        """Set of queues on which nothing new is placed."""
+        return f"{self.name}:draining"
+
+    @property
+    def epoch_counter(self) -> str:
+        """Number of epochs ever begun."""
+        return f"{self.name}:epoch_counter"
+
+    @property
+    def fenced(self) -> str:
+        """Set of ``<node id>/<epoch>`` whose remains are not yet moved."""
+        return f"{self.name}:fenced"
+
+    # Jobs.
+
+    @property
+    def backlog(self) -> str:
+        """Sorted set of node queues by length: the index that lets an idle node find work."""
+        return f"{self.name}:backlog"
+
+    @property
+    def undecodable(self) -> str:
+        """List of messages that are not Kombu messages, kept for inspection."""
+        return f"{self.name}:undecodable"
+
+    @property
+    def idle(self) -> str:
+        """Sorted set of node queues that wait at their doorbell, longest first."""
+        return f"{self.name}:idle"
+
+    @property
+    def bell_prefix(self) -> str:
+        """What precedes the queue name in the name of a doorbell."""
+        return f"{self.name}:bell:"
+
+    def bell(self, node_id: str) -> str:
+        """The list a node blocks on; it holds no jobs."""
+        return self.bell_prefix + self.node_queue(node_id)
+
+    def unacked(self, node_id: str, epoch: str) -> str:
+        """Hash tag → message of what one epoch of a node holds."""
+        return f"{self.name}:unacked:{check_node_id(node_id)}/{epoch}"
+
+    @property
+    def unacked_pattern(self) -> str:
+        """What SCAN matches to find the hashes of all epochs."""
+        return f"{self.name}:unacked:*"
+
+    def epoch_of(self, unacked: str) -> tuple[str, str]:
+        """Return (node id, epoch) of such a hash."""
+        node_id, _, epoch = unacked.removeprefix(f"{self.name}:unacked:").rpartition("/")
+        return node_id, epoch
+
+    def remains(self, node_id: str, epoch: str) -> str:
+        """Where a fence puts the list of a node (priority 0; others with their suffix)."""
+        return f"{self.name}:remains:{check_node_id(node_id)}/{epoch}"
+
+    def remains_unacked(self, node_id: str, epoch: str) -> str:
+        """Where a fence puts what the epoch held."""
+        return f"{self.name}:remains_unacked:{check_node_id(node_id)}/{epoch}"
+
+    def terminal(self, job_id: str) -> str:
+        """Set when a job has ended; holds the tag of the delivery that ended it."""
+        return f"{self.name}:terminal:{job_id}"
+
+    # Registry and watch.
+
+    @property
+    def nodes(self) -> str:
+        """Hash node id → record (JSON), of the Redis registry."""
+        return f"{self.name}:nodes"
+
+    @property
+    def loads(self) -> str:
+        """Hash node id → load (JSON), of the Redis registry."""
+        return f"{self.name}:loads"
+
+    @property
+    def node_events(self) -> str:
+        """Stream of joined, left and updated, of the Redis registry."""
+        return f"{self.name}:node_events"
+
+    @property
+    def events(self) -> str:
+        """Stream of what people want to know: nodes lost, jobs moved."""
+        return f"{self.name}:events"
+
+    @property
+    def checks(self) -> str:
+        """Number of health checks that coordinators have run."""
+        return f"{self.name}:checks"
+
+    def queued_control(self, task_name: str) -> str:
+        """The last control task of that name, as queued: one that waits is enough."""
+        return f"{self.name}:queued:{task_name}"
+
+    @property
+    def counters(self) -> str:
+        """Hash of counters, such as ``stale_commits``."""
+        return f"{self.name}:counters"
+
+
+def priority_suffixes(steps: tuple[int, ...] = PRIORITY_STEPS, separator: str = PRIORITY_SEPARATOR) -> tuple[str, ...]:
+    """Return what follows a queue name for each priority step, the most urgent first."""
+    return tuple(f"{separator}{step}" if step else "" for step in steps)

@@ -1,0 +1,133 @@
+"""What a backend of language models or embeddings is asked, what it answers, and the two protocols.
+
+Requests and results are frozen and go through JSON: ``model_dump(mode="json")`` turns vectors into lists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, model_validator
+
+
+def _matrix(value: object) -> NDArray[np.float32]:
+    matrix = np.asarray(value, dtype=np.float32)
+    if matrix.ndim != 2:
+        raise ValueError(f"expected vectors of one dimension, as an array of shape (n, d), not {matrix.shape}")
+    return matrix
+
+
+def _lists(matrix: NDArray[np.float32]) -> list[list[float]]:
+    rows: list[list[float]] = matrix.tolist()
+    return rows
+
+
+Vectors = Annotated[
+    NDArray[np.float32],
+    PlainValidator(_matrix),
+    PlainSerializer(_lists, return_type=list[list[float]], when_used="json"),
+]
+"""float32, shape (texts, dimensions)."""
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ChatRequest(_Value):
+    """One question to a language model. What is None is left to the provider."""
+
+    messages: tuple[Mapping[str, Any], ...] = Field(min_length=1)
+    """As in the chat completions API: each has a ``role`` and, as a rule, a ``content``."""
+    model: str | None = None
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    max_tokens: int | None = Field(default=None, gt=0)
+    stop: str | list[str] | None = None
+    tools: list[dict[str, Any]] | None = None
+    response_format: dict[str, Any] | None = None
+    extra: dict[str, Any] = Field(default_factory=dict)
+    """Further parameters of the request body, sent as they are."""
+    passages: tuple[str, ...] = ()
+    """Texts that ``local-extractive`` answers from; other providers do not see them."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for position, message in enumerate(self.messages):
+            if not isinstance(message.get("role"), str):
+                raise ValueError(f"messages[{position}] has no role")
+        # A streamed reply would not be read, and a second value of a parameter would silently win.
+        if taken := sorted(self.extra.keys() & {*type(self).model_fields, "stream"}):
+            raise ValueError(f"extra must not hold {', '.join(taken)}")
+        return self
+
+
+class Usage(_Value):
+    """What a request cost, in the provider's tokens; zeros if it did not say."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    total_tokens: int = 0
+
+
+class ChatResult(_Value):
+    """What the model answered."""
+
+    text: str
+    """Empty if the model only called tools."""
+    tool_calls: list[dict[str, Any]] = Field(default_factory=list)
+    model: str
+    usage: Usage = Usage()
+    finish_reason: str = "stop"
+    """``stop``, ``length``, ``tool_calls`` or a word of the provider."""
+    provider: str
+
+
+class EmbeddingRequest(_Value):
+    """Texts to embed in one call. Providers do not split it: the limits of the server apply."""
+
+    texts: tuple[str, ...] = Field(min_length=1)
+    model: str | None = None
+
+
+class EmbeddingResult(_Value):
+    """One vector for each text, in their order."""
+
+    vectors: Vectors
+    model: str
+    usage: Usage = Usage()
+    provider: str
+
+
+class ChatProvider(Protocol):
+    """A backend of language models. Safe to share between threads and to carry across a fork."""
+
+    @property
+    def name(self) -> str:
+        """What answers, for logs and results."""
+
+    def chat(self, request: ChatRequest) -> ChatResult:
+        """Answer ``request``.
+
+        Raises ProviderError if it was refused, ProviderUnavailable if nothing useful came back after all
+        retries, ConfigurationError if no model is configured that could answer it.
+        """
+
+    def close(self) -> None:
+        """Release connections. Safe to repeat; a later call opens them again."""
+
+
+class EmbeddingProvider(Protocol):
+    """A backend of embeddings. Safe to share between threads and to carry across a fork."""
+
+    @property
+    def name(self) -> str:
+        """What answers, for logs and results."""
+
+    def embed(self, request: EmbeddingRequest) -> EmbeddingResult:
+        """Embed the texts of ``request``. Raises as ``ChatProvider.chat`` does."""
+
+    def close(self) -> None:
+        """Release connections. Safe to repeat; a later call opens them again."""

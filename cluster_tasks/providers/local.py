@@ -1,0 +1,199 @@
+"""Providers that need no download and no server. They are lexical: they compare words, not meaning.
+
+``local-hash`` embeds by hashed n-grams, ``local-extractive`` answers with sentences of the given passages.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cluster_tasks.errors import ConfigurationError, ProviderError
+from cluster_tasks.providers.base import ChatRequest, ChatResult, EmbeddingRequest, EmbeddingResult, Usage
+
+WORD = re.compile(r"\w+")
+SENTENCE_END = re.compile(
+    r"(?<=[.!?])\s+|(?<=[。！？])"  # noqa: RUF001 - the full-width marks are meant
+    r"|\n\s*\n|\n(?=\s*(?:[-*•#]|\d+[.)]\s))"
+)
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+"""2^64 divided by the golden ratio: the multiplier of Fibonacci hashing (Knuth, TAOCP vol. 3, section 6.4)."""
+
+
+def words_of(text: str) -> list[str]:
+    """The words of ``text``, in order, without regard to case and to the form of characters (NFKC)."""
+    return WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+
+
+class HashEmbeddings:
+    """Embeddings ``local-hash``: words, pairs of words and character 3- and 4-grams, hashed with a sign.
+
+    The same text has the same vector in every process and on every platform. Vectors are float32 of length 1.
+    Signed feature hashing follows Weinberger et al., "Feature Hashing for Large Scale Multitask Learning" (2009).
+    """
+
+    name = "local-hash"
+
+    def __init__(self, dimensions: int = 384) -> None:
+        if dimensions < 1:
+            raise ConfigurationError(f"dimensions={dimensions}: expected at least 1")
+        self.dimensions = dimensions
+
+    def embed(self, request: EmbeddingRequest) -> EmbeddingResult:
+        """Embed the texts. Raises ConfigurationError if the request names another model."""
+        _check_model(request.model, self.name, "EMBEDDING")
+        vectors = np.stack([self._vector(text) for text in request.texts])
+        count = sum(len(text.split()) for text in request.texts)
+        usage = Usage(prompt_tokens=count, total_tokens=count)
+        return EmbeddingResult(vectors=vectors, model=self.name, usage=usage, provider=self.name)
+
+    def _vector(self, text: str) -> NDArray[np.float32]:
+        words = words_of(text)
+        padded = f" {' '.join(words)} "
+        grams = [padded[start : start + size] for size in (3, 4) for start in range(len(padded) - size + 1)]
+        pairs = [f"{left} {right}" for left, right in pairwise(words)]
+        # A text has many times more character n-grams than words: half the weight keeps whole words ahead.
+        vector = self._hashed(words + pairs) + 0.5 * self._hashed(grams)
+        norm = float(np.linalg.norm(vector))
+        if not norm:
+            # A text without words still gets a direction, for cosine distances have no answer without one.
+            vector[0] = norm = 1.0
+        return (vector / norm).astype(np.float32)
+
+    def _hashed(self, features: Sequence[str]) -> NDArray[np.float64]:
+        hashes = np.fromiter(map(crc32, map(str.encode, features)), dtype=np.uint64, count=len(features))
+        distinct, counts = np.unique(hashes, return_counts=True)
+        # CRC-32 is linear, so that similar words collide by rule; the product spreads them.
+        mixed = distinct * GOLDEN
+        signs = np.where(mixed >> np.uint64(31) & np.uint64(1), 1.0, -1.0)
+        buckets = (mixed >> np.uint64(32)) % np.uint64(self.dimensions)
+        vector = np.zeros(self.dimensions)
+        np.add.at(vector, buckets, signs * (1.0 + np.log(counts)))
+        return vector
+
+    def close(self) -> None:
+        """Do nothing: there is nothing to release."""
+
+
+class ExtractiveChat:
+    """Answers ``local-extractive``: the sentences of the passages that fit the question best, in their order.
+
+    The question is the last user message. Sentences are ranked by Okapi BM25 (Robertson and Zaragoza, "The
+    Probabilistic Relevance Framework", 2009) over the passages; those that reach half of the best score are taken
+    while they fit into ``max_tokens`` words. Without a word in common the answer is empty. Usage counts words.
+    """
+
+    name = "local-extractive"
+    default_max_words = 150
+
+    def chat(self, request: ChatRequest) -> ChatResult:
+        """Answer from ``request.passages``; sampling parameters do not apply.
+
+        Raises ConfigurationError where only a language model could answer: without passages, for tools, for a
+        response format or for a model of another name. Raises ProviderError if there is no user message.
+        """
+        _check_model(request.model, self.name, "LLM")
+        if not request.passages:
+            raise _needs_model("a prompt without passages")
+        if request.tools or request.response_format:
+            raise _needs_model("a request with tools or a response format")
+        sentences = _sentences(request.passages)
+        scores = _bm25(_stems(_question(request)), [_stems(sentence) for sentence in sentences])
+        text, cut = _best(sentences, scores, request.max_tokens or self.default_max_words)
+        asked = _count([*(text_of(message) for message in request.messages), *request.passages])
+        answered = _count([text])
+        return ChatResult(
+            text=text,
+            model=self.name,
+            usage=Usage(prompt_tokens=asked, completion_tokens=answered, total_tokens=asked + answered),
+            finish_reason="length" if cut else "stop",
+            provider=self.name,
+        )
+
+    def close(self) -> None:
+        """Do nothing: there is nothing to release."""
+
+
+def text_of(message: Any) -> str:
+    """The text of a chat message, whose content is a string, a list of parts, or missing."""
+    content = message.get("content") or ""
+    if isinstance(content, str):
+        return content
+    return "\n".join(part["text"] for part in content if part.get("type") == "text")
+
+
+def _needs_model(what: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"local-extractive cannot answer {what}: configure a language model with CLUSTER_LLM_BASE_URL and "
+        "CLUSTER_LLM_MODEL"
+    )
+
+
+def _check_model(asked: str | None, name: str, purpose: str) -> None:
+    if asked not in (None, name):
+        raise ConfigurationError(f"model {asked!r} needs CLUSTER_{purpose}_BASE_URL: without it there is only {name}")
+
+
+def _question(request: ChatRequest) -> str:
+    asked = next((message for message in reversed(request.messages) if message["role"] == "user"), None)
+    if asked is None:
+        raise ProviderError("local-extractive found no user message to answer")
+    return text_of(asked)
+
+
+def _sentences(passages: Iterable[str]) -> list[str]:
+    parts = (" ".join(part.split()) for passage in passages for part in SENTENCE_END.split(passage))
+    # Chunks of a document overlap: a sentence counts once.
+    return list(dict.fromkeys(part for part in parts if part))
+
+
+def _stems(text: str) -> list[str]:
+    # Inflections of a word share its first letters in many languages; six keep most words apart.
+    return [word[:6] for word in words_of(text)]
+
+
+def _bm25(question: Iterable[str], sentences: Sequence[Sequence[str]], k1: float = 1.2, b: float = 0.75) -> list[float]:
+    counts = [Counter(sentence) for sentence in sentences]
+    found_in = Counter(stem for count in counts for stem in count)
+    mean = sum(map(len, sentences)) / max(1, len(sentences)) or 1.0
+    weights = {
+        stem: math.log(1 + (len(sentences) - found_in[stem] + 0.5) / (found_in[stem] + 0.5))
+        for stem in dict.fromkeys(question)
+    }
+    return [
+        sum(
+            weight * count[stem] * (k1 + 1) / (count[stem] + k1 * (1 - b + b * count.total() / mean))
+            for stem, weight in weights.items()
+        )
+        for count in counts
+    ]
+
+
+def _best(sentences: Sequence[str], scores: Sequence[float], max_words: int) -> tuple[str, bool]:
+    """The chosen sentences in their order, and whether the limit left one out or cut one short."""
+    best = max(scores, default=0.0)
+    ranked = [i for i in sorted(range(len(scores)), key=lambda i: -scores[i]) if best and scores[i] >= best / 2]
+    chosen: list[int] = []
+    left = max_words
+    for i in ranked:
+        size = _count([sentences[i]])
+        if size > left:
+            break
+        chosen.append(i)
+        left -= size
+    if ranked and not chosen:
+        return " ".join(sentences[ranked[0]].split()[:max_words]), True
+    return " ".join(sentences[i] for i in sorted(chosen)), len(chosen) < len(ranked)
+
+
+def _count(texts: Iterable[str]) -> int:
+    return sum(len(text.split()) for text in texts)

@@ -1,0 +1,102 @@
+"""Everything that is the same for each use of Redis: clients, scripts, errors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.resources import files
+from threading import RLock
+from typing import Any
+from urllib.parse import urlsplit
+from weakref import WeakSet
+
+import redis
+from redis.backoff import NoBackoff
+from redis.commands.core import Script
+from redis.retry import Retry
+from redis.sentinel import Sentinel
+
+from cluster_tasks.errors import ConfigurationError, UnavailableError
+
+SOCKET_TIMEOUT_S = 5.0
+CONNECT_TIMEOUT_S = 3.0
+HEALTH_CHECK_S = 3
+
+_pools: WeakSet[redis.ConnectionPool] = WeakSet()
+
+
+def _renew_pool_locks() -> None:
+    # After a fork redis-py empties a pool under the pool's inherited lock. If a thread of the parent held it at the
+    # fork, nobody in the child releases it.
+    for pool in _pools:
+        pool._lock = RLock()
+
+
+os.register_at_fork(after_in_child=_renew_pool_locks)
+
+
+def connect(url: str, *, sentinel_master: str = "mymaster", **options: Any) -> redis.Redis:
+    """Return a client for ``redis://``, ``rediss://``, ``redis+socket://`` or ``sentinel://`` (hosts joined by ``;``).
+
+    Does no I/O. The client never repeats a command by itself: a script whose reply was lost may have run, and
+    only its caller knows whether it can run again.
+    """
+    settings: dict[str, Any] = {
+        "socket_timeout": SOCKET_TIMEOUT_S,
+        "socket_connect_timeout": CONNECT_TIMEOUT_S,
+        "socket_keepalive": True,
+        "health_check_interval": HEALTH_CHECK_S,
+        "retry": Retry(NoBackoff(), 0),
+        **options,
+    }
+    client = (
+        _behind_sentinel(url, sentinel_master, settings) if url.startswith("sentinel://") else _direct(url, settings)
+    )
+    _pools.add(client.connection_pool)
+    return client
+
+
+def _direct(url: str, settings: dict[str, Any]) -> redis.Redis:
+    if url.startswith("redis+socket://"):
+        url = "unix://" + url.removeprefix("redis+socket://").replace("virtual_host=", "db=")
+        del settings["socket_connect_timeout"], settings["socket_keepalive"]
+    try:
+        return redis.Redis.from_url(url, **settings)
+    except ValueError as exc:
+        raise ConfigurationError(f"a Redis URL cannot be used: {exc}") from None
+
+
+def _behind_sentinel(url: str, master: str, settings: dict[str, Any]) -> redis.Redis:
+    parts = [urlsplit(part) for part in url.split(";")]
+    hosts = [(part.hostname or "127.0.0.1", part.port or 26379) for part in parts]
+    database = next((part.path.strip("/") for part in parts if part.path.strip("/")), "0")
+    if not database.isdigit():
+        raise ConfigurationError(f"the database of a sentinel:// URL is a number, not {database!r}")
+    credentials = {"username": parts[0].username, "password": parts[0].password}
+    sentinel = Sentinel(hosts, **settings)
+    return sentinel.master_for(master, redis.Redis, db=int(database), **credentials, **settings)  # type: ignore[no-any-return]
+
+
+def script_source(package: str, name: str) -> str:
+    """Return the text of ``scripts/<name>.lua`` beside ``package``."""
+    return (files(package) / "scripts" / f"{name}.lua").read_text(encoding="utf-8")
+
+
+def load_script(client: redis.Redis, package: str, name: str) -> Script:
+    """Return ``scripts/<name>.lua`` of ``package`` as a callable; it is loaded again when Redis has forgotten it."""
+    return client.register_script(script_source(package, name))
+
+
+@contextmanager
+def foreign_errors(unavailable: type[UnavailableError], doing: str) -> Iterator[None]:
+    """Turn an error of Redis into ``unavailable``, with what was being done."""
+    try:
+        yield
+    except redis.RedisError as exc:
+        raise unavailable(f"{doing}: {type(exc).__name__}: {exc}") from exc
+
+
+def text(value: bytes | str) -> str:
+    """Decode what Redis holds as text."""
+    return value.decode() if isinstance(value, bytes) else value

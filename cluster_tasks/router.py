@@ -1,0 +1,156 @@
+"""The Celery router: a view of the nodes, a strategy, a queue."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from kombu import Queue
+
+from cluster_tasks.balancing import create_balancer
+from cluster_tasks.balancing.base import Balancer
+from cluster_tasks.broker.message import REQUEST_TYPE_PROPERTY
+from cluster_tasks.clock import Clock
+from cluster_tasks.errors import UnavailableError
+from cluster_tasks.keys import Keys
+from cluster_tasks.model import Node, Request
+from cluster_tasks.settings import ClusterSettings
+
+logger = logging.getLogger(__name__)
+
+STRATEGY_HEADER = "strategy"
+"""``task.apply_async(…, headers={"strategy": "adaptive"})`` sets the strategy of one call."""
+QUIET_AFTER_S = 5.0
+
+
+class ClusterView:
+    """The nodes as last read; refreshed by a thread of its own while it is asked, survives an outage and a fork."""
+
+    def __init__(self, read: Callable[[], Sequence[Node]], clock: Clock, snapshot_s: float) -> None:
+        self._read, self._clock, self._snapshot_s = read, clock, snapshot_s
+        self._nodes: tuple[Node, ...] = ()
+        self._read_at_s = self._asked_at_s = float("-inf")
+        self._healthy = True
+        self._pid = 0
+        self._refreshing = threading.Lock()
+
+    def nodes(self) -> tuple[Node, ...]:
+        """Return the last view, the same object until it is read again. Never raises for an outage."""
+        now_s = self._asked_at_s = self._clock.monotonic()
+        if os.getpid() != self._pid:
+            self._start()
+        # A view that the thread has let age, because nobody asked, is read at once.
+        if now_s - self._read_at_s > 2 * self._snapshot_s + 1:
+            self.refresh()
+        return self._nodes
+
+    def refresh(self) -> None:
+        """Read the nodes now; keep the last view if the registry does not answer."""
+        with self._refreshing:
+            try:
+                self._nodes = tuple(self._read())
+            except UnavailableError as exc:
+                if self._healthy:
+                    logger.warning("the registry does not answer, jobs are placed by the last view: %s", exc)
+                self._healthy = False
+            else:
+                if not self._healthy:
+                    logger.warning("the registry answers again")
+                self._healthy = True
+            self._read_at_s = self._clock.monotonic()
+
+    def _start(self) -> None:
+        # A fork copies neither the thread nor a free lock.
+        self._pid, self._refreshing = os.getpid(), threading.Lock()
+        threading.Thread(target=self._keep_fresh, args=(self._pid,), name="cluster-view", daemon=True).start()
+
+    def _keep_fresh(self, pid: int) -> None:
+        pause = threading.Event()
+        while os.getpid() == pid:
+            pause.wait(self._snapshot_s)
+            if self._clock.monotonic() - self._asked_at_s < QUIET_AFTER_S:
+                self.refresh()
+
+
+class ClusterRouter:
+    """Routes tasks that declare a request type to the list of a node; leaves all others alone."""
+
+    def __init__(self, settings: ClusterSettings, view: ClusterView, clock: Clock, rng: random.Random) -> None:
+        self._settings, self._view, self._clock, self._rng = settings, view, clock, rng
+        self._keys = Keys(settings.name)
+        self._lock = threading.Lock()
+        self._balancers: dict[tuple[str, str], Balancer] = {}
+        self._eligible: dict[str, tuple[Node, ...]] = {}
+        self._seen: tuple[Node, ...] | None = None
+        self._queues: dict[str, Queue] = {}
+        os.register_at_fork(after_in_child=self._part_from_parent)
+
+    def __call__(
+        self, name: str, args: Any, kwargs: Any, options: Mapping[str, Any], task: Any = None, **_: Any
+    ) -> dict[str, Any] | None:
+        """Return the route of a job, or None if it is none of the cluster's.
+
+        Raises ConfigurationError if the call names a strategy that does not exist.
+        """
+        request_type = getattr(task, "request_type", None)
+        if not request_type:
+            return None
+        request = Request(request_type, size=_size(args, kwargs), affinity=task.affinity_of(args or (), kwargs or {}))
+        strategy = (options.get("headers") or {}).get(STRATEGY_HEADER)
+        queue = self.place(request, strategy or self._settings.strategy_for(request_type))
+        return {"queue": self._queue(queue), REQUEST_TYPE_PROPERTY: request_type}
+
+    def place(self, request: Request, strategy: str) -> str:
+        """Return the queue for a request: the list of a node, or the waiting list if no node can take it now."""
+        nodes = self._view.nodes()
+        with self._lock:
+            if nodes is not self._seen:
+                self._take(nodes)
+            eligible = self._eligible.get(request.type)
+            if eligible is None:
+                eligible = self._eligible[request.type] = tuple(n for n in nodes if n.accepts(request.type))
+            balancer = self._balancer(strategy, request.type)
+            if not eligible:
+                return self._keys.waiting_queue(request.type)
+            return self._keys.node_queue(balancer.select(request, eligible).id)
+
+    def _take(self, nodes: tuple[Node, ...]) -> None:
+        self._seen = nodes
+        self._eligible.clear()
+        for balancer in self._balancers.values():
+            balancer.update(nodes)
+
+    def _balancer(self, strategy: str, request_type: str) -> Balancer:
+        balancer = self._balancers.get((strategy, request_type))
+        if balancer is None:
+            balancer = create_balancer(
+                strategy, clock=self._clock, rng=self._rng, virtual_nodes=self._settings.virtual_nodes
+            )
+            balancer.update(self._seen or ())
+            self._balancers[strategy, request_type] = balancer
+        return balancer
+
+    def _queue(self, name: str) -> Queue:
+        queue = self._queues.get(name)
+        if queue is None:
+            queue = self._queues[name] = cluster_queue(name)
+        return queue
+
+    def _part_from_parent(self) -> None:
+        # A forked child has the parent's lock, maybe taken, and would draw the same "random" nodes as its siblings.
+        self._lock = threading.Lock()
+        self._rng.seed()
+
+
+def cluster_queue(name: str) -> Queue:
+    """Return a queue of the cluster for Kombu. Nothing is declared: its scripts need no bindings."""
+    return Queue(name, routing_key=name, no_declare=True)
+
+
+def _size(args: Any, kwargs: Any) -> int:
+    values = [*(args or ()), *(kwargs or {}).values()]
+    return sum(len(value) for value in values if isinstance(value, str | bytes | list | tuple | dict))

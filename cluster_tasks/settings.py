@@ -1,0 +1,234 @@
+"""The settings of a cluster: one frozen object, validated once, secrets masked.
+
+Values come from ``cluster_*`` keys of the Celery configuration and from ``CLUSTER_*`` variables, which win.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Annotated, Any, Self
+
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+
+from cluster_tasks.errors import ConfigurationError
+from cluster_tasks.model import NodeRole, RequestType
+
+CONF_PREFIX = "cluster_"
+ENV_PREFIX = "CLUSTER_"
+MISSPELT = 0.8
+"""From this similarity of names on, 0 to 1, an unknown variable is taken for a misspelt setting."""
+BROKER_SCHEMES = ("redis", "rediss", "redis+socket", "sentinel")
+
+
+class SecretUrl(SecretStr):
+    """A URL whose passwords show as ``**`` wherever it is printed."""
+
+    def _display(self) -> str:
+        return _masked(self.get_secret_value())
+
+
+def _masked(text: str) -> str:
+    """Return ``text`` with ``**`` for every password of its URLs, before the host or in the query."""
+    # Up to the last @ of each URL: a password that nobody quoted may hold any character.
+    urls = [re.sub(r"(://[^:/@]*):.*@", r"\1:**@", url) for url in re.split(r";(?=[\w+]+://)", text)]
+    return re.sub(r"((?:password|token|key|secret)=)[^&;#]*", r"\1**", ";".join(urls), flags=re.IGNORECASE)
+
+
+def _split(value: object) -> object:
+    """Let ``a,b`` stand for a list, as variables of an environment must."""
+    if isinstance(value, str):
+        return [item for item in (part.strip() for part in value.split(",")) if item]
+    return value
+
+
+def _pairs(value: object) -> object:
+    """Let ``zone=a,rack=3`` stand for a mapping."""
+    if not isinstance(value, str):
+        return value
+    pairs = [part.partition("=") for part in value.split(",") if part.strip()]
+    if any(not separator for _, separator, _ in pairs):
+        raise ValueError("expected key=value pairs separated by commas")
+    return {key.strip(): item.strip() for key, _, item in pairs}
+
+
+Words = Annotated[frozenset[RequestType], NoDecode, BeforeValidator(_split)]
+Roles = Annotated[frozenset[NodeRole], NoDecode, BeforeValidator(_split)]
+Pairs = Annotated[dict[str, str], NoDecode, BeforeValidator(_pairs)]
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class ClusterSettings(BaseSettings):
+    """What can be set, with defaults. Durations are in seconds."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, frozen=True, extra="forbid", env_ignore_empty=True, hide_input_in_errors=True
+    )
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$")] = "cluster"
+    """Prefix of every key; two clusters with two names share a Redis."""
+    broker_url: SecretUrl = SecretUrl("redis://127.0.0.1:6379/0")
+    result_backend: SecretUrl | None = None
+    """None: the Redis of the broker, which alone can commit a result and its delivery in one step."""
+    sentinel_master: str = "mymaster"
+    """Name of the Redis group behind a ``sentinel://`` URL."""
+    registry_url: SecretUrl | None = None
+    """None: the Redis of the broker."""
+
+    strategy: str = "least_connection"
+    strategy_llm: str = "consistent_hash"
+    strategy_retrieval: str | None = None
+    strategy_embedding: str | None = None
+    strategies: Pairs = Field(default_factory=dict)
+    """Request type → strategy, for types of your own."""
+    virtual_nodes: Annotated[int, Field(ge=1, le=10_000)] = 160
+    """Points of a node on the ring of ``consistent_hash``."""
+    snapshot_s: Seconds = 0.25
+    """How old the router's view of the nodes may be."""
+
+    serves: Words | None = None
+    """Request types this node takes; None: all that its tasks declare."""
+    roles: Roles = frozenset({NodeRole.WORKER})
+    metadata: Pairs = Field(default_factory=dict)
+    """What a NodeFilter may ask for; ``weight`` counts for the strategy ``weighted``."""
+    address: str | None = None
+    """Where others reach this node; None: the name of its host."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 0
+    max_qps: Annotated[float, Field(ge=0)] = 0.0
+    max_memory_mb: Annotated[int, Field(ge=0)] = 0
+
+    heartbeat_s: Seconds = 1.0
+    lease_s: Seconds = 3.0
+    """A node whose beat counter stands still for so long may be fenced."""
+    health_check_s: Seconds = 0.5
+    failure_threshold: Annotated[int, Field(ge=1)] = 1
+    """Checks in a row that must find a node still."""
+    drain_timeout_s: Seconds = 30.0
+    """How long running jobs may take to finish after SIGTERM."""
+
+    llm_base_url: SecretUrl | None = None
+    """An OpenAI-compatible endpoint; None: ``local-extractive``."""
+    llm_model: str | None = None
+    llm_api_key: SecretStr | None = None
+    llm_timeout_s: Seconds = 120.0
+    embedding_base_url: SecretUrl | None = None
+    """An OpenAI-compatible endpoint; None: ``local-hash``."""
+    embedding_model: str | None = None
+    embedding_api_key: SecretStr | None = None
+    embedding_timeout_s: Seconds = 30.0
+    provider_max_retries: Annotated[int, Field(ge=0, le=20)] = 4
+    """Repeats of a request after 429, 5xx or a broken connection."""
+    data_dir: str = "cluster-data"
+    """Where collections live; every node that serves ``retrieval`` must reach it."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return env_settings, init_settings
+
+    @field_validator("name", mode="after")
+    @classmethod
+    def _check_name(cls, value: str) -> str:
+        if value == "node":
+            raise ValueError("its queues, node.node.…, would be those of nodes of the cluster of the default name")
+        return value
+
+    @field_validator("broker_url", "result_backend", mode="after")
+    @classmethod
+    def _check_redis_url(cls, value: SecretUrl | None) -> SecretUrl | None:
+        if value is None:
+            return value
+        scheme, separator, _ = value.get_secret_value().partition("://")
+        if "cluster" in scheme:
+            raise ValueError("a Redis Cluster cannot carry queues: Kombu has no transport for it; use redis://")
+        if not separator or scheme not in BROKER_SCHEMES:
+            known = ", ".join(f"{name}://" for name in BROKER_SCHEMES)
+            raise ValueError(f"expected a URL that begins with one of {known}")
+        return value
+
+    @field_validator("registry_url", mode="after")
+    @classmethod
+    def _check_registry_url(cls, value: SecretUrl | None) -> SecretUrl | None:
+        if value and value.get_secret_value().partition("://")[0] not in (*BROKER_SCHEMES, "memory"):
+            raise ValueError("expected redis://, rediss://, redis+socket:// or sentinel://")
+        return value
+
+    @model_validator(mode="after")
+    def _check_lease(self) -> Self:
+        if self.lease_s < 2 * self.heartbeat_s:
+            raise ValueError(
+                f"lease_s={self.lease_s} must be at least twice heartbeat_s={self.heartbeat_s}: "
+                "one late beat would end a healthy node"
+            )
+        if self.lease_s < 4 * self.health_check_s:
+            raise ValueError(
+                f"lease_s={self.lease_s} must be at least four times health_check_s={self.health_check_s}: "
+                "an observer that misses half a lease starts anew, and would never see a dead node"
+            )
+        return self
+
+    def strategy_for(self, request_type: str) -> str:
+        """The strategy of a request type: its own if one is set, else the common one."""
+        own = self.strategies.get(request_type) or getattr(self, f"strategy_{request_type}", None)
+        return own or self.strategy
+
+
+def load_settings(conf: Mapping[str, Any], environ: Mapping[str, str]) -> ClusterSettings:
+    """Validate the ``cluster_*`` keys of ``conf`` under the ``CLUSTER_*`` variables of ``environ``.
+
+    ``environ`` is looked at for misspelt names only; the values are those of the process environment.
+    Raises ConfigurationError that names the key, the value and the nearest valid name.
+    """
+    given = {key[len(CONF_PREFIX) :]: value for key, value in conf.items() if key.startswith(CONF_PREFIX)}
+    _refuse_unknown(given, environ)
+    try:
+        return ClusterSettings(**given)
+    except ValidationError as exc:
+        raise ConfigurationError(_explain(exc, given, environ)) from None
+
+
+def _refuse_unknown(given: Mapping[str, Any], environ: Mapping[str, str]) -> None:
+    known = ClusterSettings.model_fields
+    for key in given.keys() - known.keys():
+        hint = f"; did you mean '{CONF_PREFIX}{nearest}'?" if (nearest := _nearest(key)) else ""
+        raise ConfigurationError(f"unknown setting {CONF_PREFIX + key}={_shown(key, given[key])}{hint}")
+    for variable in environ:
+        key = variable.removeprefix(ENV_PREFIX).lower()
+        # A platform has variables of its own under this prefix (CLUSTER_SERVICE_HOST): only misspelt ones are errors.
+        if variable.startswith(ENV_PREFIX) and key not in known and (nearest := _nearest(key, MISSPELT)):
+            raise ConfigurationError(f"unknown variable {variable}; did you mean {ENV_PREFIX + nearest.upper()!r}?")
+
+
+def _nearest(key: str, similarity: float = 0.6) -> str:
+    """Return the setting whose name is most like ``key``, or nothing."""
+    return next(iter(get_close_matches(key, ClusterSettings.model_fields, n=1, cutoff=similarity)), "")
+
+
+def _explain(exc: ValidationError, given: Mapping[str, Any], environ: Mapping[str, str]) -> str:
+    lines = []
+    for error in exc.errors():
+        message = re.sub(r"^Value error, ", "", error["msg"])
+        key = str(error["loc"][0]) if error["loc"] else ""
+        if not key:
+            lines.append(message)
+            continue
+        variable = ENV_PREFIX + key.upper()
+        value = environ.get(variable) or given.get(key)
+        name = variable if environ.get(variable) else CONF_PREFIX + key
+        lines.append(f"{name}={_shown(key, value)}: {message}")
+    return "; ".join(lines)
+
+
+def _shown(key: str, value: object) -> str:
+    # A misspelt key holds what the right one would.
+    if "_key" in key or _nearest(key).endswith("_key"):
+        return "'**********'"
+    return _masked(repr(value))

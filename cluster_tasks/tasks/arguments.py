@@ -1,0 +1,151 @@
+"""The arguments of the ready-made jobs: what does not fit is refused in the caller, and again in the worker.
+
+They are models of their own and not the providers' requests: a process that only sends jobs loads no numpy.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    StringConstraints,
+    model_validator,
+)
+
+from cluster_tasks.errors import InvalidArguments
+from cluster_tasks.shards.documents import Document, DocumentId
+from cluster_tasks.shards.filters import compile_where
+
+MAX_K = 10_000
+"""The most passages that a search returns, as in the store."""
+
+NOT_EXTRA = frozenset({"prompt", "messages", "passages", "tools", "extra", "stream"})
+"""No further parameters of a provider: a job has them under this name, or cannot have them."""
+
+
+def _check_message(message: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(message.get("role"), str):
+        raise ValueError("a message needs a role, such as 'user'")
+    return message
+
+
+def _check_extra(extra: dict[str, Any]) -> dict[str, Any]:
+    if taken := sorted(extra.keys() & NOT_EXTRA):
+        raise ValueError(f"{', '.join(taken)} cannot be passed on to the provider")
+    return extra
+
+
+def _check_where(where: dict[str, Any]) -> dict[str, Any]:
+    try:
+        compile_where(where)
+    except InvalidArguments as exc:
+        raise ValueError(str(exc).removeprefix("where: ")) from None
+    return where
+
+
+def _listed(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+def _as_document(value: object) -> object:
+    return {"text": value} if isinstance(value, str) else value
+
+
+Text = Annotated[str, Field(min_length=1)]
+Message = Annotated[dict[str, Any], AfterValidator(_check_message)]
+Extra = Annotated[dict[str, Any], AfterValidator(_check_extra)]
+Collection = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
+Count = Annotated[int, Field(ge=1, le=MAX_K)]
+Where = Annotated[dict[str, Any], AfterValidator(_check_where)]
+
+
+class _Arguments(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Sampling(_Arguments):
+    """How a language model is to answer. What is None is left to the provider."""
+
+    model: Text | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    stop: str | list[str] | None = None
+    response_format: dict[str, Any] | None = None
+    session_id: str | None = None
+    extra: Extra = Field(default_factory=dict)
+
+
+class GenerateArguments(Sampling):
+    """Of ``llm.generate``."""
+
+    prompt: Text | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    tools: list[dict[str, Any]] | None = None
+    passages: list[Text] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("expected either prompt or messages")
+        if self.passages and self.prompt is None:
+            raise ValueError("passages go with a prompt; put them into the messages yourself")
+        return self
+
+
+class EmbedArguments(_Arguments):
+    """Of ``embedding.embed``."""
+
+    texts: Annotated[list[Text], Field(min_length=1), BeforeValidator(_listed)]
+    model: Text | None = None
+
+
+class AddArguments(_Arguments):
+    """Of ``retrieval.add_documents``."""
+
+    collection: Collection
+    documents: list[Annotated[Document, BeforeValidator(_as_document)]]
+
+
+class SearchArguments(_Arguments):
+    """Of ``retrieval.search``."""
+
+    collection: Collection
+    query: Text | None = None
+    vector: Annotated[list[FiniteFloat], Field(min_length=1)] | None = None
+    k: Count = 5
+    where: Where | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.query is None) == (self.vector is None):
+            raise ValueError("expected either query or vector")
+        return self
+
+
+class DeleteArguments(_Arguments):
+    """Of ``retrieval.delete_documents``."""
+
+    collection: Collection
+    ids: list[DocumentId] | None = None
+    where: Where | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.ids is None and not self.where:
+            raise ValueError("expected ids or where: a whole collection is not deleted by a job")
+        return self
+
+
+class AnswerArguments(Sampling):
+    """Of ``rag.answer``."""
+
+    question: Text
+    collection: Collection
+    k: Count = 5
+    where: Where | None = None

@@ -1,0 +1,151 @@
+"""The base class of tasks that the cluster balances."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, wraps
+from typing import Any, ClassVar
+
+from celery import Task
+from celery.canvas import Signature
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from cluster_tasks.errors import InvalidArguments
+from cluster_tasks.keys import Keys
+from cluster_tasks.model import check_request_type
+from cluster_tasks.settings import ClusterSettings
+from cluster_tasks.tasks.apps import cluster_of
+
+logger = logging.getLogger(__name__)
+
+Affinity = str | Callable[..., str | None] | None
+
+
+class ClusterTask(Task):  # type: ignore[misc]
+    """A task whose jobs go to the best node and survive the death of any.
+
+    ``request_type`` says which nodes may run it. ``affinity`` names the argument that jobs share when they profit
+    from the same node, or is a function of the task's arguments; none: any node is as good. ``arguments`` is a
+    pydantic model of the arguments: what does not fit it is refused in the caller with InvalidArguments, and fails the
+    job where no caller could know, as in a chain; the task gets the values as the model has parsed them.
+    """
+
+    abstract = True
+    request_type: ClassVar[str] = "any"
+    affinity: ClassVar[Affinity] = None
+    arguments: ClassVar[type[BaseModel] | None] = None
+    run: Callable[..., Any]
+
+    # A job is let go when it has ended, not when it begins: else a crash would lose it.
+    acks_late = True
+    reject_on_worker_lost = True
+    Request = "workers.request:ClusterRequest"
+    # check_arguments does this, and knows when not to.
+    typing = False
+    # Results are answers and documents: logs, events and Flower do not show them.
+    resultrepr_maxsize = 0
+
+    def __init__(self) -> None:
+        if self.arguments is not None:
+            self.run = self._parsing(self.run)
+
+    @classmethod
+    def on_bound(cls, app: Any) -> None:
+        check_request_type(cls.request_type)
+
+    @property
+    def settings(self) -> ClusterSettings:
+        """The settings of the app's cluster. Raises ClusterError if it is in none, ConfigurationError."""
+        return cluster_of(self.app).settings
+
+    @cached_property
+    def _signature(self) -> inspect.Signature:
+        return inspect.signature(self.run)
+
+    def apply_async(
+        self, args: Sequence[Any] | None = None, kwargs: Mapping[str, Any] | None = None, *rest: Any, **options: Any
+    ) -> Any:
+        """Send the job. Raises InvalidArguments, naming the field, if the arguments cannot be right."""
+        # Celery names the parent of what follows a job (links, chains): its arguments are a result, there is
+        # no caller, and to raise now would lose the result of that job too. The job itself will fail.
+        if options.get("parent_id") is None:
+            self.check_arguments(args or (), kwargs or {})
+        # Arguments are prompts and documents: logs, events and Flower see their sizes only.
+        options.setdefault("argsrepr", _sizes(args or ()))
+        options.setdefault("kwargsrepr", _sizes(kwargs or {}))
+        return super().apply_async(args, kwargs, *rest, **options)
+
+    def check_arguments(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
+        """Return the arguments by name, as ``arguments`` has parsed them. Raises InvalidArguments."""
+        try:
+            bound = self._signature.bind(*args, **kwargs)
+        except TypeError as exc:
+            raise InvalidArguments(f"{self.name}: {exc}") from None
+        if self.arguments is not None:
+            parsed = dict(validate_arguments(self.name, self.arguments, bound.arguments))
+            bound.arguments.update({name: parsed[name] for name in bound.arguments if name in parsed})
+        return bound
+
+    def _parsing(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(run)
+        def run_parsed(*args: Any, **kwargs: Any) -> Any:
+            bound = self.check_arguments(args, kwargs)
+            return run(*bound.args, **bound.kwargs)
+
+        return run_parsed
+
+    def affinity_of(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+        """The key that jobs with these arguments share; empty if there is none or it cannot be told."""
+        affinity = type(self).affinity
+        if affinity is None:
+            return ""
+        try:
+            given = self._signature.bind_partial(*args, **kwargs).arguments
+        except TypeError:
+            return ""
+        try:
+            found = given.get(affinity) if isinstance(affinity, str) else affinity(**given)
+        except Exception as exc:  # noqa: BLE001 - it is the user's function, and a preference is not worth a job
+            logger.warning("%s: the affinity of a job cannot be told, any node gets it: %r", self.name, exc)
+            return ""
+        return "" if found is None else str(found)
+
+    def signature_from_request(self, request: Any = None, *args: Any, **options: Any) -> Signature:
+        """Celery sends a retry to the queue it came from; a retry of ours is balanced anew."""
+        signature = super().signature_from_request(request, *args, **options)
+        keys = Keys(self.app.conf.broker_transport_options.get("cluster_name", Keys().name))
+        if keys.owns(str(signature.options.get("queue", ""))):
+            del signature.options["queue"]
+        return signature
+
+
+def validate_arguments(task_name: str, model: type[BaseModel], arguments: Mapping[str, Any]) -> BaseModel:
+    """Return ``arguments`` as ``model``. Raises InvalidArguments that names each field and says what is wrong."""
+    try:
+        return model.model_validate(arguments)
+    except ValidationError as exc:
+        raise InvalidArguments(f"{task_name}: {'; '.join(map(_problem, exc.errors()))}") from None
+
+
+def _problem(error: ErrorDetails) -> str:
+    field, message = ".".join(map(str, error["loc"])), error["msg"].removeprefix("Value error, ")
+    return f"{field}: {message}" if field else message
+
+
+def _sizes(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {_size(item)}" for key, item in value.items()) + "}"
+    return "(" + ", ".join(_size(item) for item in value) + ")"
+
+
+def _size(value: Any) -> str:
+    if isinstance(value, bool | int | float | None):
+        return repr(value)
+    if isinstance(value, str | bytes):
+        return f"<{len(value)} characters>"
+    if isinstance(value, Mapping | Sequence):
+        return f"<{len(value)} items>"
+    return f"<{type(value).__name__}>"

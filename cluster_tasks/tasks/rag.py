@@ -1,0 +1,98 @@
+"""``rag.answer``: a question is answered from a collection, in three jobs of which none waits for another.
+
+``embedding.embed`` → ``rag.search`` → ``rag.generate``: each gets the result of the one before as first argument, and
+goes to the node that its own request type prefers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from celery import chain
+
+from cluster_tasks.tasks.arguments import AnswerArguments
+from cluster_tasks.tasks.base import ClusterTask
+from cluster_tasks.tasks.embedding import EMBED
+from cluster_tasks.tasks.llm import conversation
+from cluster_tasks.tasks.ready_made import ready_made
+from cluster_tasks.tasks.retrieval import nearest
+
+NO_PASSAGES = "no_passages"
+"""The finish reason of an answer for which nothing was found."""
+
+
+@ready_made("rag.answer", request_type="retrieval", affinity="collection", arguments=AnswerArguments)
+def answer(
+    task: ClusterTask,
+    question: str,
+    collection: str,
+    k: int = 5,
+    where: dict[str, Any] | None = None,
+    model: str | None = None,
+    temperature: float | None = None,
+    max_tokens: int | None = None,
+    stop: str | list[str] | None = None,
+    response_format: dict[str, Any] | None = None,
+    session_id: str | None = None,
+    **extra: Any,
+) -> dict[str, Any]:
+    """Answer a question from the ``k`` nearest passages of a collection that match ``where``.
+
+    Returns what ``llm.generate`` returns and ``passages``, those that the model was given, as ``retrieval.search``
+    returns them. If nothing matches, the model is not asked: ``text`` is empty and ``finish_reason`` is
+    ``no_passages``. Fails as the jobs it is made of do.
+    """
+    sampling = {
+        "model": model,
+        "temperature": temperature,
+        "max_tokens": max_tokens,
+        "stop": stop,
+        "response_format": response_format,
+        "session_id": session_id,
+        **extra,
+    }
+    steps = task.app.tasks
+    replaced: dict[str, Any] = task.replace(
+        chain(
+            steps[EMBED].s(question),
+            steps["rag.search"].s(collection, k, where),
+            steps["rag.generate"].s(question, **sampling),
+        )
+    )
+    return replaced
+
+
+@ready_made("rag.search", request_type="retrieval", affinity="collection")
+def search_step(
+    task: ClusterTask, embedded: Mapping[str, Any], collection: str, k: int, where: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Search with the vector that ``embedding.embed`` returned."""
+    return nearest(task.app, collection, embedded["vectors"][0], k, where, embedded["model"])
+
+
+def _conversation(question: str, session_id: str | None = None, **_: Any) -> str:
+    return conversation(question, session_id=session_id)
+
+
+@ready_made("rag.generate", request_type="llm", affinity=_conversation)
+def generate_step(
+    task: ClusterTask,
+    found: Mapping[str, Any],
+    question: str,
+    model: str | None = None,
+    session_id: str | None = None,
+    **sampling: Any,
+) -> dict[str, Any]:
+    """Answer from the passages that ``rag.search`` returned."""
+    from cluster_tasks.providers import ChatResult
+
+    passages = found["passages"]
+    if not passages:
+        nothing = ChatResult(text="", model=model or "", finish_reason=NO_PASSAGES, provider="")
+        return {**nothing.model_dump(mode="json"), "passages": []}
+    texts = [passage["text"] for passage in passages]
+    # The job itself, run here and now.
+    generate = task.app.tasks["llm.generate"]
+    generated = generate(question, passages=texts, model=model, session_id=session_id, **sampling)
+    return {**generated, "passages": passages}

@@ -1,0 +1,78 @@
+"""``retrieval.*``: collections of documents are filled, searched and cleared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from celery import Celery
+
+from cluster_tasks.shards.documents import Document
+from cluster_tasks.tasks.arguments import AddArguments, DeleteArguments, SearchArguments
+from cluster_tasks.tasks.base import ClusterTask
+from cluster_tasks.tasks.embedding import embed_in_batches
+from cluster_tasks.tasks.ready_made import backends_of, ready_made
+
+
+@ready_made("retrieval.add_documents", request_type="retrieval", affinity="collection", arguments=AddArguments)
+def add_documents(task: ClusterTask, collection: str, documents: Sequence[Document]) -> dict[str, Any]:
+    """Embed documents and put them into a collection, which is made if there is none.
+
+    A document is a text or a mapping of ``text`` and, as far as wanted, ``id`` and ``metadata``. Those of an id that
+    the collection holds are replaced; without an id, equal text and metadata have an equal id. So a job that is run
+    again after a crash changes nothing.
+
+    Returns ``collection``, ``ids`` (in the order of the documents) and ``count`` (of different ids).
+    """
+    ids = [document.id for document in documents]
+    if not documents:
+        return {"collection": collection, "ids": ids, "count": 0}
+    backends = backends_of(task.app)
+    embedded = embed_in_batches(backends.embeddings, [document.text for document in documents])
+    count = backends.store.upsert(collection, documents, embedded.vectors, embedded.model)
+    return {"collection": collection, "ids": ids, "count": count}
+
+
+@ready_made("retrieval.search", request_type="retrieval", affinity="collection", arguments=SearchArguments)
+def search(
+    task: ClusterTask,
+    collection: str,
+    query: str | None = None,
+    vector: list[float] | None = None,
+    k: int = 5,
+    where: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Find the ``k`` documents nearest to a query or a vector, among those whose metadata match ``where``.
+
+    ``where`` is as ``cluster_tasks.shards.filters`` describes it: ``{"lang": "py", "year": {"gte": 2020}}``.
+
+    Returns ``collection`` and ``passages``, the nearest first, each with ``id``, ``text``, ``metadata`` and ``score``
+    (cosine similarity, -1 to 1). Fails with CollectionNotFound, and with CollectionMismatch if the collection was
+    made with another embedding model or the vector has another dimension.
+    """
+    if query is None:
+        return nearest(task.app, collection, vector or [], k, where)
+    embedded = embed_in_batches(backends_of(task.app).embeddings, [query])
+    return nearest(task.app, collection, embedded.vectors[0], k, where, embedded.model)
+
+
+@ready_made("retrieval.delete_documents", request_type="retrieval", affinity="collection", arguments=DeleteArguments)
+def delete_documents(
+    task: ClusterTask, collection: str, ids: list[str] | None = None, where: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Delete the documents that have one of ``ids`` and match ``where``, as far as given.
+
+    Returns ``deleted``, their number; ids that the collection does not hold are no error. Fails with
+    CollectionNotFound.
+    """
+    return {"deleted": backends_of(task.app).store.delete(collection, ids, where)}
+
+
+def nearest(
+    app: Celery, collection: str, vector: Any, k: int, where: dict[str, Any] | None, model: str | None = None
+) -> dict[str, Any]:
+    """Return what ``search`` returns for a vector, an array or a list, that ``model`` has made."""
+    import numpy as np
+
+    found = backends_of(app).store.search(collection, np.asarray(vector), k, where, embedding_model=model)
+    return {"collection": collection, "passages": [passage.model_dump(mode="json") for passage in found]}

@@ -1,0 +1,51 @@
+"""The registries that the contract suite runs against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+
+import pytest
+
+from cluster_tasks.clock import Clock, ManualClock
+from cluster_tasks.keys import Keys
+from cluster_tasks.registry import MemoryRegistry, RedisRegistry, Registry
+from workers.redis_server import RedisServer
+
+OpenRegistry = Callable[[], Registry]
+"""Opens one more client of the same registry, as another process would."""
+
+
+def memory(clock: Clock, request: pytest.FixtureRequest) -> OpenRegistry:
+    registry = MemoryRegistry(clock)
+    return lambda: registry
+
+
+def redis(clock: Clock, request: pytest.FixtureRequest) -> OpenRegistry:
+    server: RedisServer = request.getfixturevalue("redis_server")
+    return lambda: RedisRegistry(server.url, Keys("contract"), clock)
+
+
+# An implementation joins the suite with one line.
+IMPLEMENTATIONS: dict[str, Callable[[Clock, pytest.FixtureRequest], OpenRegistry]] = {
+    "memory": memory,
+    "redis": redis,
+}
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock(1_700_000_000.0)
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def open_registry(request: pytest.FixtureRequest, clock: ManualClock) -> Iterator[OpenRegistry]:
+    """Opens clients of one registry that is empty at first; they are closed after the test."""
+    new = IMPLEMENTATIONS[request.param](clock, request)
+    with ExitStack() as opened:
+        yield lambda: opened.enter_context(closing(new()))
+
+
+@pytest.fixture
+def registry(open_registry: OpenRegistry) -> Registry:
+    return open_registry()

@@ -1,0 +1,1 @@
+"""A cluster driven through pytest-celery."""

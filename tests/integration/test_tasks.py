@@ -1,0 +1,318 @@
+"""The ready-made jobs on real workers: what they return, and how they fail."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import Celery, chain, group
+
+from cluster_tasks import Cluster
+from cluster_tasks.errors import (
+    CollectionMismatch,
+    CollectionNotFound,
+    ConfigurationError,
+    InvalidArguments,
+    ProviderError,
+    ProviderUnavailable,
+)
+from cluster_tasks.tasks import embedding, llm, rag, retrieval
+from cluster_tasks.tasks.llm import FROM_PASSAGES
+from cluster_tasks.testing import CHAT_PATH, EMBEDDINGS_PATH, FakeOpenAI
+from tests.waiting import wait_until
+from workers.redis_server import RedisServer
+
+DECLARED = (embedding, llm, rag, retrieval)
+"""An app knows the jobs of the modules that its process has imported."""
+ROOT = Path(__file__).parents[2]
+WITHIN_S = 60.0
+DOCUMENTS = [
+    {"id": "sky", "text": "The sky is blue because air scatters blue light.", "metadata": {"topic": "physics"}},
+    {"id": "cat", "text": "A cat sleeps for most of the day.", "metadata": {"topic": "animals", "legs": 4}},
+    {"id": "hen", "text": "A hen lays about three hundred eggs a year.", "metadata": {"topic": "animals", "legs": 2}},
+]
+Run = Callable[..., Any]
+"""Sends a job by its name and returns its result."""
+
+
+@pytest.fixture(scope="module")
+def directory(redis_binary: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("jobs")
+
+
+@pytest.fixture(scope="module")
+def broker(directory: Path) -> Iterator[str]:
+    with RedisServer(directory / "redis") as server:
+        yield server.url
+
+
+@contextmanager
+def node(broker: str, name: str, directory: Path, **settings: str) -> Iterator[Celery]:
+    """Run a worker, the plain Celery command, in a cluster of this name. Gives an app that sends it jobs."""
+    own = {"CLUSTER_BROKER_URL": broker, "CLUSTER_NAME": name, "CLUSTER_DATA_DIR": str(directory / name)}
+    command = [sys.executable, "-m", "celery", "-A", "cluster_tasks", "worker", "-l", "INFO", "-E", "-n", "a@%h"]
+    with Celery("sender", set_as_current=False, broker=broker) as app, log_of(directory, name).open("wb") as log:
+        app.conf.update(cluster_name=name)
+        cluster = Cluster(app)
+        environment = {**os.environ, **own, "NO_PROXY": "127.0.0.1", **settings}
+        worker = subprocess.Popen(
+            [*command, "-P", "threads", "-c", "2"], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+        )
+        try:
+            wait_until(cluster.nodes, WITHIN_S, f"the node joins; it says {log.name}")
+            yield app
+        finally:
+            stop(worker)
+
+
+def log_of(directory: Path, name: str) -> Path:
+    return directory / f"{name}.log"
+
+
+def stop(worker: subprocess.Popen[bytes]) -> None:
+    worker.terminate()
+    try:
+        worker.wait(WITHIN_S)
+    except subprocess.TimeoutExpired:
+        worker.kill()
+        worker.wait()
+        pytest.fail("the worker did not end on SIGTERM")
+
+
+def sender(app: Celery) -> Run:
+    return lambda job, *args, **kwargs: app.tasks[job].delay(*args, **kwargs).get(timeout=WITHIN_S)
+
+
+@pytest.fixture(scope="module")
+def app(broker: str, directory: Path) -> Iterator[Celery]:
+    """Sends to a node with the local providers."""
+    with node(broker, "local", directory) as app:
+        yield app
+
+
+@pytest.fixture
+def run(app: Celery) -> Run:
+    return sender(app)
+
+
+@pytest.fixture
+def docs(run: Run, request: pytest.FixtureRequest) -> str:
+    """A collection of this test's own."""
+    name = request.node.name.removeprefix("test_")[:64]
+    added = run("retrieval.add_documents", name, DOCUMENTS)
+    assert added == {"collection": name, "ids": ["sky", "cat", "hen"], "count": 3}
+    return name
+
+
+@pytest.fixture(scope="module")
+def provider() -> Iterator[FakeOpenAI]:
+    with FakeOpenAI() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def remote(broker: str, directory: Path, provider: FakeOpenAI) -> Iterator[Run]:
+    """Sends to a node whose models are behind a URL."""
+    settings = {
+        "CLUSTER_LLM_BASE_URL": provider.base_url, "CLUSTER_LLM_MODEL": "fake-chat",
+        "CLUSTER_EMBEDDING_BASE_URL": provider.base_url, "CLUSTER_EMBEDDING_MODEL": "fake-embedding",
+        "CLUSTER_PROVIDER_MAX_RETRIES": "0",
+    }  # fmt: skip
+    with node(broker, "remote", directory, **settings) as app:
+        yield sender(app)
+
+
+# Embedding.
+
+
+def test_one_text_gives_one_vector(run: Run) -> None:
+    result = run("embedding.embed", "hello")
+    assert len(result["vectors"]) == 1
+    assert len(result["vectors"][0]) == result["dimension"] == 384
+    assert result["model"] == result["provider"] == "local-hash"
+
+
+def test_many_texts_give_their_vectors_in_order_over_many_requests(remote: Run, provider: FakeOpenAI) -> None:
+    provider.requests.clear()
+    texts = [f"text number {n}" for n in range(150)]
+    result = remote("embedding.embed", texts)
+    requests = [request.body["input"] for request in provider.requests if request.path == EMBEDDINGS_PATH]
+    assert [len(batch) for batch in requests] == [64, 64, 22]
+    assert len(result["vectors"]) == 150
+    assert result["vectors"][149] == remote("embedding.embed", texts[149])["vectors"][0]
+    assert result["usage"] == {"prompt_tokens": 450, "completion_tokens": 0, "total_tokens": 450}
+
+
+# Retrieval.
+
+
+def test_search_finds_the_nearest_first_and_only_what_matches(run: Run, docs: str) -> None:
+    found = run("retrieval.search", docs, "why is the sky blue?", k=2)
+    assert found["collection"] == docs
+    nearest, second = found["passages"]
+    assert nearest.keys() == {"id", "text", "metadata", "score"}
+    assert nearest["id"] == "sky"
+    assert nearest["score"] > second["score"]
+    few_legs = {"topic": "animals", "legs": {"lt": 4}}
+    found = run("retrieval.search", docs, query="why is the sky blue?", where=few_legs)
+    assert [passage["id"] for passage in found["passages"]] == ["hen"]
+
+
+def test_a_vector_searches_like_the_text_it_was_made_of(run: Run, docs: str) -> None:
+    [vector] = run("embedding.embed", "a cat")["vectors"]
+    assert run("retrieval.search", docs, vector=vector) == run("retrieval.search", docs, "a cat")
+    with pytest.raises(CollectionMismatch, match="384 dimensions"):
+        run("retrieval.search", docs, vector=[1.0, 2.0])
+
+
+def test_documents_are_replaced_by_id_and_added_once_without(run: Run, docs: str) -> None:
+    run("retrieval.add_documents", docs, [{"id": "cat", "text": "A cat hunts at night."}])
+    first = run("retrieval.add_documents", docs, ["A text alone."])
+    again = run("retrieval.add_documents", docs, ["A text alone.", "A text alone."])
+    assert again == {**first, "ids": first["ids"] * 2}
+    passages = run("retrieval.search", docs, "cat", k=10)["passages"]
+    assert passages[0]["text"] == "A cat hunts at night."
+    assert len(passages) == 4
+    assert run("retrieval.add_documents", docs, []) == {"collection": docs, "ids": [], "count": 0}
+
+
+def test_documents_are_deleted_by_id_and_by_metadata(run: Run, docs: str) -> None:
+    assert run("retrieval.delete_documents", docs, ids=["cat", "unknown"]) == {"deleted": 1}
+    assert run("retrieval.delete_documents", docs, where={"topic": "animals"}) == {"deleted": 1}
+    assert [passage["id"] for passage in run("retrieval.search", docs, "cat")["passages"]] == ["sky"]
+
+
+def test_an_unknown_collection_is_named_and_the_nearest_name_with_it(run: Run, docs: str) -> None:
+    for job, arguments in (("search", ["cat"]), ("delete_documents", [["cat"]])):
+        with pytest.raises(CollectionNotFound, match=f"did you mean '{docs}'"):
+            run(f"retrieval.{job}", f"{docs[:-1]}x", *arguments)
+
+
+# Generation.
+
+
+def test_without_a_model_only_passages_can_be_answered_from(run: Run) -> None:
+    result = run("llm.generate", "How many eggs does a hen lay?", passages=[document["text"] for document in DOCUMENTS])
+    assert result["text"] == DOCUMENTS[2]["text"]
+    assert (result["provider"], result["finish_reason"], result["tool_calls"]) == ("local-extractive", "stop", [])
+    with pytest.raises(ConfigurationError, match="CLUSTER_LLM_BASE_URL"):
+        run("llm.generate", "How many eggs does a hen lay?")
+
+
+def test_a_model_gets_every_parameter_and_its_answer_comes_back(remote: Run, provider: FakeOpenAI) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "now", "arguments": "{}"}}
+    tool = {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}
+    provider.reply("Let me see.", tool_calls=[call])
+    sent = {
+        "messages": [{"role": "user", "content": "What time is it?"}], "model": "other", "temperature": 0.5,
+        "max_tokens": 20, "stop": ["\n"], "tools": [tool], "response_format": {"type": "text"}, "top_p": 0.9,
+    }  # fmt: skip
+    result = remote("llm.generate", **sent, session_id="s")
+    assert provider.requests[-1].body == sent
+    assert result == {
+        "text": "Let me see.", "tool_calls": [call], "model": "other", "finish_reason": "tool_calls",
+        "usage": {"prompt_tokens": 4, "completion_tokens": 3, "total_tokens": 7}, "provider": "openai",
+    }  # fmt: skip
+
+
+def test_a_refused_request_fails_the_job_and_so_does_a_silent_provider(remote: Run, provider: FakeOpenAI) -> None:
+    asked = provider.counts[CHAT_PATH]
+    provider.fail(400, message="the prompt is too long")
+    with pytest.raises(ProviderError, match="the prompt is too long"):
+        remote("llm.generate", "hello")
+    provider.fail(503)
+    with pytest.raises(ProviderUnavailable):
+        remote("llm.generate", "hello")
+    # The provider's client repeats requests, the job does not.
+    assert provider.counts[CHAT_PATH] - asked == 2
+    assert remote("llm.generate", "hello")["text"] == "hello"
+
+
+# Answers.
+
+
+def test_an_answer_comes_with_the_passages_it_was_made_from(run: Run, docs: str) -> None:
+    result = run("rag.answer", "Why is the sky blue?", docs, k=2)
+    assert result["text"] == DOCUMENTS[0]["text"]
+    assert result["passages"][0]["id"] == "sky"
+    assert len(result["passages"]) == 2
+    assert result["model"] == "local-extractive"
+    result = run("rag.answer", "Why is the sky blue? Ask the cat", docs, where={"topic": "animals"})
+    assert result["text"] == DOCUMENTS[1]["text"]
+    assert {passage["id"] for passage in result["passages"]} == {"cat", "hen"}
+
+
+def test_a_model_gets_the_passages_as_numbered_context(remote: Run, provider: FakeOpenAI) -> None:
+    remote("retrieval.add_documents", "docs", DOCUMENTS)
+    result = remote("rag.answer", "How many eggs does a hen lay?", "docs", k=2, temperature=0, seed=7)
+    body = provider.requests[-1].body
+    context, question = body["messages"]
+    first, second = (passage["text"] for passage in result["passages"])
+    assert first == DOCUMENTS[2]["text"]
+    assert context == {"role": "system", "content": f"{FROM_PASSAGES}\n\n[1] {first}\n\n[2] {second}"}
+    assert question == {"role": "user", "content": "How many eggs does a hen lay?"}
+    assert (body["temperature"], body["seed"]) == (0, 7)
+    assert result["provider"] == "openai"
+
+
+def test_without_a_passage_no_model_is_asked(remote: Run, provider: FakeOpenAI) -> None:
+    remote("retrieval.add_documents", "docs", DOCUMENTS)
+    asked = provider.counts[CHAT_PATH]
+    result = remote("rag.answer", "Why?", "docs", where={"topic": "history"})
+    assert (result["text"], result["passages"], result["finish_reason"]) == ("", [], "no_passages")
+    assert result["usage"]["total_tokens"] == 0
+    assert provider.counts[CHAT_PATH] == asked
+
+
+def test_an_answer_fails_with_the_step_that_failed(run: Run, docs: str) -> None:
+    with pytest.raises(CollectionNotFound):
+        run("rag.answer", "Why?", "nowhere")
+    with pytest.raises(ConfigurationError, match="big-model"):
+        run("rag.answer", "Why is the sky blue?", docs, model="big-model")
+
+
+def test_more_answers_than_slots_are_worked_on_at_once_without_waiting_for_each_other(app: Celery, docs: str) -> None:
+    # With a worker that waits for its parts, two slots would stand still for ever.
+    answers = group(app.tasks["rag.answer"].s("Why is the sky blue?", docs) for _ in range(12))()
+    assert {answer["text"] for answer in answers.get(timeout=WITHIN_S)} == {DOCUMENTS[0]["text"]}
+
+
+# What no caller can check.
+
+
+def test_a_result_that_does_not_fit_fails_the_next_job_of_a_chain_and_not_the_one_before(app: Celery) -> None:
+    embed, generate = app.tasks["embedding.embed"], app.tasks["llm.generate"]
+    result = chain(embed.s("hello"), generate.s()).delay()
+    with pytest.raises(InvalidArguments, match=r"llm\.generate: prompt: Input should be a valid string"):
+        result.get(timeout=WITHIN_S)
+    assert result.parent.get(timeout=WITHIN_S)["dimension"] == 384
+
+
+def test_arguments_sent_around_the_check_fail_the_job(app: Celery) -> None:
+    result = app.send_task("retrieval.search", ("docs",), {"query": "a", "k": -1}, queue="local.waiting.retrieval")
+    with pytest.raises(InvalidArguments, match=r"retrieval\.search: k: "):
+        result.get(timeout=WITHIN_S)
+
+
+def test_the_log_of_a_worker_shows_neither_questions_nor_answers(app: Celery, run: Run, directory: Path) -> None:
+    passages = ["A secretive passage answers a confidential question."]
+    job = app.tasks["llm.generate"].delay("What is confidential?", passages=passages)
+    assert job.get(timeout=WITHIN_S)["text"] == passages[0]
+    log = log_of(directory, "local")
+    wait_until(lambda: f"llm.generate[{job.id}] succeeded" in log.read_text(), WITHIN_S)
+    assert "confidential" not in log.read_text()
+
+
+def test_a_plain_import_and_call_reaches_the_ready_made_app(app: Celery, broker: str) -> None:
+    script = "from cluster_tasks.tasks import embed; print(embed.delay('hello').get(timeout=60)['dimension'])"
+    environment = {**os.environ, "CLUSTER_BROKER_URL": broker, "CLUSTER_NAME": "local"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "384"

@@ -1,0 +1,73 @@
+"""An app as users have it: its tasks, and one line that makes its workers a cluster."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import redis
+from celery import Celery
+
+from cluster_tasks import Cluster, ClusterTask
+
+
+@dataclass(frozen=True)
+class Jobs:
+    """The app, its cluster and its tasks."""
+
+    app: Celery
+    cluster: Cluster
+    work: Any
+    flaky: Any
+    plain: Any
+    hog: Any
+
+
+def make_jobs() -> Jobs:
+    """Return a new app; workers make one when they import this module, each test makes its own."""
+    app = Celery("jobs", set_as_current=False)
+    cluster = Cluster(app)
+
+    @app.task(base=ClusterTask, bind=True, shared=False, name="jobs.work", request_type="llm", affinity="key")
+    def work(self: Any, seconds: float = 0.0, key: str = "") -> str:
+        """Take some time; return the node that did it. Every start is noted, so that tests can count them."""
+        note(f"started:{self.request.id}", self.request.hostname)
+        time.sleep(seconds)
+        return str(self.request.hostname)
+
+    @app.task(base=ClusterTask, bind=True, shared=False, name="jobs.flaky", request_type="llm", max_retries=3)
+    def flaky(self: Any, failures: int) -> str:
+        """Fail so many times, then succeed; return the nodes that tried."""
+        tried = note(f"tried:{self.request.id}", self.request.hostname)
+        if len(tried) <= failures:
+            raise self.retry(countdown=0)
+        return ",".join(tried)
+
+    @app.task(name="jobs.plain", shared=False)
+    def plain(number: int) -> int:
+        """A task that is none of the cluster's."""
+        return number + 1
+
+    @app.task(base=ClusterTask, bind=True, shared=False, name="jobs.hog", request_type="llm")
+    def hog(self: Any, seconds: int) -> str:
+        """Hold the GIL, as a regular expression that backtracks does: no other thread of the process runs."""
+        note(f"started:{self.request.id}", self.request.hostname)
+        # PyDLL, unlike CDLL, does not let go of the GIL for a call.
+        ctypes.PyDLL(None).sleep(seconds)
+        return str(self.request.hostname)
+
+    return Jobs(app, cluster, work, flaky, plain, hog)
+
+
+def note(key: str, value: str) -> list[str]:
+    """Append to a list in Redis beside the cluster's keys; return all of it."""
+    with redis.Redis.from_url(os.environ["CLUSTER_BROKER_URL"]) as client:
+        client.rpush(f"test:{key}", value)
+        listed: Any = client.lrange(f"test:{key}", 0, -1)
+        return [item.decode() for item in listed]
+
+
+app = make_jobs().app

@@ -1,0 +1,106 @@
+"""Real workers as processes of a test."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from tests.waiting import wait_until
+
+START_S = 60.0
+STOP_S = 60.0
+
+
+class WorkerProcess:
+    """One ``celery`` worker of a test, with a log of its own."""
+
+    def __init__(
+        self, name: str, broker_url: str, directory: Path, *, app: str = "tests.process.jobs", pool: str = "prefork",
+        slots: int = 2, options: tuple[str, ...] = (), environ: dict[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        self.id = f"{name}@test"
+        self.log = directory / f"{name}.log"
+        self._command = [
+            *(sys.executable, "-m", "celery", "-A", app, "worker", "-n", self.id, "-P", pool, "-c", str(slots)),
+            *("-l", "INFO", *options),
+        ]
+        self._environ = {**os.environ, "CLUSTER_BROKER_URL": broker_url, **(environ or {})}
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        """Of the main process."""
+        assert self._process is not None
+        return self._process.pid
+
+    def start(self) -> WorkerProcess:
+        """Start it; it may not be ready yet."""
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(self._command, env=self._environ, stdout=log, stderr=log)
+        return self
+
+    def wait_ready(self) -> WorkerProcess:
+        """Wait until it consumes."""
+        wait_until(lambda: " ready." in self.read_log() or self.exit_code() is not None, START_S, f"{self.id} starts")
+        assert self.exit_code() is None, self.read_log()
+        return self
+
+    def read_log(self) -> str:
+        """Everything it has logged."""
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def exit_code(self) -> int | None:
+        """None while it runs."""
+        return self._process.poll() if self._process else 0
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to the main process."""
+        assert self._process is not None
+        self._process.send_signal(number)
+
+    def kill(self) -> None:
+        """SIGKILL to the main process, as a crash; its pool's children end by themselves."""
+        self.signal(signal.SIGKILL)
+        assert self._process is not None
+        self._process.wait(STOP_S)
+
+    def stop(self) -> int | None:
+        """SIGTERM, and wait; whatever resists is killed. Safe to repeat."""
+        if self._process is None or self._process.poll() is not None:
+            return self.exit_code()
+        family = [psutil.Process(self.pid), *psutil.Process(self.pid).children(recursive=True)]
+        self.signal(signal.SIGCONT)
+        self.signal(signal.SIGTERM)
+        try:
+            self._process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            for member in family:
+                if member.is_running():
+                    member.kill()
+            self._process.wait(STOP_S)
+        return self.exit_code()
+
+
+@contextmanager
+def running(*workers: WorkerProcess) -> Iterator[tuple[WorkerProcess, ...]]:
+    """Start workers together, wait until all are ready, and stop them at the end."""
+    try:
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.wait_ready()
+        yield workers
+    finally:
+        for worker in workers:
+            if worker.exit_code() is None:
+                worker.signal(signal.SIGCONT)
+                worker.signal(signal.SIGTERM)
+        for worker in workers:
+            worker.stop()

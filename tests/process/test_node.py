@@ -1,0 +1,195 @@
+"""The life of a node, seen from outside: join, work, drain, die, come back."""
+
+from __future__ import annotations
+
+import signal
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from cluster_tasks import NodeStatus
+from tests.process.conftest import NewWorker
+from tests.process.jobs import Jobs
+from tests.process.nodes import running
+from tests.waiting import wait_until
+from workers.redis_server import RedisServer
+
+END_S = 60.0
+
+
+def finish(results: list[Any]) -> Counter[str]:
+    """Wait for all jobs; count them by the node that did them."""
+    return Counter(result.get(timeout=END_S) for result in results)
+
+
+def nothing_is_left(jobs: Jobs) -> bool:
+    """Whether no list, hash or index of the cluster holds a job any more."""
+    client, keys = jobs.cluster.client, jobs.cluster.keys
+    patterns = (keys.unacked_pattern, f"{keys.name}:remains*", "node.*", "waiting.*", keys.undecodable)
+    return not jobs.cluster.epochs.lengths() and not any(list(client.scan_iter(pattern)) for pattern in patterns)
+
+
+def starts_of(jobs: Jobs, results: list[Any]) -> Counter[str]:
+    """How often each job was started."""
+    return Counter({result.id: jobs.cluster.client.llen(f"test:started:{result.id}") for result in results})
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
+def test_a_worker_is_a_node_for_its_jobs_and_a_worker_for_all_others(
+    pool: str, jobs: Jobs, new_worker: NewWorker
+) -> None:
+    with running(new_worker("a", pool=pool)):
+        node = jobs.cluster.nodes()[0]
+        assert (node.id, node.status, node.serves) == ("a@test", NodeStatus.ONLINE, {"llm"})
+        assert node.capacity.max_connections == (1 if pool == "solo" else 2)
+        results = [jobs.work.delay() for _ in range(20)]
+        assert finish(results) == {"a@test": 20}
+        assert jobs.plain.delay(1).get(timeout=END_S) == 2
+        assert set(starts_of(jobs, results).values()) == {1}
+        wait_until(lambda: nothing_is_left(jobs), message="acknowledgements arrive")
+
+
+def test_nobody_idles_while_a_peer_queues(jobs: Jobs, new_worker: NewWorker) -> None:
+    # One affinity key: by preference all 24 would run on one node, 12 seconds long.
+    with running(*(new_worker(name) for name in "abc")):
+        results = [jobs.work.delay(1.0, key="same") for _ in range(24)]
+        client, queues = jobs.cluster.client, [jobs.cluster.keys.node_queue(f"{name}@test") for name in "abc"]
+
+        def idle_slots_beside_a_queue() -> bool:
+            """True only if it lasts: a slot that is just being filled is no idle slot."""
+            return bool(client.zcard(jobs.cluster.keys.idle)) and any(client.llen(queue) for queue in queues)
+
+        wait_until(lambda: sum(1 for result in results if result.ready()) >= 6, END_S)
+        assert not all(idle_slots_beside_a_queue() for _ in range(50))
+        by_node = finish(results)
+        # Six slots, 24 jobs of a second: four rounds. Who idled a round did fewer than eight.
+        assert set(by_node) == {"a@test", "b@test", "c@test"}
+        assert min(by_node.values()) >= 6
+
+
+def test_a_killed_nodes_jobs_are_done_by_the_others(jobs: Jobs, new_worker: NewWorker) -> None:
+    with running(*(new_worker(name) for name in "abc")) as (victim, *_):
+        results = [jobs.work.delay(0.5, key=str(number)) for number in range(40)]
+        wait_until(lambda: jobs.cluster.client.hlen(held_key(jobs, victim.id)), END_S, "the victim works")
+        victim.kill()
+        by_node = finish(results)
+        assert sum(by_node.values()) == 40
+        kinds = [event.kind for event in jobs.cluster.events.latest()]
+        assert kinds.count("node lost") == 1
+        assert "jobs moved" in kinds
+        assert victim.id not in {node.id for node in jobs.cluster.nodes()}
+        wait_until(lambda: nothing_is_left(jobs), message="acknowledgements arrive")
+        # Only what the victim held can have begun twice.
+        assert sum(starts_of(jobs, results).values()) <= 40 + 2
+
+
+def test_the_last_nodes_jobs_wait_for_the_first_that_joins(jobs: Jobs, new_worker: NewWorker) -> None:
+    with running(new_worker("a")) as (last,):
+        results = [jobs.work.delay(0.5) for _ in range(10)]
+        wait_until(lambda: jobs.cluster.client.hlen(held_key(jobs, last.id)), END_S, "it works")
+        last.kill()
+    more = [jobs.work.delay() for _ in range(5)]
+    with running(new_worker("b")):
+        by_node = finish(results + more)
+        assert sum(by_node.values()) == 15
+        assert by_node["b@test"] >= 10
+
+
+def test_sigterm_hands_over_the_list_and_finishes_what_runs(jobs: Jobs, new_worker: NewWorker) -> None:
+    with running(new_worker("a"), new_worker("b")) as (leaving, _):
+        results = [jobs.work.delay(0.5, key=str(number)) for number in range(30)]
+        wait_until(lambda: jobs.cluster.client.hlen(held_key(jobs, leaving.id)), END_S, "it works")
+        assert leaving.stop() == 0
+        assert [node.id for node in jobs.cluster.nodes()] == ["b@test"]
+        assert sum(finish(results).values()) == 30
+        assert set(starts_of(jobs, results).values()) == {1}, "a drained node's jobs ran once"
+        assert "node lost" not in [event.kind for event in jobs.cluster.events.latest()]
+
+
+def test_a_drained_node_takes_nothing_until_it_is_resumed(jobs: Jobs, new_worker: NewWorker) -> None:
+    with running(new_worker("a"), new_worker("b")):
+        jobs.cluster.drain("a@test")
+        assert finish([jobs.work.delay(0.05, key=str(number)) for number in range(20)]) == {"b@test": 20}
+        wait_until(
+            lambda: {node.id: node.status for node in jobs.cluster.nodes()}["a@test"] is NodeStatus.DRAINING,
+            message="its own report says so, too",
+        )
+        jobs.cluster.resume("a@test")
+        jobs.cluster.drain("b@test")
+        assert finish([jobs.work.delay(0.05, key=str(number)) for number in range(20)]) == {"a@test": 20}
+
+
+def test_a_name_that_is_alive_is_refused(jobs: Jobs, new_worker: NewWorker) -> None:
+    with running(new_worker("a")):
+        second = new_worker("a").start()
+        try:
+            wait_until(lambda: second.exit_code() is not None, END_S, "the second gives up")
+            assert second.exit_code() != 0
+            assert "a node 'a@test' is alive" in second.read_log()
+            assert jobs.work.delay().get(timeout=END_S) == "a@test"
+        finally:
+            second.stop()
+
+
+def test_a_node_that_was_killed_comes_back_under_its_name(jobs: Jobs, new_worker: NewWorker) -> None:
+    with running(new_worker("a")) as (worker,):
+        worker.kill()
+    with running(new_worker("a")):
+        assert jobs.work.delay().get(timeout=END_S) == "a@test"
+
+
+def test_a_node_that_slept_too_long_joins_anew_and_commits_nothing_old(jobs: Jobs, new_worker: NewWorker) -> None:
+    with running(new_worker("a"), new_worker("b")) as (sleeper, _):
+        results = [jobs.work.delay(2.0, key=str(number)) for number in range(8)]
+        wait_until(lambda: jobs.cluster.client.hlen(held_key(jobs, sleeper.id)) == 2, END_S, "it works")
+        epoch = jobs.cluster.epochs.beats()[sleeper.id].epoch
+        # Its children go on and end their jobs, which nobody may commit any more.
+        sleeper.signal(signal.SIGSTOP)
+        wait_until(lambda: sleeper.id not in jobs.cluster.epochs.beats(), END_S, "it is fenced")
+        sleeper.signal(signal.SIGCONT)
+        wait_until(lambda: jobs.cluster.epochs.beats().get(sleeper.id), END_S, "it joins anew")
+        assert jobs.cluster.epochs.beats()[sleeper.id].epoch != epoch
+        assert sum(finish(results).values()) == 8
+        wait_until(lambda: nothing_is_left(jobs), END_S, "acknowledgements arrive")
+
+
+def test_a_retry_is_balanced_anew(jobs: Jobs, new_worker: NewWorker) -> None:
+    with running(new_worker("a"), new_worker("b")):
+        tried = [jobs.flaky.delay(2).get(timeout=END_S).split(",") for _ in range(10)]
+        assert {len(nodes) for nodes in tried} == {3}
+        assert any(len(set(nodes)) == 2 for nodes in tried), "no retry ever met another node"
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_nodes_work_on_after_an_outage_of_redis(
+    pool: str, jobs: Jobs, new_worker: NewWorker, redis_server: RedisServer
+) -> None:
+    with running(new_worker("a", pool=pool)) as (worker,):
+        assert jobs.work.delay().get(timeout=END_S) == worker.id
+        # Without persistence it comes back empty: the node has to join anew.
+        redis_server.stop()
+        redis_server.start()
+        wait_until(lambda: jobs.cluster.epochs.beats().get(worker.id), END_S, "it joins anew")
+        assert jobs.work.delay().get(timeout=END_S) == worker.id
+        assert worker.exit_code() is None
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
+def test_a_job_that_holds_the_gil_past_the_lease_is_not_taken_for_a_death(
+    pool: str, jobs: Jobs, new_worker: NewWorker
+) -> None:
+    with running(new_worker("a", pool=pool), new_worker("b")):
+        jobs.cluster.drain("b@test")
+        hog = jobs.hog.delay(8)
+        wait_until(lambda: jobs.cluster.client.llen(f"test:started:{hog.id}"), END_S, "it runs")
+        jobs.cluster.resume("b@test")
+        assert hog.get(timeout=END_S) == "a@test"
+        assert starts_of(jobs, [hog]) == {hog.id: 1}
+        assert "node lost" not in [event.kind for event in jobs.cluster.events.latest()]
+
+
+def held_key(jobs: Jobs, node_id: str) -> str:
+    """The hash of what a node holds now."""
+    beat = jobs.cluster.epochs.beats().get(node_id)
+    return jobs.cluster.keys.unacked(node_id, beat.epoch if beat else "none")

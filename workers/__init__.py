@@ -1,0 +1,1 @@
+"""What runs on a node: the worker's steps, its agent, and the processes of one machine."""

@@ -1,0 +1,137 @@
+"""Where the node's runtime hooks into Celery's worker. The only module that knows Celery's step classes."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from typing import Any
+
+from celery import bootsteps, signals
+from celery.concurrency.prefork import TaskPool as PreforkPool
+from celery.exceptions import WorkerShutdown
+from celery.platforms import EX_FAILURE
+from celery.worker import state
+
+from cluster_tasks.broker import deliveries
+from cluster_tasks.broker.channel import consumed_tags
+from cluster_tasks.broker.deliveries import Deliveries
+from cluster_tasks.cluster import Cluster, cluster_of
+from cluster_tasks.errors import NodeNameTaken, UnavailableError
+from cluster_tasks.model import Capacity, Node, NodeRole
+from cluster_tasks.router import cluster_queue
+from workers.agent import NodeAgent
+from workers.heartbeat import HeartbeatProcess
+from workers.load import measure
+
+logger = logging.getLogger(__name__)
+
+
+class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
+    """Makes a worker a node: it consumes its own list, and its agent lives as long as it does."""
+
+    label = "Node"
+    requires = ("celery.worker.components:Pool",)
+
+    def __init__(self, worker: Any, **options: Any) -> None:
+        super().__init__(worker, **options)
+        cluster = cluster_of(worker.app)
+        # Gossip and mingle grow with the square of the number of nodes; the registry does their work.
+        worker.options.update(without_gossip=True, without_mingle=True)
+        # More than the pool runs is never held: what waits must stay where others can take it.
+        worker.prefetch_multiplier = 1
+        self._cluster, self._hostname = cluster, worker.hostname
+        self._agent: NodeAgent | None = None
+        worker.app.amqp.queues.select_add(cluster_queue(cluster.keys.node_queue(worker.hostname)))
+        signals.worker_shutdown.connect(self._leave, sender=worker)
+
+    def start(self, worker: Any) -> None:
+        cluster = self._cluster
+        node = describe(cluster, worker)
+        register = Deliveries(node.id, node.serves, cluster.keys, cluster.client, lambda: free_slots(worker))
+        # Children of prefork have a GIL of their own; tasks of the other pools share the agent's.
+        helper = None if isinstance(worker.pool, PreforkPool) else HeartbeatProcess(cluster.settings, node.id)
+        self._agent = NodeAgent(cluster, node, register, lambda: measure(register.held()), helper)
+        join(self._agent)
+        deliveries.install(register)
+        logger.info("node %s joined cluster %s", node.id, cluster.settings.name)
+
+    def close(self, worker: Any) -> None:
+        """The worker begins to shut down: what only waits goes to others at once."""
+        if self._agent is not None:
+            try:
+                self._agent.drain()
+            except UnavailableError as exc:
+                logger.warning("the list of this node is left to the health check: %s", exc)
+
+    def terminate(self, worker: Any) -> None:
+        self._leave()
+
+    def _leave(self, **_: Any) -> None:
+        # By signal and not in stop(): Celery stops this step before the pool, whose jobs must end under our epoch.
+        agent, self._agent = self._agent, None
+        if agent is not None:
+            try:
+                agent.stop()
+            except UnavailableError as exc:
+                logger.warning("leaving without a word, the others will notice: %s", exc)
+
+
+class ResyncStep(bootsteps.StartStopStep):  # type: ignore[misc]
+    """After each connection, delivers again what Celery dropped when the one before broke."""
+
+    label = "Resync"
+    requires = ("celery.worker.consumer.tasks:Tasks",)
+
+    def start(self, consumer: Any) -> None:
+        node = deliveries.current()
+        if node is None:
+            return
+        again = node.resync(consumed_tags(state.active_requests))
+        if again:
+            logger.warning("%d jobs that the broken connection had dropped are delivered again", again)
+
+
+def join(agent: NodeAgent) -> None:
+    """Start an agent; a name that is taken ends the worker with that reason, and without a traceback."""
+    try:
+        agent.start()
+    except NodeNameTaken as exc:
+        logger.critical("%s", exc)
+        raise WorkerShutdown(EX_FAILURE) from None
+
+
+def describe(cluster: Cluster, worker: Any) -> Node:
+    """Return the node that a Celery worker is, as its settings and its pool say."""
+    settings = cluster.settings
+    size = worker.max_concurrency or worker.pool.num_processes
+    return Node(
+        id=worker.hostname,
+        name=worker.hostname.partition("@")[0],
+        address=settings.address or socket.gethostname(),
+        port=settings.port,
+        roles=settings.roles,
+        capacity=Capacity(
+            max_connections=size, max_qps=settings.max_qps, max_memory_mb=settings.max_memory_mb, max_threads=size
+        ),
+        metadata=settings.metadata,
+        serves=cluster.served_types(),
+    )
+
+
+def describe_coordinator(cluster: Cluster, hostname: str) -> Node:
+    """Return the node that a coordinator is: it serves nothing and has no slots."""
+    return Node(
+        id=hostname,
+        name=hostname.partition("@")[0],
+        address=cluster.settings.address or socket.gethostname(),
+        roles=frozenset({NodeRole.MASTER}),
+        capacity=Capacity(max_connections=0, max_threads=0),
+        metadata=cluster.settings.metadata,
+    )
+
+
+def free_slots(worker: Any) -> int:
+    """Jobs the worker may hold: its pool, and those that wait in it for their time, as Celery counts them."""
+    consumer = worker.consumer
+    waiting = consumer.qos.value - consumer.initial_prefetch_count if consumer.qos else 0
+    return int(worker.pool.num_processes + max(waiting, 0))

@@ -1,0 +1,154 @@
+"""The demo as it unfolds: index, send jobs, kill a node, wait for the end of every job."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from celery import states
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from cluster_tasks.errors import ClusterError
+from cluster_tasks.model import Node
+from workers.demo.corpus import Passage
+from workers.demo.record import ACCEPTED, COMMITTED, EXECUTED, Record, redis_time_s
+from workers.demo.report import Loss, Report, report
+from workers.demo.traffic import Job, indexing, mixed
+from workers.local import LocalCluster
+
+STILL_S = 30.0
+"""Jobs are given up when none has ended for so long: six times what a failover may take."""
+LOOK_EVERY_S = 0.1
+KILL_AT = 0.1
+"""Share of the jobs that have ended when a node is killed."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Kill:
+    node: Node
+    at_s: float
+    """By Redis' clock, as all other times."""
+    loss: Loss
+    events_read: str
+    """Position in the stream of the cluster's events."""
+
+
+class Story:
+    """One demo on a cluster that runs, told on ``console``."""
+
+    def __init__(self, local: LocalCluster, console: Console) -> None:
+        self._local, self._cluster, self._console = local, local.cluster, console
+        self._record = Record(local.cluster.client, local.cluster.keys)
+        # Celery does this in workers only.
+        local.app.loader.import_default_modules()
+        self._position = "0"
+        self._kill: _Kill | None = None
+
+    def index(self, passages: Sequence[Passage]) -> None:
+        """Put all passages into the collection. Raises ClusterError if a job for it fails."""
+        sent = self._send(indexing(passages))
+        for _ in self._progress(sent):
+            pass
+        for job_id, state in self._states(sent).items():
+            if state != states.SUCCESS:
+                raise ClusterError(f"indexing failed: {state} {self._local.app.AsyncResult(job_id).result!r}")
+        self._console.print(f"{len(passages)} passages are indexed")
+
+    def work(self, passages: Sequence[Passage], count: int) -> Report:
+        """Send ``count`` jobs, kill a node amid them, and wait until each job has ended or none does any more."""
+        sent = self._send(mixed(passages, count))
+        self._console.print(f"{count} jobs are sent")
+        for share in self._progress(sent):
+            if self._kill is None and share >= KILL_AT:
+                self._kill = self._kill_one()
+            self._look_for_failover()
+        outcome = self._states(sent)
+        self._tell_failure(outcome)
+        return report(
+            outcome,
+            [entry for entry in self._record.read(ACCEPTED) if entry.job_id in sent],
+            self._record.read(EXECUTED),
+            self._record.read(COMMITTED),
+            self._kill.loss if self._kill else Loss(),
+            self._local.plan.strategy,
+        )
+
+    def _send(self, jobs: Sequence[Job]) -> dict[str, str]:
+        """Send jobs; return the task of each by id."""
+        sent = {}
+        for job in jobs:
+            job_id = self._local.app.tasks[job.task].apply_async(kwargs=job.arguments).id
+            self._record.note(ACCEPTED, job_id, job.task)
+            sent[job_id] = job.task
+        return sent
+
+    def _progress(self, sent: dict[str, str]) -> Iterator[float]:
+        """Yield the share of the jobs that have ended, until all have and a killed node's jobs are in new hands."""
+        open_ids, moved_at_s = set(sent), time.monotonic()
+        columns = TextColumn("{task.description:18}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        with Progress(*columns, console=self._console, disable=not self._console.is_terminal) as progress:
+            names = sorted(set(sent.values()))
+            bars = {name: progress.add_task(name, total=list(sent.values()).count(name)) for name in names}
+            while open_ids or self._failing_over():
+                for entry in self._record.read(COMMITTED, self._position, LOOK_EVERY_S):
+                    self._position, moved_at_s = entry.position, time.monotonic()
+                    if entry.job_id in open_ids:
+                        open_ids.remove(entry.job_id)
+                        progress.advance(bars[sent[entry.job_id]])
+                yield 1 - len(open_ids) / len(sent)
+                if time.monotonic() - moved_at_s > STILL_S:
+                    break
+
+    def _kill_one(self) -> _Kill | None:
+        """Kill the node that holds most, if one runs jobs while others wait in its list."""
+        holding = [(self._held(node), node) for node in self._cluster.nodes()]
+        (running, listed), node = max(holding, key=lambda item: sum(item[0]))
+        if not (running and listed):
+            return None
+        pid = self._local.supervisor.pids()[node.name]
+        events = self._cluster.events.latest(1)
+        seconds, microseconds = self._cluster.client.time()
+        os.kill(pid, signal.SIGKILL)
+        running, listed = self._held(node)
+        self._console.print(f"{node.id} is killed: it ran {running} jobs, and {listed} were in its list")
+        loss = Loss(node.id, running + listed)
+        return _Kill(node, seconds + microseconds / 1e6, loss, events[-1].id if events else "0")
+
+    def _held(self, node: Node) -> tuple[int, int]:
+        """Return how many jobs a node runs and how many are in its list."""
+        keys = self._cluster.keys
+        running = int(self._cluster.client.hlen(keys.unacked(node.id, node.epoch)))
+        return running, self._cluster.epochs.lengths().get(keys.node_queue(node.id), 0)
+
+    def _failing_over(self) -> bool:
+        return self._kill is not None and self._kill.loss.reowned_after_s is None
+
+    def _look_for_failover(self) -> None:
+        kill = self._kill
+        if kill is None or not self._failing_over():
+            return
+        for event in self._cluster.events.after(kill.events_read, 0):
+            kill = replace(kill, events_read=event.id)
+            if event.facts.get("epoch") != kill.node.epoch:
+                continue
+            after_s = round(redis_time_s(event.id) - kill.at_s, 3)
+            if event.kind == "node lost":
+                kill = replace(kill, loss=replace(kill.loss, detected_after_s=after_s))
+                self._console.print(f"{after_s:.1f} s later: its silence is noticed")
+            elif event.kind == "jobs moved" and kill.loss.reowned_after_s is None:
+                kill = replace(kill, loss=replace(kill.loss, reowned_after_s=after_s))
+                self._console.print(f"{after_s:.1f} s later: what others had not taken yet is in new hands")
+        self._kill = kill
+
+    def _states(self, sent: dict[str, str]) -> dict[str, str]:
+        return {job_id: self._local.app.AsyncResult(job_id).state for job_id in sent}
+
+    def _tell_failure(self, outcome: dict[str, str]) -> None:
+        failed = [job_id for job_id, state in outcome.items() if state == states.FAILURE]
+        if failed:
+            error = self._local.app.AsyncResult(failed[0]).result
+            self._console.print(f"{len(failed)} jobs failed, the first with {error!r}")

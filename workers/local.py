@@ -1,0 +1,212 @@
+"""A cluster on one machine: Redis, nodes, a coordinator and Flower, kept running. ``cluster-tasks up`` runs this."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import random
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from celery.app.utils import find_app
+from celery.utils.nodenames import host_format
+
+from cluster_tasks.balancing import create_balancer
+from cluster_tasks.cluster import cluster_of
+from cluster_tasks.errors import BrokerUnavailable, ClusterError, ConfigurationError
+from cluster_tasks.redis_store import foreign_errors
+from workers.redis_server import HOST, RedisServer, free_port
+from workers.supervision import NUMBER, Program, Supervisor
+
+NODE = "node"
+COORDINATOR = "coordinator"
+REDIS_PORT = 6379
+FLOWER_PORT = 5555
+POOLS = ("prefork", "threads", "solo")
+JOIN_TIMEOUT_S = 60.0
+BEYOND_DRAIN_S = 35.0
+"""Under load a prefork pool can take 30 s longer to end than its jobs."""
+LOOK_EVERY_S = 0.2
+STRATEGY_SETTINGS = ("strategy", "strategy_llm", "strategy_retrieval", "strategy_embedding")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is to run. A port that somebody holds is replaced by a free one."""
+
+    directory: Path
+    """Holds Redis' data, the ``logs`` and the collections."""
+    nodes: int = 3
+    app: str = "cluster_tasks"
+    pool: str = "prefork"
+    concurrency: int = 2
+    """Jobs at a time on each node."""
+    strategy: str = ""
+    """For all request types; empty: as set elsewhere."""
+    broker_url: str = ""
+    """A Redis that runs already; empty: one is started on the loopback."""
+    redis_port: int = 0
+    """0: any."""
+    flower_port: int = 0
+    """0: no Flower."""
+    restart: bool = True
+    """Whether a node that dies is started again."""
+
+
+class LocalCluster:
+    """A cluster as planned, from ``start`` to ``stop``; no process of it outlives this one, however that ends.
+
+    ``start`` sets the ``CLUSTER_*`` variables of this process, so that the app, which must not be in use before, and
+    whatever is started from here find the cluster.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.directory = plan, plan.directory.absolute()
+        if "%" in str(self.directory):
+            raise ConfigurationError(f"supervisord cannot work in a folder with % in its name: {self.directory}")
+        self.redis: RedisServer | None = None
+        """The Redis that was started, if any."""
+        self.flower_port = 0
+        """Where Flower listens; 0: nowhere."""
+        self._running = ExitStack()
+        self._earlier: dict[str, str] = {}
+
+    def start(self) -> None:
+        """Start everything; nodes still have to join. Raises ClusterError, and then nothing runs."""
+        with ExitStack() as running:
+            running.enter_context(_locked(self.directory))
+            if not self.plan.broker_url:
+                server = RedisServer(self.directory / "redis", _free_or_other(self.plan.redis_port), appendonly=True)
+                self.redis = running.enter_context(server)
+            os.environ |= {"CLUSTER_BROKER_URL": self.plan.broker_url} | self.variables()
+            self.app = find_app(self.plan.app)
+            self.cluster = cluster_of(self.app)
+            self._check()
+            self._earlier = self._epochs()
+            self.flower_port = _free_or_other(self.plan.flower_port)
+            self.supervisor = running.enter_context(Supervisor(self.directory, self._programs()))
+            self._running = running.pop_all()
+
+    def stop(self) -> None:
+        """Drain the nodes, then end the others, Redis last. Safe before a start and twice."""
+        self._running.close()
+
+    def missing(self) -> list[str]:
+        """Return the names of the nodes, coordinator included, that have not joined yet. Raises UnavailableError."""
+        epochs = self._epochs()
+        return [name for name in self._names() if epochs.get(name) == self._earlier.get(name)]
+
+    def wait_for_all(self, within_s: float = JOIN_TIMEOUT_S) -> list[str]:
+        """Wait until all have joined; return those that have not ``within_s``. Raises ClusterError if none can."""
+        deadline = time.monotonic() + within_s
+        while (missing := self.missing()) and time.monotonic() < deadline:
+            if not self.supervisor.running:
+                raise ClusterError(f"supervisord has ended; see {self.directory}/logs/supervisord.out")
+            time.sleep(LOOK_EVERY_S)
+        return missing
+
+    def keep_running(self, tell: Callable[[str], None]) -> None:
+        """Start again what dies, until this is interrupted; ``tell`` of it."""
+        while True:
+            time.sleep(LOOK_EVERY_S)
+            if self.redis and not self.redis.running:
+                tell("Redis has died and is started again")
+                try:
+                    self.redis.start()
+                except BrokerUnavailable as exc:
+                    tell(str(exc))
+            if not self.supervisor.running:
+                tell("supervisord has died and is started again")
+                self.supervisor.start()
+
+    def variables(self) -> dict[str, str]:
+        """Return the variables by which other commands find this cluster; its Redis only if it was started here."""
+        variables = {"CLUSTER_DATA_DIR": str(self.directory)}
+        if self.redis:
+            variables["CLUSTER_BROKER_URL"] = self.redis.url
+        if self.plan.strategy:
+            variables |= {f"CLUSTER_{name.upper()}": self.plan.strategy for name in STRATEGY_SETTINGS}
+        return variables
+
+    def node_id(self, name: str) -> str:
+        """Return the id of the node ``name``, such as ``node1``."""
+        return str(host_format(f"{name}@%h"))
+
+    def last_words(self, name: str) -> str:
+        """Return the end of the log of a program."""
+        log = self.directory / "logs" / f"{name}.log"
+        return " / ".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-3:]) if log.exists() else ""
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _check(self) -> None:
+        settings = self.cluster.settings
+        if self.plan.strategy:
+            create_balancer(self.plan.strategy, clock=self.cluster.clock, rng=random.Random())
+        with foreign_errors(BrokerUnavailable, f"connecting to {settings.broker_url}"):
+            self.cluster.client.ping()
+
+    def _names(self) -> list[str]:
+        return [*(f"{NODE}{number}" for number in range(1, self.plan.nodes + 1)), COORDINATOR]
+
+    def _epochs(self) -> dict[str, str]:
+        names = {self.node_id(name): name for name in self._names()}
+        return {names[node.id]: node.epoch for node in self.cluster.nodes() if node.id in names}
+
+    def _programs(self) -> list[Program]:
+        plan, celery = self.plan, [sys.executable, "-m", "celery", "-A", self.plan.app]
+        node = f"{NODE}{NUMBER}"
+        pool = ["--pool", plan.pool, "--concurrency", str(plan.concurrency)]
+        programs = [
+            Program(COORDINATOR, [*celery, "cluster", "coordinator"], priority=2),
+            Program(
+                node,
+                [*celery, "worker", "-n", f"{node}@%h", *pool, "--task-events", "--loglevel", "INFO"],
+                priority=3,
+                copies=plan.nodes,
+                restart=plan.restart,
+                stop_timeout_s=self.cluster.settings.drain_timeout_s + BEYOND_DRAIN_S,
+            ),
+        ]
+        if self.flower_port:
+            where = [f"--address={HOST}", f"--port={self.flower_port}"]
+            programs.append(Program("flower", [*celery, "flower", *where], priority=1))
+        return programs
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "up.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigurationError(f"another cluster runs in {directory}: choose another --data-dir") from None
+        yield
+
+
+def _free_or_other(port: int) -> int:
+    """Return ``port`` if nobody listens there, else a free one; 0 stays 0."""
+    if not port:
+        return 0
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            return free_port()
+    return port

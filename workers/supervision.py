@@ -1,0 +1,177 @@
+"""Programs of one machine, kept running by supervisord, which ends with this process and they with it."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import psutil
+
+from workers.tether import tethered, tethering
+
+NUMBER = "%(process_num)d"
+"""In the words of a program: which of its copies runs them, from 1."""
+STEADY_S = 2
+"""A program that ends sooner is restarted ever more slowly, a second longer each time."""
+SOCKET_PATH_MAX = 90
+"""Bytes. The kernel takes 107, of which supervisord needs some for a temporary name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """Something to run, ``copies`` times, with its output in ``logs/<name>.log``."""
+
+    name: str
+    """With NUMBER in it if there may be copies; all copies are stopped at once."""
+    command: Sequence[str]
+    priority: int
+    """Low ones are started first and stopped last."""
+    copies: int = 1
+    restart: bool = True
+    stop_timeout_s: float = 10.0
+    """What still runs so long after SIGTERM is killed."""
+
+
+class Supervisor:
+    """One supervisord with its programs.
+
+    Files go to ``directory``: ``logs``, a control socket, and ``supervisord.conf``, which ``supervisorctl -c`` takes.
+    """
+
+    def __init__(self, directory: Path, programs: Sequence[Program]) -> None:
+        self._directory, self._programs = directory.absolute(), programs
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def running(self) -> bool:
+        """Whether supervisord exists."""
+        return self._process is not None and self._process.poll() is None
+
+    def start(self) -> None:
+        """Start supervisord, which starts the programs; one that runs already is left alone."""
+        if self.running:
+            return
+        logs = self._directory / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        path = self._directory / "supervisord.conf"
+        path.write_text(self._configuration(), encoding="utf-8")
+        # Its own session keeps a Ctrl-C of the terminal away, so that all ends in order.
+        with (logs / "supervisord.out").open("ab") as output:
+            self._process = subprocess.Popen(
+                tethered(signal.SIGKILL, [sys.executable, "-m", "supervisor.supervisord", "-n", "-c", str(path)]),
+                env=tethering(),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+
+    def stop(self) -> None:
+        """End all programs in order, and wait. Safe before a start and twice; when interrupted it ends them at once."""
+        if self._process is None:
+            return
+        try:
+            self._process.terminate()
+            self._process.wait(sum(program.stop_timeout_s for program in self._programs) + 10)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            self.kill()
+
+    def kill(self) -> None:
+        """End all at once, and wait. Safe before a start and twice."""
+        if self._process is None:
+            return
+        programs = self._children() if self.running else []
+        processes = [*programs, *(child for program in programs for child in program.children(recursive=True))]
+        self._process.kill()
+        self._process.wait()
+        # They are tethered to it and die now.
+        psutil.wait_procs(processes, timeout=10)
+        self._process = None
+
+    def pids(self) -> dict[str, int]:
+        """Return the process ids of the programs that run, by name."""
+        found = {}
+        for process in self._children():
+            try:
+                found[process.environ()["SUPERVISOR_PROCESS_NAME"]] = process.pid
+            except (psutil.Error, KeyError):  # It ends or only begins.
+                continue
+        return found
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _children(self) -> list[psutil.Process]:
+        assert self._process is not None
+        try:
+            return psutil.Process(self._process.pid).children()
+        except psutil.NoSuchProcess:
+            return []
+
+    def _configuration(self) -> str:
+        # Paths begin at %(here)s: any character of a folder's name would do, where the file gives some a meaning.
+        sections = [
+            {
+                "": "supervisord",
+                "nodaemon": "true",
+                "silent": "true",
+                "logfile": "%(here)s/logs/supervisord.log",
+                "pidfile": "%(here)s/supervisord.pid",
+                **({"user": pwd.getpwuid(0).pw_name} if os.getuid() == 0 else {}),
+            },
+            *map(_section, self._programs),
+        ]
+        if len(os.fsencode(self._directory / "supervisor.sock")) <= SOCKET_PATH_MAX:
+            control = "supervisor.rpcinterface:make_main_rpcinterface"
+            sections += [
+                {"": "unix_http_server", "file": "%(here)s/supervisor.sock", "chmod": "0700"},
+                {"": "supervisorctl", "serverurl": "unix://%(here)s/supervisor.sock"},
+                {"": "rpcinterface:supervisor", "supervisor.rpcinterface_factory": control},
+            ]
+        return "\n".join(_lines(section) for section in sections)
+
+
+def _section(program: Program) -> dict[str, str]:
+    command = shlex.join(tethered(signal.SIGKILL, program.command)).replace("%", "%%")
+    return {
+        "": f"program:{program.name.replace(NUMBER, '')}",
+        "command": command.replace("%" + NUMBER, NUMBER),
+        "process_name": program.name,
+        "numprocs": str(program.copies),
+        "numprocs_start": "1",
+        "priority": str(program.priority),
+        "autorestart": str(program.restart).lower(),
+        "startsecs": str(STEADY_S),
+        "startretries": "1000000",
+        "stopsignal": "TERM",
+        "stopwaitsecs": str(round(program.stop_timeout_s)),
+        # A node's pool is stopped by the node, whose jobs it runs; only what is killed goes with all it has started.
+        "stopasgroup": "false",
+        "killasgroup": "true",
+        "redirect_stderr": "true",
+        "stdout_logfile": f"%(here)s/logs/{program.name}.log",
+        "stdout_logfile_maxbytes": "10MB",
+        "stdout_logfile_backups": "1",
+    }
+
+
+def _lines(section: dict[str, str]) -> str:
+    name, *items = section.items()
+    return "\n".join([f"[{name[1]}]", *(f"{key}={value}" for key, value in items), ""])

@@ -1,0 +1,86 @@
+"""``cluster-tasks up``: a cluster on this machine, until Ctrl-C or SIGTERM."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cluster_tasks.errors import ClusterError
+from workers.local import FLOWER_PORT, POOLS, REDIS_PORT, LocalCluster, Plan
+from workers.redis_server import HOST
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--nodes", type=click.IntRange(min=1), default=3, show_default=True, help="How many nodes.")
+@click.option("--concurrency", type=click.IntRange(min=1), default=2, show_default=True, help="Jobs at a time on each.")
+@click.option("--pool", type=click.Choice(POOLS), default=POOLS[0], show_default=True, help="How a node runs jobs.")
+@click.option("--strategy", default="", help="How jobs are balanced, of all types; else as the settings say.")
+@click.option("--flower-port", type=click.IntRange(1, 65535), default=FLOWER_PORT, show_default=True, help="Of Flower.")
+@click.option("--no-flower", is_flag=True, help="Without Flower.")
+@click.option("--data-dir", default="cluster-data", show_default=True, envvar="CLUSTER_DATA_DIR", show_envvar=True,
+              help="For queues, logs and collections; kept from run to run.")  # fmt: skip
+@click.option("--broker-url", default="", envvar="CLUSTER_BROKER_URL", show_envvar=True,
+              help="A Redis that runs already; without it one is started.")  # fmt: skip
+@click.option("--app", default="cluster_tasks", show_default=True, help="The Celery app, as for celery -A.")
+def up(flower_port: int, no_flower: bool, data_dir: str, **options: Any) -> None:
+    """Start Redis, nodes, a coordinator and Flower, and keep them running.
+
+    Ctrl-C or SIGTERM ends all of it: nodes finish the jobs that they run, what waits stays in --data-dir.
+    """
+    if "://" in data_dir:
+        raise click.UsageError(f"--data-dir must be a folder of this machine, not {data_dir}")
+    interrupt_on_signals()
+    plan = Plan(Path(data_dir), flower_port=0 if no_flower else flower_port, redis_port=REDIS_PORT, **options)
+    try:
+        run(LocalCluster(plan))
+    except ClusterError as exc:
+        raise click.ClickException(str(exc)) from exc
+
+
+def interrupt_on_signals() -> None:
+    """Let SIGTERM and a terminal that closes do what Ctrl-C does."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
+
+
+def run(local: LocalCluster) -> None:
+    """Run a cluster until this process is interrupted. Raises ClusterError if it cannot start."""
+    with local:
+        try:
+            click.echo(f"Starting {local.plan.nodes} nodes in {local.directory}")
+            for name in local.wait_for_all():
+                click.echo(f"{name} has not joined yet; see {local.directory}/logs/{name}.log", err=True)
+            click.echo(banner(local))
+            local.keep_running(lambda news: click.echo(news, err=True))
+        except KeyboardInterrupt:
+            click.echo("Ending: jobs that run may finish. Ctrl-C again ends at once.")
+
+
+def banner(local: LocalCluster) -> str:
+    """Return what there is to know of a cluster that runs."""
+    plan, where = local.plan, [("Redis", str(local.cluster.settings.broker_url))]
+    if local.flower_port:
+        where.append(("Flower", f"http://{HOST}:{local.flower_port}"))
+    where.append(("Logs", f"{local.directory}/logs"))
+    if local.redis and local.redis.port != plan.redis_port:
+        where.append(("Note", f"Redis is not at {plan.redis_port}, which is taken"))
+    if local.flower_port != plan.flower_port:
+        where.append(("Note", f"Flower is not at {plan.flower_port}, which is taken"))
+    lines = [*(f"  {name:<8}{value}" for name, value in where), "", "In other shells:"]
+    lines += [f"  export {name}={shlex.quote(value)}" for name, value in local.variables().items()]
+    lines += [
+        f"  celery -A {plan.app} worker -n more1@%h    # one more node",
+        f"  celery -A {plan.app} cluster nodes         # who does what",
+        "",
+        "Ctrl-C ends all of it.",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    up(prog_name="cluster-tasks up")
