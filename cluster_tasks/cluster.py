@@ -18,7 +18,7 @@ from kombu.utils.imports import symbol_by_name
 from pydantic import SecretStr
 
 from cluster_tasks.broker.channel import ClusterAMQP
-from cluster_tasks.broker.epochs import Beat, EpochTable
+from cluster_tasks.broker.epochs import Beat, EpochTable, Lists
 from cluster_tasks.broker.results import FENCED_BACKENDS
 from cluster_tasks.clock import SystemClock
 from cluster_tasks.errors import BrokerUnavailable, ConfigurationError, NodeNotFound, UnavailableError
@@ -189,13 +189,8 @@ class Cluster:
             )
 
     def _read_nodes(self) -> list[Node]:
-        lengths = self.epochs.lengths()
-        return [
-            node.model_copy(update={"load": node.load.model_copy(update={"queue_length": length})})
-            if (length := lengths.get(self.keys.node_queue(node.id), 0))
-            else node
-            for node in self.registry.list()
-        ]
+        lists = self.epochs.lists()
+        return [_seen_by_the_broker(node, self.keys.node_queue(node.id), lists) for node in self.registry.list()]
 
     def _route(self, *args: Any, **kwargs: Any) -> dict[str, Any] | None:
         return self.router(*args, **kwargs)
@@ -270,3 +265,16 @@ class Cluster:
             self.app.loader.override_backends = {**self.app.loader.override_backends, **FENCED_BACKENDS}
         elif str(results).partition("://")[0] in BROKER_SCHEMES:
             logger.warning("results live in another Redis than jobs: a result and its delivery are not one commit")
+
+
+def _seen_by_the_broker(node: Node, queue: str, lists: Lists) -> Node:
+    """Return a node as registered with what the broker knows better: its list, and whether it drains."""
+    changed: dict[str, Any] = {}
+    if length := lists.lengths.get(queue, 0):
+        changed["load"] = node.load.model_copy(update={"queue_length": length})
+    # The node itself reports this with its next load only, and until then what it had been before.
+    if queue in lists.draining:
+        changed["status"] = NodeStatus.DRAINING
+    elif node.status is NodeStatus.DRAINING:
+        changed["status"] = NodeStatus.ONLINE
+    return node.model_copy(update=changed) if changed else node

@@ -12,6 +12,7 @@ import pytest
 
 from cluster_tasks.errors import ConfigurationError
 from cluster_tasks.redis_store import connect
+from tests.servers import redis_for_results
 from workers.redis_server import RedisServer, find_redis_server
 
 # Every process of the run inherits it, so that those whose parent has died are found too.
@@ -93,7 +94,7 @@ def redis_binary() -> str:
 
 @pytest.fixture(scope="module")
 def _module_redis(redis_binary: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    with RedisServer(tmp_path_factory.mktemp("redis")) as server:
+    with redis_for_results(tmp_path_factory.mktemp("redis")) as server:
         yield server
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
 
 import redis
 
@@ -38,6 +37,16 @@ class Predecessor:
     """An epoch that stands under the name that a node wants to take."""
 
     beat: Beat
+
+
+@dataclass(frozen=True, slots=True)
+class Lists:
+    """How the lists of the cluster stand, by list name."""
+
+    lengths: Mapping[str, int]
+    """Jobs that wait, those of nodes and the waiting lists. Empty lists are left out."""
+    draining: Collection[str]
+    """Lists of nodes on which nothing new is placed."""
 
 
 class EpochTable:
@@ -109,8 +118,15 @@ class EpochTable:
         if not done:
             raise NodeNotFound(node_id, self.beats())
 
-    def lengths(self) -> dict[str, int]:
-        """Return how many jobs wait, by list name: those of nodes and the waiting lists. Empty lists are left out."""
-        with foreign_errors(BrokerUnavailable, "reading queue lengths"):
-            listed: Any = self._client.zrange(self._keys.backlog, 0, -1, withscores=True)
-        return {text(queue): int(length) for queue, length in listed}
+    def lists(self) -> Lists:
+        """Return how long the lists are and which take nothing new, in one round trip."""
+        with foreign_errors(BrokerUnavailable, "reading queue lengths"), self._client.pipeline() as pipe:
+            pipe.zrange(self._keys.backlog, 0, -1, withscores=True)
+            pipe.smembers(self._keys.draining)
+            listed, draining = pipe.execute()
+        lengths = {text(queue): int(length) for queue, length in listed}
+        return Lists(lengths, frozenset(map(text, draining)))
+
+    def lengths(self) -> Mapping[str, int]:
+        """Return how many jobs wait, by list name."""
+        return self.lists().lengths

@@ -25,8 +25,8 @@ from cluster_tasks.errors import (
 from cluster_tasks.tasks import embedding, llm, rag, retrieval
 from cluster_tasks.tasks.llm import FROM_PASSAGES
 from cluster_tasks.testing import CHAT_PATH, EMBEDDINGS_PATH, FakeOpenAI
+from tests.servers import redis_for_results
 from tests.waiting import wait_until
-from workers.redis_server import RedisServer
 
 DECLARED = (embedding, llm, rag, retrieval)
 """An app knows the jobs of the modules that its process has imported."""
@@ -48,7 +48,7 @@ def directory(redis_binary: str, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="module")
 def broker(directory: Path) -> Iterator[str]:
-    with RedisServer(directory / "redis") as server:
+    with redis_for_results(directory / "redis") as server:
         yield server.url
 
 

@@ -13,7 +13,7 @@ from cluster_tasks import Cluster
 from cluster_tasks.app import JOBS
 from cluster_tasks.balancing import strategy_names
 from tests.process.nodes import WorkerProcess, running
-from workers.redis_server import RedisServer
+from tests.servers import redis_for_results
 
 END_S = 90.0
 POOLS = ("prefork", "threads", "solo")
@@ -30,7 +30,10 @@ def app(
 ) -> Iterator[Celery]:
     """An app that sends to three nodes of one pool, which all strategies share: starting them is what takes time."""
     directory: Path = tmp_path_factory.mktemp(request.param)
-    with RedisServer(directory / "redis") as server, Celery("caller", set_as_current=False, broker=server.url) as app:
+    with (
+        redis_for_results(directory / "redis") as server,
+        Celery("caller", set_as_current=False, broker=server.url) as app,
+    ):
         Cluster(app)
         environ = {"CLUSTER_DATA_DIR": str(directory / "data")}
         workers = [

@@ -1,0 +1,19 @@
+"""Servers that tests share."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from workers.redis_server import RedisServer
+
+
+@contextmanager
+def redis_for_results(directory: Path) -> Iterator[RedisServer]:
+    """Run a Redis that outlives the results of the jobs that are sent through it."""
+    with RedisServer(directory) as server:
+        yield server
+        # A result unsubscribes when it is collected: now, while its Redis is there, and not in some later test.
+        gc.collect()
