@@ -45,6 +45,8 @@ def coordinator(app: Celery, hostname: str, loglevel: str) -> Any:
         app.steps[name].discard(f"{step.__module__}:{step.__name__}")
     app.steps["worker"].add(CoordinatorStep)
     app.amqp.queues.add(cluster_queue(cluster.keys.control_queue))
+    # What it sends are checks: see the control tasks for why they make no events.
+    app.conf.task_send_sent_event = False
     # Beat entries of the users are sent by their own beat.
     app.conf.beat_schedule = {
         CHECK_HEALTH: {

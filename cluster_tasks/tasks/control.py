@@ -13,6 +13,7 @@ def register_control_tasks(app: Celery, check_health: Callable[[], None]) -> Non
     """Make the control tasks known to ``app``."""
 
     # Not shared: Celery would give this app's check to every other app of the process.
-    @app.task(name=CHECK_HEALTH, ignore_result=True, shared=False)  # type: ignore[untyped-decorator]
+    # Without events: two checks a second would push people's jobs out of what Flower keeps.
+    @app.task(name=CHECK_HEALTH, ignore_result=True, send_events=False, shared=False)  # type: ignore[untyped-decorator]
     def check() -> None:
         check_health()

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from urllib.request import urlopen
 
 import psutil
 import pytest
+from celery import Celery
 
+from cluster_tasks import Cluster, NodeFilter, NodeRole
+from cluster_tasks.tasks import embed
 from tests.waiting import wait_until
+from workers.redis_server import free_port
 
 START_S = 90.0
 KEYS = {
@@ -37,9 +43,10 @@ def test_the_demo_keeps_its_promises_and_says_so_in_one_json_object(redis_binary
 
 
 @contextmanager
-def up(directory: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """``cluster-tasks up`` with two nodes and without Flower, started and ready."""
-    command = [sys.executable, "-m", "cluster_tasks.cli.main", "up", "--nodes", "2", "--no-flower", "--pool", "solo"]
+def up(directory: Path, *flower: str) -> Iterator[subprocess.Popen[bytes]]:
+    """``cluster-tasks up`` with two nodes, without Flower if nothing is said of it, started and ready."""
+    command = [sys.executable, "-m", "cluster_tasks.cli.main", "up", "--nodes", "2", "--pool", "solo"]
+    command += flower or ["--no-flower"]
     log = directory / "up.log"
     with log.open("wb") as output:
         process = subprocess.Popen([*command, "--data-dir", str(directory)], stdout=output, stderr=output)
@@ -81,3 +88,44 @@ def test_up_restarts_a_node_that_dies(redis_binary: str, tmp_path: Path) -> None
         first = wait_until(node, START_S, "node1 runs")
         first.kill()
         wait_until(lambda: (now := node()) is not None and now.pid != first.pid, START_S, "node1 runs again")
+
+
+@pytest.mark.timeout(240)
+def test_flower_shows_every_node_with_its_list_and_its_jobs(
+    redis_binary: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLOWER_UNAUTHENTICATED_API", "1")
+    port = free_port()
+
+    def get(path: str) -> str:
+        with suppress(OSError), urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
+            return str(answer.read().decode())
+        return ""
+
+    with up(tmp_path, "--flower-port", str(port)):
+        wait_until(lambda: get("/api/tasks"), START_S, "Flower answers")
+        # The ready-made app would keep the address it was first used with.
+        with Celery("caller", set_as_current=False, broker=broker_url_of(tmp_path)) as app:
+            cluster = Cluster(app)
+            job = app.tasks[embed.name].delay("some text")
+            assert job.get(timeout=START_S)["dimension"]
+            nodes = sorted(node.id for node in cluster.nodes(NodeFilter(role=NodeRole.WORKER)))
+        tasks = wait_until(lambda: (seen := json.loads(get("/api/tasks") or "{}")).get(job.id) and seen, START_S)
+        assert {task["name"] for task in tasks.values()} == {"embedding.embed"}, "jobs only, no health checks"
+        assert "some text" not in json.dumps(tasks)
+        workers = wait_until(
+            lambda: (seen := json.loads(get("/api/workers?refresh=1") or "{}")).keys() >= set(nodes) and seen, START_S
+        )
+        consumed = {queue["name"] for node in nodes for queue in workers[node]["active_queues"]}
+        assert consumed == {"celery", *map(cluster.keys.node_queue, nodes)}
+        lengths = {queue["name"]: queue["messages"] for queue in json.loads(get("/api/queues/length"))["active_queues"]}
+        assert [lengths[cluster.keys.node_queue(node)] for node in nodes] == [0, 0]
+        page = get("/broker")
+        assert all(cluster.keys.node_queue(node) in page for node in nodes)
+
+
+def broker_url_of(directory: Path) -> str:
+    """The address of the Redis that ``up`` has told of."""
+    found = re.search(r"CLUSTER_BROKER_URL=(\S+)", (directory / "up.log").read_text())
+    assert found
+    return found[1]
