@@ -17,15 +17,18 @@ from celery import Celery, signals
 from kombu.utils.imports import symbol_by_name
 from pydantic import SecretStr
 
-from cluster_tasks.broker.channel import ClusterAMQP
-from cluster_tasks.broker.epochs import Beat, EpochTable, Lists
+from cluster_tasks.broker.channel import ClusterAMQP, ClusterQueues
+from cluster_tasks.broker.delays import DelayedJob, delayed_jobs
+from cluster_tasks.broker.epochs import EpochTable, Lists
 from cluster_tasks.broker.results import FENCED_BACKENDS
+from cluster_tasks.broker.revocations import ClusterControl, Revocations
 from cluster_tasks.clock import SystemClock
 from cluster_tasks.errors import BrokerUnavailable, ConfigurationError, NodeNotFound, UnavailableError
 from cluster_tasks.failover.detector import Detector
 from cluster_tasks.failover.evacuation import Evacuation, Moved
 from cluster_tasks.failover.events import EventLog
 from cluster_tasks.failover.health import HealthCheck
+from cluster_tasks.failover.quarantine import Quarantine
 from cluster_tasks.keys import Keys
 from cluster_tasks.model import Node, NodeEvent, NodeFilter, NodeStatus
 from cluster_tasks.redis_store import connect, foreign_errors
@@ -59,9 +62,14 @@ class Cluster:
         apps.join(app, self)
         self._settings: ClusterSettings | ConfigurationError | None = None
         # A class of its own hands the app's messaging this cluster's router, whatever sets task_routes, and when.
-        base = symbol_by_name(app.amqp_cls)
-        app.amqp_cls = type("AMQP", (ClusterAMQP, base), {"cluster_route": staticmethod(self._route)})
-        app.__dict__.pop("amqp", None)
+        queues = type("Queues", (ClusterQueues,), {"lists_of_the_cluster": staticmethod(self._lists)})
+        own = {"cluster_route": staticmethod(self._route), "queues_cls": queues}
+        app.amqp_cls = type("AMQP", (ClusterAMQP, symbol_by_name(app.amqp_cls)), own)
+        # Celery asks a class for what an object of it has.
+        own = {"revocations": property(lambda _: self.revocations)}
+        app.control_cls = type("Control", (ClusterControl, symbol_by_name(app.control_cls)), own)
+        for used in ("amqp", "control"):
+            app.__dict__.pop(used, None)
         app.steps["worker"].add("workers.bootsteps:NodeStep")
         app.steps["consumer"].add("workers.bootsteps:ResyncStep")
         register_control_tasks(app, self._check_health)
@@ -117,10 +125,20 @@ class Cluster:
         return Evacuation(self.client, self.keys)
 
     @cached_property
+    def revocations(self) -> Revocations:
+        """Jobs that must not run any more."""
+        return Revocations(self.client, self.keys)
+
+    @cached_property
+    def quarantine(self) -> Quarantine:
+        """Jobs that are not run any more, for too many processes died of them."""
+        return Quarantine(self.client, self.keys, self.clock)
+
+    @cached_property
     def health(self) -> HealthCheck:
         """This process as observer of the others."""
         detector = Detector(self.clock, self.settings.lease_s, self.settings.failure_threshold)
-        return HealthCheck(self.epochs, detector, self.evacuation, self.registry, self.events)
+        return HealthCheck(self.epochs, detector, self.evacuation, self.registry, self.events, self.clock)
 
     @cached_property
     def router(self) -> ClusterRouter:
@@ -131,6 +149,10 @@ class Cluster:
     def nodes(self, where: NodeFilter = ALL) -> Sequence[Node]:
         """Return the nodes that pass ``where``, with their queue lengths. Raises UnavailableError."""
         return [node for node in self._read_nodes() if where.matches(node)]
+
+    def delayed(self, most: int = 1_000) -> Sequence[DelayedJob]:
+        """Return the jobs whose time has not come, the ``most`` that are due first. Raises BrokerUnavailable."""
+        return delayed_jobs(self.client, self.keys, most)
 
     def watch(self, stop: Event | None = None) -> Iterator[NodeEvent]:
         """Yield joined, left and updated until ``stop`` is set; see ``Registry.watch``."""
@@ -153,7 +175,7 @@ class Cluster:
 
     def retire(self, node_id: str, epoch: str) -> None:
         """End the epoch of a node that leaves in good order, and give back what it holds."""
-        if not self.epochs.fence(node_id, Beat(epoch, 0), even_if_it_beats=True):
+        if not self.epochs.close(node_id, epoch):
             return
         moved = self.evacuation.move_remains(node_id, epoch)
         self.events.add("node left", node=node_id, epoch=epoch, held=moved.held, listed=moved.listed)
@@ -191,6 +213,10 @@ class Cluster:
     def _read_nodes(self) -> list[Node]:
         lists = self.epochs.lists()
         return [_seen_by_the_broker(node, self.keys.node_queue(node.id), lists) for node in self.registry.list()]
+
+    def _lists(self) -> list[str]:
+        """The lists that hold jobs, and the delayed jobs."""
+        return [*self.epochs.lengths(), self.keys.delayed]
 
     def _route(self, *args: Any, **kwargs: Any) -> dict[str, Any] | None:
         return self.router(*args, **kwargs)
@@ -244,8 +270,11 @@ class Cluster:
         broker = settings.broker_url.get_secret_value()
         conf.broker_url = broker
         conf.broker_transport_options = {
-            "socket_timeout": 5.0, "socket_connect_timeout": 3.0, "socket_keepalive": True, "health_check_interval": 3,
+            "socket_timeout": 5.0, "socket_connect_timeout": 3.0, "socket_keepalive": True,
+            # Kombu drops a connection that has said nothing for a second longer than this.
+            "health_check_interval": 1,
             "master_name": settings.sentinel_master, **conf.broker_transport_options, "cluster_name": settings.name,
+            "cluster_timezone": getattr(self.app.timezone, "key", "UTC"),
         }  # fmt: skip
         self._configure_results(broker)
         conf.update(

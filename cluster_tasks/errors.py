@@ -33,6 +33,14 @@ class NodeNotFound(ClusterError, LookupError):
         self.node_id = node_id
 
 
+class JobNotFound(ClusterError, LookupError):
+    """No job of that id is in quarantine."""
+
+    def __init__(self, job_id: str, known: Iterable[str] = ()) -> None:
+        super().__init__(f"no job {job_id!r} is in quarantine{did_you_mean(job_id, known)}")
+        self.job_id = job_id
+
+
 class NodeNameTaken(ClusterError):
     """A living node has this id already."""
 
@@ -66,6 +74,18 @@ class FencedError(ClusterError):
 
 class StaleCommit(ClusterError):
     """A result was refused: another delivery of the job, or another node, has ended it."""
+
+
+class NodeLost(ClusterError):
+    """The job's node or process died while it ran, and it declares ``rerun_on_crash=False``."""
+
+
+class QuarantinedError(ClusterError):
+    """The job is not run any more: too many processes died while it ran."""
+
+
+class OutOfMemory(ClusterError):
+    """The job failed with a MemoryError, which Celery would take for one of the worker itself."""
 
 
 class ProviderError(ClusterError):

@@ -14,6 +14,8 @@ from cluster_tasks.model import check_node_id, check_request_type
 DEFAULT_NAME = "cluster"
 PRIORITY_SEPARATOR = "\x06\x16"
 PRIORITY_STEPS = (0, 3, 6, 9)
+BOUND = ".bound"
+"""What follows the name of a node's list in that of its second one, from which no other node takes."""
 ANY_TYPE = "any"
 """Request type of a message that declares none; every node serves it."""
 
@@ -36,19 +38,28 @@ class Keys:
         """The list of jobs of one type that have no node."""
         return f"{self._queue_prefix}waiting.{check_request_type(request_type)}"
 
+    def suspect_queue(self, request_type: str) -> str:
+        """The waiting list of jobs of one type that were running when a process died."""
+        return f"{self._queue_prefix}suspect.{check_request_type(request_type)}"
+
     @property
     def control_queue(self) -> str:
         """The list that coordinators consume."""
         return f"{self.name}.control"
 
+    @property
+    def delayed(self) -> str:
+        """Sorted set of jobs whose time has not come, by the second since 1970 when it will. Known as a queue, too."""
+        return f"{self.name}.delayed"
+
     def node_of(self, queue: str) -> str | None:
-        """The id of the node whose list ``queue`` is, or None."""
+        """The id of the node one of whose lists ``queue`` is, or None."""
         prefix = f"{self._queue_prefix}node."
-        return queue[len(prefix) :] if queue.startswith(prefix) else None
+        return queue[len(prefix) :].removesuffix(BOUND) if queue.startswith(prefix) else None
 
     def owns(self, queue: str) -> bool:
-        """Whether ``queue`` is the list of a node or a waiting list, which only this package's scripts may fill."""
-        return queue.startswith((f"{self._queue_prefix}node.", f"{self._queue_prefix}waiting."))
+        """Whether ``queue`` is a list that only this package's scripts may fill."""
+        return queue.startswith(tuple(f"{self._queue_prefix}{kind}." for kind in ("node", "waiting", "suspect")))
 
     # The epoch table. Hashes go from a node's queue name to a value.
 
@@ -79,8 +90,13 @@ class Keys:
 
     @property
     def fenced(self) -> str:
-        """Set of ``<node id>/<epoch>`` whose remains are not yet moved."""
+        """Hash ``<node id>/<epoch>`` → how it ended, of the epochs whose remains are not yet moved."""
         return f"{self.name}:fenced"
+
+    @property
+    def tasks(self) -> str:
+        """Hash node queue → names of the tasks that the node knows, one a line."""
+        return f"{self.name}:tasks"
 
     # Jobs.
 
@@ -122,8 +138,12 @@ class Keys:
         node_id, _, epoch = unacked.removeprefix(f"{self.name}:unacked:").rpartition("/")
         return node_id, epoch
 
+    def not_started(self, node_id: str, epoch: str) -> str:
+        """Set of the tags that an epoch holds and has not begun to work on. All others it is at work on."""
+        return f"{self.name}:not_started:{check_node_id(node_id)}/{epoch}"
+
     def remains(self, node_id: str, epoch: str) -> str:
-        """Where a fence puts the list of a node (priority 0; others with their suffix)."""
+        """Where a fence puts the list of a node (priority 0; others, and those of its second list, with a suffix)."""
         return f"{self.name}:remains:{check_node_id(node_id)}/{epoch}"
 
     def remains_unacked(self, node_id: str, epoch: str) -> str:
@@ -133,6 +153,30 @@ class Keys:
     def terminal(self, job_id: str) -> str:
         """Set when a job has ended; holds the tag of the delivery that ended it."""
         return f"{self.name}:terminal:{job_id}"
+
+    def crashes(self, job_id: str) -> str:
+        """List of the crash deliveries of a job (JSON), the first one first."""
+        return f"{self.name}:crashes:{job_id}"
+
+    @property
+    def suspects_held(self) -> str:
+        """Hash node queue → tag of the suspect that the node was given last."""
+        return f"{self.name}:suspects_held"
+
+    @property
+    def quarantine(self) -> str:
+        """Hash job id → record (JSON) of a job that is not run any more."""
+        return f"{self.name}:quarantine"
+
+    @property
+    def revoked(self) -> str:
+        """Sorted set of revoked job ids, by the second since 1970."""
+        return f"{self.name}:revoked"
+
+    @property
+    def revoked_stamps(self) -> str:
+        """Set of ``[header, value]`` (JSON) whose jobs are revoked."""
+        return f"{self.name}:revoked_stamps"
 
     # Registry and watch.
 
@@ -169,6 +213,11 @@ class Keys:
     def counters(self) -> str:
         """Hash of counters, such as ``stale_commits``."""
         return f"{self.name}:counters"
+
+
+def node_suffixes() -> tuple[str, ...]:
+    """Return what follows the name of a node's list in those of all its lists, both kinds and every priority."""
+    return (*priority_suffixes(), *(BOUND + suffix for suffix in priority_suffixes()))
 
 
 def priority_suffixes(steps: tuple[int, ...] = PRIORITY_STEPS, separator: str = PRIORITY_SEPARATOR) -> tuple[str, ...]:

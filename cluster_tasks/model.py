@@ -22,6 +22,8 @@ def _checked(pattern: re.Pattern[str], noun: str, value: str) -> str:
 
 def check_node_id(value: str) -> str:
     """Return ``value`` if it can be the id of a node. Raises ValueError."""
+    if value.endswith(".bound"):
+        raise ValueError(f"node id {value!r} ends with .bound, as the second list of a node does")
     return _checked(NODE_ID, "node id", value)
 
 

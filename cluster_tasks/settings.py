@@ -105,6 +105,8 @@ class ClusterSettings(BaseSettings):
     health_check_s: Seconds = 0.5
     failure_threshold: Annotated[int, Field(ge=1)] = 1
     """Checks in a row that must find a node still."""
+    max_crash_deliveries: Annotated[int, Field(ge=1)] = 3
+    """A job that was running when so many processes died is put into quarantine."""
     drain_timeout_s: Seconds = 30.0
     """How long running jobs may take to finish after SIGTERM."""
 

@@ -12,11 +12,11 @@ import redis
 from celery import Celery
 
 from cluster_tasks.broker.epochs import EpochTable
-from cluster_tasks.broker.message import place_message
-from cluster_tasks.broker.placement import Placer
+from cluster_tasks.broker.message import Placement, place_message
+from cluster_tasks.broker.placement import Crash, Placer, placing_script
 from cluster_tasks.failover.evacuation import Evacuation
 from cluster_tasks.keys import ANY_TYPE, Keys, priority_suffixes
-from cluster_tasks.redis_store import connect, load_script, text
+from cluster_tasks.redis_store import connect, text
 
 SUFFIXES = priority_suffixes()
 
@@ -69,7 +69,7 @@ class Broker:
         self.epochs = EpochTable(self.client, self.keys)
         self.placer = Placer(self.client, self.keys)
         self.evacuation = Evacuation(self.client, self.keys)
-        self._fetch = load_script(self.client, "cluster_tasks.broker", "fetch")
+        self._fetch = self.client.register_script(placing_script("fetch"))
         self._fetches = 0
 
     def open(self, node_id: str, *serves: str) -> str:
@@ -90,14 +90,22 @@ class Broker:
         self, node_id: str, epoch: str, want: int = 1, serves: Iterable[str] = (), acked: Sequence[str] = ()
     ) -> Fetched:
         """Fetch as the channel does."""
-        keys, waiting = self.keys, [self.keys.waiting_queue(kind) for kind in sorted({*serves, ANY_TYPE})]
+        keys, types = self.keys, sorted({*serves, ANY_TYPE})
         self._fetches += 1
-        status, *items = self._fetch(
-            [keys.epochs, keys.draining, keys.backlog, keys.idle, keys.serves, keys.unacked(node_id, epoch)],
-            [keys.node_queue(node_id), epoch, want, f"{epoch}.{self._fetches}.", len(SUFFIXES), len(waiting)]
-            + [*SUFFIXES, *waiting, *acked],
+        status, _, *items = self._fetch(
+            [keys.epochs, keys.draining, keys.backlog, keys.idle, keys.serves, keys.unacked(node_id, epoch)]
+            + [keys.delayed, keys.suspects_held],
+            [keys.bell_prefix, keys.node_queue(node_id), epoch, want, f"{epoch}.{self._fetches}.", len(SUFFIXES)]
+            + [len(types), *SUFFIXES, *map(keys.waiting_queue, types), *map(keys.suspect_queue, types), *acked],
         )
         return Fetched(text(status), {text(tag): message for tag, message in zip(items[::2], items[1::2], strict=True)})
+
+    def move_held(
+        self, node_id: str, epoch: str, moved: Sequence[tuple[str, Placement]], crash: Crash | None = None
+    ) -> int:
+        """Give back what an epoch holds."""
+        keys = self.keys
+        return self.placer.move_held(keys.unacked(node_id, epoch), keys.not_started(node_id, epoch), moved, crash)
 
     def listed(self, queue: str) -> list[str]:
         """The jobs of a list, the next one first, more urgent ones before others."""

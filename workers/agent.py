@@ -6,16 +6,22 @@ import logging
 import time
 from collections.abc import Callable
 
+from celery.worker import state
+
 from cluster_tasks.broker.deliveries import Deliveries
 from cluster_tasks.broker.epochs import Beat, Predecessor, Standing
 from cluster_tasks.cluster import Cluster
-from cluster_tasks.errors import NodeNameTaken, NodeNotFound, UnavailableError
+from cluster_tasks.errors import BrokerUnavailable, NodeNameTaken, NodeNotFound, UnavailableError
 from cluster_tasks.model import Load, Node, NodeStatus
+from cluster_tasks.redis_store import foreign_errors
 from workers.heartbeat import HeartbeatProcess
 from workers.periodic import Periodic
 
 logger = logging.getLogger(__name__)
 
+SURE_SHARE = 0.8
+"""Of the lease: for so long after a beat was sent, nobody can have given this node's jobs to others."""
+RESYNC_S = 10.0
 UNCHECKED_S = 1.0
 """After so long without a health check by a coordinator, the agents act on what they see."""
 
@@ -37,11 +43,15 @@ class NodeAgent:
         self._settings = cluster.settings
         self._standing = Standing.OK
         self._checks = (-1, 0.0)
+        self._resynced_s = cluster.clock.monotonic()
+        self._revoked_since_s = 0.0
         self._duties = [
             Periodic("heartbeat", self._settings.heartbeat_s, self._beat),
             Periodic("load report", self._settings.heartbeat_s, self._report),
             Periodic("watch", self._settings.health_check_s, self._watch),
         ]
+        if deliveries is not None:
+            self._duties.append(Periodic("revocations", self._settings.heartbeat_s, self._learn_revocations))
 
     @property
     def node(self) -> Node:
@@ -50,7 +60,7 @@ class NodeAgent:
 
     def start(self) -> None:
         """Join the cluster. Raises NodeNameTaken if a node of this name lives, BrokerUnavailable."""
-        self._begin(self._open())
+        self._begin(*self._open())
         for duty in self._duties:
             duty.start()
 
@@ -78,12 +88,14 @@ class NodeAgent:
             self._deliveries.flush()
         self._cluster.retire(self._node.id, epoch)
 
-    def _open(self) -> str:
+    def _open(self) -> tuple[str, float]:
+        """Return a new epoch, and when it was asked for."""
         epochs, node = self._cluster.epochs, self._node
         while True:
-            opened = epochs.open(node.id, node.serves)
+            asked_at_s = self._cluster.clock.monotonic()
+            opened = epochs.open(node.id, node.serves, self._cluster.app.tasks)
             if not isinstance(opened, Predecessor):
-                return opened
+                return opened, asked_at_s
             logger.warning("waiting whether an earlier %s still lives", node.id)
             self._wait_for_silence(opened.beat)
             self._cluster.health.fail_over(node.id, opened.beat, self._settings.lease_s)
@@ -102,11 +114,12 @@ class NodeAgent:
                     f"a node {self._node.id!r} is alive; give this worker another name with -n, such as -n NAME2@%h"
                 )
 
-    def _begin(self, epoch: str) -> None:
+    def _begin(self, epoch: str, asked_at_s: float) -> None:
         self._node = self._node.model_copy(update={"epoch": epoch, "registered_at": self._cluster.clock.time()})
         self._standing = Standing.OK
         if self._deliveries is not None:
             self._deliveries.begin(epoch)
+            self._deliveries.renew(asked_at_s + SURE_SHARE * self._settings.lease_s)
         if self._helper is not None:
             self._helper.beat_for(epoch)
         try:
@@ -117,21 +130,43 @@ class NodeAgent:
 
     def _beat(self) -> None:
         was_draining = self._standing is Standing.DRAINING
+        # Stamp before the call: a slow reply must shorten the time that is sure, never stretch it.
+        sent_at_s = self._cluster.clock.monotonic()
         self._standing = self._cluster.epochs.beat(self._node.id, self._node.epoch)
         if self._standing is Standing.FENCED:
             self._rejoin()
             if was_draining:
                 self.drain()
+        elif self._deliveries is not None:
+            was_late = self._deliveries.renew(sent_at_s + SURE_SHARE * self._settings.lease_s)
+            if was_late or sent_at_s - self._resynced_s > RESYNC_S:
+                self._resync(sent_at_s)
         if self._deliveries is not None:
             self._deliveries.flush()
 
+    def _resync(self, now_s: float) -> None:
+        assert self._deliveries is not None
+        with foreign_errors(BrokerUnavailable, "reading what this node holds"):
+            again = self._deliveries.resync()
+        self._resynced_s = now_s
+        if again:
+            logger.warning("%d jobs that this node had let lie are delivered again", again)
+
     def _rejoin(self) -> None:
         logger.error("this node was fenced: what it runs will not be committed; it joins anew")
-        opened = self._cluster.epochs.open(self._node.id, self._node.serves)
+        asked_at_s = self._cluster.clock.monotonic()
+        opened = self._cluster.epochs.open(self._node.id, self._node.serves, self._cluster.app.tasks)
         if isinstance(opened, Predecessor):
             logger.error("another worker has taken the name %s: this one takes no more jobs", self._node.id)
             return
-        self._begin(opened)
+        self._begin(opened, asked_at_s)
+
+    def _learn_revocations(self) -> None:
+        # Broadcasts are lost on a node that joins or reconnects just then.
+        ids, stamps = self._cluster.revocations.since(self._revoked_since_s)
+        state.merge_revoked([job_id for job_id in ids if job_id not in state.revoked])
+        state.revoked_stamps.update(stamps)
+        self._revoked_since_s = max(ids.values(), default=self._revoked_since_s)
 
     def _report(self) -> None:
         load, status = self._measure(), self._status()

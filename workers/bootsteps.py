@@ -6,7 +6,7 @@ import logging
 import socket
 from typing import Any
 
-from celery import bootsteps, signals
+from celery import Task, bootsteps, signals
 from celery.concurrency.prefork import TaskPool as PreforkPool
 from celery.exceptions import WorkerShutdown
 from celery.platforms import EX_FAILURE
@@ -19,11 +19,17 @@ from cluster_tasks.cluster import Cluster, cluster_of
 from cluster_tasks.errors import NodeNameTaken, UnavailableError
 from cluster_tasks.model import Capacity, Node, NodeRole
 from cluster_tasks.router import cluster_queue
+from cluster_tasks.tasks.base import ClusterTask
+from workers import control
 from workers.agent import NodeAgent
 from workers.heartbeat import HeartbeatProcess
 from workers.load import measure
+from workers.refusals import Refusals
 
 logger = logging.getLogger(__name__)
+
+REFUSED_POOLS = ("gevent", "eventlet")
+STOCK_REQUEST = Task.Request
 
 
 class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
@@ -35,6 +41,12 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
     def __init__(self, worker: Any, **options: Any) -> None:
         super().__init__(worker, **options)
         cluster = cluster_of(worker.app)
+        pool = worker.pool_cls.__module__.rpartition(".")[2]
+        if pool in REFUSED_POOLS:
+            raise SystemExit(
+                f"a node cannot use the pool {pool}: its heartbeat and its waiting for work are threads, and "
+                "green ones would stop all of that with the first job that computes; use -P threads or prefork"
+            )
         # Gossip and mingle grow with the square of the number of nodes; the registry does their work.
         worker.options.update(without_gossip=True, without_mingle=True)
         # More than the pool runs is never held: what waits must stay where others can take it.
@@ -47,12 +59,19 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
     def start(self, worker: Any) -> None:
         cluster = self._cluster
         node = describe(cluster, worker)
-        register = Deliveries(node.id, node.serves, cluster.keys, cluster.client, lambda: free_slots(worker))
+        register = Deliveries(
+            node.id, node.serves, cluster.keys, cluster.client, cluster.clock, lambda: free_slots(worker)
+        )
         # Children of prefork have a GIL of their own; tasks of the other pools share the agent's.
         helper = None if isinstance(worker.pool, PreforkPool) else HeartbeatProcess(cluster.settings, node.id)
         self._agent = NodeAgent(cluster, node, register, lambda: measure(register.held()), helper)
         join(self._agent)
         deliveries.install(register)
+        control.install()
+        for task in worker.app.tasks.values():
+            # Of any task, what comes from a list of the cluster is handled as a job of the cluster.
+            if task.Request == STOCK_REQUEST:
+                task.Request = ClusterTask.Request
         logger.info("node %s joined cluster %s", node.id, cluster.settings.name)
 
     def close(self, worker: Any) -> None:
@@ -81,6 +100,10 @@ class ResyncStep(bootsteps.StartStopStep):  # type: ignore[misc]
 
     label = "Resync"
     requires = ("celery.worker.consumer.tasks:Tasks",)
+
+    def __init__(self, consumer: Any, **options: Any) -> None:
+        super().__init__(consumer, **options)
+        Refusals(consumer, cluster_of(consumer.app))
 
     def start(self, consumer: Any) -> None:
         node = deliveries.current()

@@ -1,25 +1,214 @@
-"""Celery's request, watched for how jobs end."""
+"""Celery's request, for what nodes take from the cluster's lists: whether a job may start, and how it ends."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import copy
+from functools import cache, partial
 from typing import Any
 
-from celery.exceptions import Ignore, Retry
+import redis
+from billiard.einfo import ExceptionWithTraceback
+from billiard.exceptions import WorkerLostError
+from celery import states
+from celery.app.trace import TraceInfo
+from celery.exceptions import Ignore, Reject, Retry
 from celery.worker.request import Request
+from celery.worker.state import revoked as revoked_jobs
+from celery.worker.state import task_ready
 
+from cluster_tasks.broker import deliveries
+from cluster_tasks.broker.deliveries import Deliveries, Past
+from cluster_tasks.broker.message import Delivery
+from cluster_tasks.cluster import Cluster, cluster_of
+from cluster_tasks.errors import ClusterError, NodeLost, OutOfMemory, QuarantinedError, StaleCommit, UnavailableError
 from workers.load import outcomes
+
+logger = logging.getLogger(__name__)
 
 
 class ClusterRequest(Request):  # type: ignore[misc]
-    """Tells this node's statistics how each job ended."""
+    """A job on its way through a node. What came from other queues is Celery's own request and nothing else."""
 
-    _failed = False
+    _task: Any
+    _eta: Any
+    _delivery: Delivery | None = None
+    _was_delayed = _is_held_back = _failed = _is_ending = False
+    _letting_go: Callable[[], None] | None = None
+
+    def __init__(self, message: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(message, *args, **kwargs)
+        node, self._delivery = deliveries.current(), Delivery.of(message.properties)
+        if node is None or self._delivery is None:
+            return
+        # It has waited in Redis until its time came; the task still reads the time in its own request.
+        self._was_delayed, self._eta = self._eta is not None, None
+        if not self._task.acks_late:
+            self._task = _late(self._task)
+            # Celery's subclass remembers that the task would be let go when it begins.
+            self.on_success = self._on_success_of_late
+        if self._task.rate_limit:
+            self._is_held_back = True
+            node.hold_back(self._delivery.tag)
+
+    # Before it starts.
+
+    def revoked(self) -> bool:
+        """Whether it must not start, for whatever reason: Celery asks this before it hands a job to the pool."""
+        if super().revoked():
+            return True
+        node = deliveries.current()
+        if node is None or self._delivery is None:
+            return False
+        try:
+            return not self._may_start(node, self._delivery.tag)
+        except (redis.RedisError, UnavailableError) as exc:
+            logger.warning("job %s waits: %s", self.id, exc)
+            return not self._let_lie(node, self._delivery.tag)
+
+    def _may_start(self, node: Deliveries, tag: str) -> bool:
+        if not node.may_start(tag):
+            return self._let_lie(node, tag)
+        # Only these can have a past, and to look it up is a round trip.
+        if self._was_delayed or self._delivery_info["redelivered"]:
+            past = node.past(self.id)
+            if past.revoked:
+                revoked_jobs.add(self.id)
+                return not super().revoked()
+            if past.ended or (error := self._verdict(node, tag, past)):
+                self._end_without_running(None if past.ended else error)
+                return False
+        if self._is_held_back:
+            node.take_up(tag)
+        return True
+
+    def _let_lie(self, node: Deliveries, tag: str) -> bool:
+        """Do not start it now: it may belong to others already. If it does not, it is delivered again."""
+        task_ready(self)
+        node.let_lie(tag)
+        self.acknowledged = True
+        return False
+
+    def _verdict(self, node: Deliveries, tag: str, past: Past) -> ClusterError | None:
+        """The error with which a job fails that must not be run again, after the crashes of its past."""
+        if not past.crashes:
+            return None
+        cluster: Cluster = cluster_of(self._app)
+        if len(past.crashes) >= cluster.settings.max_crash_deliveries:
+            kept = cluster.quarantine.put(self.id, self._type, node.message(tag), past.crashes)
+            logger.error("job %s[%s] is in quarantine: %s", self.name, self.id, kept.reason)
+            cluster.events.add("job quarantined", job=self.id, task=self._type, reason=kept.reason)
+            return QuarantinedError(kept.reason)
+        if not getattr(self._task, "rerun_on_crash", True):
+            last = past.crashes[-1]
+            return NodeLost(f"it ran on {last.node} when that happened: {last.reason}; it is not to be run twice")
+        return None
+
+    def _end_without_running(self, error: ClusterError | None) -> None:
+        """End it as failed by Celery's own path, or (None) complete the end to which it has come already."""
+        task_ready(self)
+        with self._letting_go_last():
+            self.acknowledge()
+            if error is None:
+                self._task.backend.complete(self._context)
+                return
+            self._failed = True
+            try:
+                raise error
+            except ClusterError:
+                info = TraceInfo(states.FAILURE, error).handle_error_state(self._task, self._context)
+            self.send_event("task-failed", exception=repr(error), traceback=info.traceback)
+
+    # How it ends.
 
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> Any:
-        self._failed = not isinstance(exc_info.exception, Retry | Ignore)
-        return super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
+        exc = exc_info.exception
+        exc = exc.exc if isinstance(exc, ExceptionWithTraceback) else exc
+        if isinstance(exc, MemoryError):
+            # Of the task, which may go on in a node that has memory again; Celery would end the worker.
+            exc = exc_info.exception = OutOfMemory(str(exc) or repr(exc))
+        if exc_info.internal and not isinstance(exc, Reject | Ignore):
+            self._on_end_not_stored(exc)
+            return None
+        self._failed = not isinstance(exc, Retry | Ignore)
+        lost = isinstance(exc, WorkerLostError | SystemExit | KeyboardInterrupt)
+        if lost and self.time_start and self._delivery is not None and (node := deliveries.current()) is not None:
+            node.blame(self._delivery.tag, str(exc) or repr(exc))
+        with self._letting_go_last():
+            return super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
+
+    def _on_end_not_stored(self, exc: Exception) -> None:
+        """Its end was refused, or could not be stored: then it must be delivered again."""
+        task_ready(self)
+        node = deliveries.current()
+        if isinstance(exc, StaleCommit) or self._delivery is None or node is None:
+            logger.warning("job %s[%s]: %s", self.name, self.id, exc)
+            self._failed = True
+            self.acknowledge()
+        else:
+            logger.error("the end of job %s[%s] is not stored, it will be delivered again: %r", self.name, self.id, exc)
+            self._let_lie(node, self._delivery.tag)
+
+    def on_timeout(self, soft: bool, timeout: float) -> None:
+        with self._letting_go_last():
+            super().on_timeout(soft, timeout)
+
+    def _announce_revoked(self, *args: Any) -> None:
+        with self._letting_go_last():
+            super()._announce_revoked(*args)
+        self._already_revoked = True
+
+    def _on_success_of_late(self, outcome: Any, **kwargs: Any) -> None:
+        request_cls: Any = type(self)
+        request_cls.on_success(self, outcome, **kwargs)
+        self.acknowledge()
+
+    @contextmanager
+    def _letting_go_last(self) -> Iterator[None]:
+        """Let go of the delivery when all is done: the commit of an end is checked against it.
+
+        A commit that is refused is the end of the matter as well: the job has ended elsewhere, or will.
+        """
+        if self._is_ending:
+            yield
+            return
+        self._is_ending = True
+        try:
+            yield
+        except StaleCommit as exc:
+            logger.warning("%s", exc)
+            self._letting_go = self._letting_go or self.acknowledge
+        except BaseException:
+            # The end is not stored: let go of, the job would be lost.
+            self._letting_go = None
+            if self._delivery is not None and (node := deliveries.current()) is not None:
+                self._let_lie(node, self._delivery.tag)
+            raise
+        finally:
+            self._is_ending = False
+            if self._letting_go is not None:
+                self._letting_go()
 
     def acknowledge(self) -> None:
+        if self._is_ending:
+            self._letting_go = self.acknowledge
+            return
         if not self.acknowledged:
             outcomes.record(not self._failed)
         super().acknowledge()
+
+    def reject(self, requeue: bool = False) -> None:
+        if self._is_ending:
+            self._letting_go = partial(self.reject, requeue)
+            return
+        super().reject(requeue)
+
+
+@cache
+def _late(task: Any) -> Any:
+    """A task as it is run from the cluster's lists: what is let go when it begins is lost in a crash."""
+    late = copy(task)
+    late.acks_late = late.reject_on_worker_lost = True
+    return late

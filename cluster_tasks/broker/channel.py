@@ -9,20 +9,29 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable
+from datetime import tzinfo
 from functools import cached_property
 from hashlib import sha1
 from queue import Empty
 from typing import Any, Literal
+from zoneinfo import ZoneInfo
 
 import redis
-from celery.app.amqp import AMQP
+from celery.app.amqp import AMQP, Queues
 from kombu.connection import Connection, ConnectionPool, PooledConnection
 from kombu.transport import redis as stock
 from kombu.utils.json import dumps, loads
 
 from cluster_tasks.broker import deliveries
 from cluster_tasks.broker.deliveries import Deliveries
-from cluster_tasks.broker.message import DELIVERY_PROPERTY, Delivery, check_payload, place_message
+from cluster_tasks.broker.message import (
+    DELIVERY_PROPERTY,
+    Delivery,
+    Placement,
+    check_payload,
+    due_time,
+    place_message,
+)
 from cluster_tasks.broker.placement import Placer, placing_script
 from cluster_tasks.errors import ConfigurationError
 from cluster_tasks.keys import DEFAULT_NAME, Keys, priority_suffixes
@@ -30,10 +39,13 @@ from cluster_tasks.redis_store import load_script, script_source, text
 
 logger = logging.getLogger(__name__)
 
-BELL_WAIT_S = 1
+BELL_WAIT_S = 1.0
+SHORTEST_WAIT_S = 0.01
+"""Redis 6.2 takes a millisecond for endless."""
 GLANCE_EVERY_S = 0.02
 _SUFFIXES = priority_suffixes()
-_FETCH = script_source(__package__, "fetch")
+_FETCH = placing_script("fetch")
+_OPTIONS = ("cluster_name", "cluster_timezone")
 _GLANCE = script_source(__package__, "glance")
 _FETCH_SHA = sha1(_FETCH.encode(), usedforsecurity=False).hexdigest()
 
@@ -74,7 +86,9 @@ class ClusterChannel(stock.Channel):
 
     QoS = ClusterQoS
     cluster_name = DEFAULT_NAME
-    from_transport_options = (*stock.Channel.from_transport_options, "cluster_name")  # type: ignore[assignment]
+    cluster_timezone = "UTC"
+    """Of due times that name none."""
+    from_transport_options = (*stock.Channel.from_transport_options, *_OPTIONS)  # type: ignore[assignment]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._next: Literal["fetch", "bell", "glance"] = "fetch"
@@ -84,6 +98,7 @@ class ClusterChannel(stock.Channel):
         self._asked = 0
         """How many jobs it asks for."""
         self._glanced_s = 0.0
+        self._bell_wait_s = BELL_WAIT_S
         self._fetch_by_text = False
         super().__init__(*args, **kwargs)
 
@@ -115,23 +130,40 @@ class ClusterChannel(stock.Channel):
     def _put(self, queue: str, message: dict[str, Any], **kwargs: Any) -> None:
         if queue == self.keys.control_queue:
             self._put_control(queue, message)
-        elif self.keys.owns(queue):
+        elif not self.keys.owns(queue):
+            super()._put(queue, message, **kwargs)
+        else:
             target = queue if self.keys.node_of(queue) else ""
             placement = place_message(message, dumps(message), self.keys, target)
-            batch = kwargs.get("_publish_batch")
-            if batch is None:
-                self._placer.place([placement])
-            else:
-                arguments = [self.keys.bell_prefix, *placement.arguments()]
-                batch.add("eval", placing_script("place"), 5, *self._placer.index, *arguments)
+            try:
+                self._place(placement, due_time(message, self._timezone), kwargs.get("_publish_batch"))
+            except redis.ResponseError as exc:
+                # READONLY, LOADING, OOM: Celery's policy for publishing decides how often to try again, and where
+                # the master is now.
+                self._placer.disconnect()
+                raise redis.ConnectionError(f"Redis refused a job: {exc}") from exc
+
+    def _place(self, placement: Placement, due: float | None, batch: Any) -> None:
+        if due is not None:
+            self._placer.delay(placement, due, BELL_WAIT_S)
+        elif batch is None:
+            self._placer.place([placement])
         else:
-            super()._put(queue, message, **kwargs)
+            arguments = [self.keys.bell_prefix, *placement.arguments()]
+            batch.add("eval", placing_script("place"), 5, *self._placer.index, *arguments)
 
     def _put_control(self, queue: str, message: dict[str, Any]) -> None:
         last = self.keys.queued_control(message["headers"].get("task", ""))
         self._queue_control([queue, last], [dumps(message)])
 
+    @cached_property
+    def _timezone(self) -> tzinfo:
+        return ZoneInfo(self.cluster_timezone)
+
     def _purge(self, queue: str) -> int:
+        if queue == self.keys.delayed:
+            with self.conn_or_acquire() as client, client.pipeline() as pipe:
+                return int(pipe.zcard(queue).delete(queue).execute()[0])
         if not self.keys.owns(queue):
             return int(super()._purge(queue))
         lists = [queue + suffix for suffix in _SUFFIXES]
@@ -143,10 +175,12 @@ class ClusterChannel(stock.Channel):
             self._purge(queue)
 
     def _size(self, queue: str) -> int:
-        if not self.keys.owns(queue):
+        if queue != self.keys.delayed and not self.keys.owns(queue):
             return int(super()._size(queue))
-        # Our lists have Kombu's own steps, whatever priority_steps and sep the other queues are given.
         with self.conn_or_acquire() as client:
+            if queue == self.keys.delayed:
+                return int(client.zcard(queue))
+            # Our lists have Kombu's own steps, whatever priority_steps and sep the other queues are given.
             return sum(client.llen(queue + suffix) for suffix in _SUFFIXES)
 
     # Consuming. Kombu's poller calls _brpop_start when no command is under way and _brpop_read when a reply is there.
@@ -163,7 +197,7 @@ class ClusterChannel(stock.Channel):
                 self._fetch(node)
             elif command == "bell":
                 node.at_bell = True
-                self._send("BRPOP", node.bell, *self._lists_of_others(node), BELL_WAIT_S)
+                self._send("BRPOP", node.bell, *self._lists_of_others(node), self._bell_wait_s)
             else:
                 lists = self._lists_of_others(node)
                 self._send("EVAL", _GLANCE, len(lists), *lists)
@@ -177,11 +211,12 @@ class ClusterChannel(stock.Channel):
         keys = self.keys
         epoch, first_tag, acked = node.next_fetch()
         names = [keys.epochs, keys.draining, keys.backlog, keys.idle, keys.serves, node.unacked_of(epoch)]
+        names += [keys.delayed, keys.suspects_held]
         script = ("EVAL", _FETCH) if self._fetch_by_text else ("EVALSHA", _FETCH_SHA)
         self._carried, self._asked = acked, self._wanted(node)
         self._send(
-            *(*script, len(names), *names, node.queue, epoch, self._asked, first_tag),
-            *(len(_SUFFIXES), len(node.waiting), *_SUFFIXES, *node.waiting, *acked),
+            *(*script, len(names), *names, keys.bell_prefix, node.queue, epoch, self._asked, first_tag),
+            *(len(_SUFFIXES), len(node.waiting), *_SUFFIXES, *node.waiting, *node.suspects, *acked),
         )
 
     def _wanted(self, node: Deliveries) -> int:
@@ -229,8 +264,9 @@ class ClusterChannel(stock.Channel):
         return True
 
     def _read_fetch(self) -> bool:
-        status, *items = self._reply("EVALSHA")
+        status, due_ms, *items = self._reply("EVALSHA")
         self._fetch_by_text = False
+        self._bell_wait_s = min(max(int(due_ms) / 1000, SHORTEST_WAIT_S), BELL_WAIT_S) if due_ms else BELL_WAIT_S
         node = self.node
         if node is None:
             # The consumer was cancelled meanwhile: what was given stays recorded, and the end of the epoch moves it.
@@ -250,10 +286,10 @@ class ClusterChannel(stock.Channel):
     def _deliver_inbox(self, node: Deliveries) -> bool:
         delivered = False
         while (item := node.next()) is not None:
-            delivery, message = item
+            delivery, message, again = item
             delivered = True
             try:
-                payload = self._decode(delivery, message)
+                payload = self._decode(delivery, message, again)
             except Exception as exc:  # noqa: BLE001 - whatever a broken message raises, it must harm no other.
                 logger.error("a message that cannot be decoded is set aside: %r", exc)
                 node.set_aside(delivery.tag)
@@ -261,12 +297,14 @@ class ClusterChannel(stock.Channel):
             self.connection._deliver(payload, node.queue)
         return delivered
 
-    def _decode(self, delivery: Delivery, message: bytes) -> dict[str, Any]:
+    def _decode(self, delivery: Delivery, message: bytes, again: bool) -> dict[str, Any]:
         payload = check_payload(loads(text(message)))
         properties = payload["properties"]
         if body := payload.get("body"):
             # Kombu decodes it where an error would end the worker.
             payload["body"] = self.decode_body(body, properties.pop("body_encoding", None))
+        if again:
+            properties["delivery_info"] = {**(properties.get("delivery_info") or {}), "redelivered": True}
         properties["delivery_tag"] = delivery.tag
         properties[DELIVERY_PROPERTY] = [delivery.node_id, delivery.epoch, delivery.tag]
         return payload
@@ -281,7 +319,7 @@ class ClusterChannel(stock.Channel):
 class ClusterSentinelChannel(ClusterChannel, stock.SentinelChannel):
     """The same behind Redis Sentinel."""
 
-    from_transport_options = (*stock.SentinelChannel.from_transport_options, "cluster_name")  # type: ignore[assignment]
+    from_transport_options = (*stock.SentinelChannel.from_transport_options, *_OPTIONS)  # type: ignore[assignment]
 
 
 class ClusterTransport(stock.Transport):
@@ -337,6 +375,16 @@ class ClusterConnectionPool(ConnectionPool):
 
     def new(self) -> PooledClusterConnection:
         return PooledClusterConnection(self, **dict(self.connection._info(resolve=False)))
+
+
+class ClusterQueues(Queues):  # type: ignore[misc]
+    """Celery's queues of an app. Who asks for their names, which is ``celery purge``, hears of the cluster's lists."""
+
+    lists_of_the_cluster: Callable[[], Iterable[str]]
+    """Their names, read from Redis."""
+
+    def keys(self) -> Any:
+        return {*super().keys(), *self.lists_of_the_cluster()}
 
 
 class ClusterAMQP(AMQP):  # type: ignore[misc]

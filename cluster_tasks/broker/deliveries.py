@@ -10,47 +10,70 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Set
+from collections.abc import Callable, Collection, Iterable, Sequence, Set
+from dataclasses import dataclass
 from typing import Any
 
 import redis
 
 from cluster_tasks.broker.message import Delivery, Placement, replace_message
-from cluster_tasks.broker.placement import Placer
+from cluster_tasks.broker.placement import Crash, Placer
+from cluster_tasks.clock import Clock
 from cluster_tasks.keys import ANY_TYPE, Keys
 from cluster_tasks.redis_store import text
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class Past:
+    """What has become of a job in earlier deliveries."""
+
+    ended: bool
+    crashes: Sequence[Crash]
+    revoked: bool
+
+
 class Deliveries:
     """The register of one node process. Thread-safe: pool threads acknowledge, the event loop fetches."""
 
     def __init__(
-        self, node_id: str, serves: Iterable[str], keys: Keys, client: redis.Redis, slots: Callable[[], int]
-    ) -> None:
+        self, node_id: str, serves: Iterable[str], keys: Keys, client: redis.Redis, clock: Clock,
+        slots: Callable[[], int],
+    ) -> None:  # fmt: skip
         self.node_id, self.queue, self.bell = node_id, keys.node_queue(node_id), keys.bell(node_id)
-        self.waiting = [keys.waiting_queue(request_type) for request_type in sorted({*serves, ANY_TYPE})]
+        types = sorted({*serves, ANY_TYPE})
+        self.waiting = [keys.waiting_queue(request_type) for request_type in types]
         """The waiting lists that this node takes from."""
+        self.suspects = [keys.suspect_queue(request_type) for request_type in types]
+        """Those of suspects, in the same order."""
         self.epoch = ""
         self.at_bell = False
         """Whether the node waits at its doorbell: then no fetch will carry an acknowledgement soon."""
         self.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         """Becomes readable when a slot was freed, maybe by another thread."""
-        self._keys, self._client, self._slots = keys, client, slots
+        self._keys, self._client, self._clock, self._slots = keys, client, clock, slots
         self._placer = Placer(client, keys)
         self._lock = threading.Lock()
         self._held: dict[str, bytes] = {}
-        self._inbox: deque[tuple[str, bytes]] = deque()
+        self._inbox: deque[tuple[str, bytes, bool]] = deque()
         self._acked: set[str] = set()
-        self._returned: dict[str, Placement] = {}
+        self._returned: dict[str, tuple[Placement, Crash | None]] = {}
         self._unreadable: dict[str, bytes] = {}
+        self._blamed: dict[str, Crash] = {}
         self._fetches = 0
+        self._answered = 0
+        """The last fetch whose answer has come, or never will."""
+        self._sure_until_s = float("-inf")
 
     @property
     def unacked_key(self) -> str:
         """The hash in Redis of what this epoch holds."""
         return self.unacked_of(self.epoch)
+
+    @property
+    def _not_started(self) -> str:
+        return self._keys.not_started(self.node_id, self.epoch)
 
     def unacked_of(self, epoch: str) -> str:
         """The hash in Redis of what an epoch of this node holds."""
@@ -60,17 +83,34 @@ class Deliveries:
         """Work under a new epoch. What the old one holds still fills its slots until it ends, and is not committed."""
         with self._lock:
             self.epoch = epoch
-            for tag, _ in self._inbox:
+            for tag, *_ in self._inbox:
                 self._held.pop(tag, None)
             self._inbox.clear()
             self._acked.clear()
             self._returned.clear()
             self._unreadable.clear()
+            self._blamed.clear()
         self.wake()
+
+    def renew(self, until_s: float) -> bool:
+        """Let jobs start until ``until_s`` on the clock; return whether none could any more before."""
+        was_late = not self.is_sure()
+        self._sure_until_s = until_s
+        if was_late:
+            self.wake()
+        return was_late
+
+    def is_sure(self) -> bool:
+        """Whether it is sure that nobody has given the jobs of this node to others yet."""
+        return self._clock.monotonic() < self._sure_until_s
+
+    def may_start(self, tag: str) -> bool:
+        """Whether work on a delivery may begin."""
+        return self.is_sure() and tag in self._held and self._is_current(tag)
 
     def free_slots(self) -> int:
         """How many more jobs may be fetched now."""
-        return self._slots() - len(self._held) if self.epoch else 0
+        return self._slots() - len(self._held) if self.epoch and self.is_sure() else 0
 
     def held(self) -> int:
         """How many jobs this process holds, of all epochs."""
@@ -89,18 +129,19 @@ class Deliveries:
     def receive(self, deliveries: Collection[tuple[str, bytes]], acked: Collection[str]) -> None:
         """Take what a fetch returned; ``acked`` went with it. What an epoch was given that has ended is others'."""
         with self._lock:
+            self._answered = self._fetches
             self._acked.difference_update(acked)
             fresh = [(tag, message) for tag, message in deliveries if self._is_current(tag) and tag not in self._held]
             self._held.update(fresh)
-            self._inbox.extend(fresh)
+            self._inbox.extend((tag, message, False) for tag, message in fresh)
 
-    def next(self) -> tuple[Delivery, bytes] | None:
-        """Return a delivery that no consumer has seen yet."""
+    def next(self) -> tuple[Delivery, bytes, bool] | None:
+        """Return a delivery that no consumer has seen yet, its message, and whether this node had it before."""
         with self._lock:
             if not self._inbox:
                 return None
-            tag, message = self._inbox.popleft()
-            return Delivery(self.node_id, self.epoch, tag), message
+            tag, message, again = self._inbox.popleft()
+            return Delivery(self.node_id, self.epoch, tag), message, again
 
     def holds(self, tag: str) -> bool:
         """Whether this process holds the delivery, under whatever epoch."""
@@ -110,20 +151,58 @@ class Deliveries:
         """Let go of a delivery that is done. Never raises for an outage: the acknowledgement is kept."""
         with self._lock:
             known = self._held.pop(tag, None)
+            self._blamed.pop(tag, None)
             if known is not None and self._is_current(tag):
                 self._acked.add(tag)
         self.wake()
         if self.at_bell:
             self.flush()
 
-    def requeue(self, tag: str) -> None:
-        """Give a delivery back, to be placed anew in front of the others. Never raises for an outage."""
+    def blame(self, tag: str, reason: str) -> None:
+        """Charge a job with the death of its process when it is given back."""
         with self._lock:
-            message = self._held.pop(tag, None)
+            self._blamed[tag] = Crash(self.node_id, self.epoch, reason, self._clock.time())
+
+    def requeue(self, tag: str, queue: str = "") -> None:
+        """Give a delivery back, to be placed anew in front of the others, or on the list ``queue`` of a node.
+
+        Never raises for an outage.
+        """
+        with self._lock:
+            message, crash = self._held.pop(tag, None), self._blamed.pop(tag, None)
             if message is not None and self._is_current(tag):
-                self._returned[tag] = replace_message(message, self._keys, delivered=True)
+                placement = replace_message(message, self._keys, delivered=True, queue=queue)
+                self._returned[tag] = placement, crash
         self.wake()
         self.flush()
+
+    def let_lie(self, tag: str) -> None:
+        """Forget a delivery that cannot be worked on now: if it is still ours, ``resync`` delivers it again."""
+        with self._lock:
+            self._held.pop(tag, None)
+        self.wake()
+
+    def hold_back(self, tag: str) -> None:
+        """Say that a delivery is not worked on yet, so that the death of this node is not its fault."""
+        self._quietly(lambda: self._client.sadd(self._not_started, tag))
+
+    def take_up(self, tag: str) -> None:
+        """Say that work on a delivery that was held back begins."""
+        self._quietly(lambda: self._client.srem(self._not_started, tag))
+
+    def message(self, tag: str) -> bytes:
+        """Return the message of a delivery that is held. Raises KeyError."""
+        return self._held[tag]
+
+    def past(self, job_id: str) -> Past:
+        """Look up what has become of a job before. Raises redis.RedisError."""
+        keys = self._keys
+        with self._client.pipeline(transaction=False) as pipe:
+            pipe.exists(keys.terminal(job_id))
+            pipe.lrange(keys.crashes(job_id), 0, -1)
+            pipe.zscore(keys.revoked, job_id)
+            ended, records, revoked_at = pipe.execute()
+        return Past(bool(ended), tuple(map(Crash.read, records)), revoked_at is not None)
 
     def set_aside(self, tag: str) -> None:
         """Put a message that cannot be decoded out of the way, for inspection. Never raises for an outage."""
@@ -138,12 +217,12 @@ class Deliveries:
         """Send what was acknowledged or given back and has not reached Redis; keep it if Redis is away."""
         with self._lock:
             acked, returned, unreadable = list(self._acked), dict(self._returned), dict(self._unreadable)
-            unacked = self.unacked_key
+            unacked, not_started = self.unacked_key, self._not_started
         try:
             if acked:
                 self._client.hdel(unacked, *acked)
-            if returned:
-                self._placer.move_held(unacked, returned.items())
+            for tag, (placement, crash) in returned.items():
+                self._placer.move_held(unacked, not_started, [(tag, placement)], crash)
             for tag, message in unreadable.items():
                 self._placer.set_aside_held(unacked, tag, message)
         except redis.RedisError as exc:
@@ -156,22 +235,31 @@ class Deliveries:
             for tag in unreadable:
                 self._unreadable.pop(tag, None)
 
-    def resync(self, running: Set[str]) -> int:
+    def resync(self, running: Set[str] | None = None) -> int:
         """Deliver again what Redis says this epoch holds and nobody here works on; return how many.
 
-        ``running`` are the tags that the pool works on. Celery drops all other requests when its connection breaks,
-        and a fetch whose reply was lost has given jobs that never arrived. Raises redis.RedisError, which Celery takes
-        as the loss of the connection.
+        After a connection broke, ``running`` are the tags that the pool works on: Celery drops all other requests then,
+        and a fetch whose reply was lost has given jobs that never arrived. None: the connection stands, and the fetch
+        that is under way will bring its jobs itself. Raises redis.RedisError, which Celery takes as the loss of the
+        connection.
         """
         with self._lock:
+            if running is not None:
+                self._answered = self._fetches
+                self._held = {tag: message for tag, message in self._held.items() if tag in running}
+                self._inbox.clear()
+            answered = self._answered
             # Known before the look into Redis: what ends meanwhile is gone here and may still stand in what was read.
-            known = {*self._held.keys() & running, *self._acked, *self._returned, *self._unreadable}
+            known = {*self._held, *self._acked, *self._returned, *self._unreadable}
         held: Any = self._client.hgetall(self.unacked_key)
         recorded = {text(tag): message for tag, message in held.items()}
         with self._lock:
-            self._held = {tag: message for tag, message in self._held.items() if tag in running}
-            missing = [item for item in recorded.items() if item[0] not in known and self._is_current(item[0])]
-            self._inbox = deque(missing)
+            missing = [
+                item
+                for item in recorded.items()
+                if item[0] not in known and self._is_current(item[0]) and _fetch_of(item[0]) <= answered
+            ]
+            self._inbox.extend((tag, message, True) for tag, message in missing)
             self._held.update(missing)
         self.wake()
         return len(missing)
@@ -182,6 +270,18 @@ class Deliveries:
 
     def _is_current(self, tag: str) -> bool:
         return bool(self.epoch) and tag.startswith(self.epoch + ".")
+
+    def _quietly(self, send: Callable[[], object]) -> None:
+        try:
+            send()
+        except redis.RedisError as exc:
+            # At worst a job is charged with a crash that is not its own; no single one convicts.
+            logger.debug("it is not noted what has started", extra={"error": repr(exc)})
+
+
+def _fetch_of(tag: str) -> int:
+    """The number of the fetch that gave a delivery."""
+    return int(tag.split(".")[-2])
 
 
 _current: Deliveries | None = None

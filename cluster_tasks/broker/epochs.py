@@ -6,11 +6,12 @@ import secrets
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import redis
 
 from cluster_tasks.errors import BrokerUnavailable, NodeNotFound
-from cluster_tasks.keys import ANY_TYPE, Keys, priority_suffixes
+from cluster_tasks.keys import ANY_TYPE, Keys, node_suffixes
 from cluster_tasks.redis_store import foreign_errors, load_script, text
 
 _PACKAGE = "cluster_tasks.broker"
@@ -22,6 +23,15 @@ class Standing(StrEnum):
     OK = "ok"
     DRAINING = "draining"
     FENCED = "fenced"
+
+
+class Ending(StrEnum):
+    """How an epoch ended."""
+
+    LOST = "lost"
+    """It stopped beating: what it was working on is charged with a crash."""
+    CLOSED = "closed"
+    """Its node left in good order: nobody is charged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +69,17 @@ class EpochTable:
         self._fence = load_script(client, _PACKAGE, "fence")
         self._drain = load_script(client, _PACKAGE, "set_draining")
 
-    def open(self, node_id: str, serves: Iterable[str]) -> str | Predecessor:
-        """Begin an epoch and return it, or return the predecessor that stands under this name."""
+    def open(self, node_id: str, serves: Iterable[str], tasks: Iterable[str] = ()) -> str | Predecessor:
+        """Begin an epoch and return it, or return the predecessor that stands under this name.
+
+        ``tasks`` are the names of those that the node knows.
+        """
         keys = self._keys
         types = "," + ",".join(sorted({*serves, ANY_TYPE})) + ","
         with foreign_errors(BrokerUnavailable, f"registering {node_id}"):
             status, epoch, *counter = self._open(
-                [keys.epochs, keys.beats, keys.serves, keys.draining, keys.epoch_counter],
-                [keys.node_queue(node_id), secrets.token_hex(6), types],
+                [keys.epochs, keys.beats, keys.serves, keys.draining, keys.epoch_counter, keys.tasks],
+                [keys.node_queue(node_id), secrets.token_hex(6), types, "\n".join(sorted(tasks))],
             )
         if text(status) == "opened":
             return text(epoch)
@@ -92,23 +105,47 @@ class EpochTable:
                 found[node_id] = Beat(text(epoch), int(counters.get(queue, 0)))
         return found
 
-    def fence(self, node_id: str, seen: Beat, *, even_if_it_beats: bool = False) -> bool:
+    def fence(self, node_id: str, seen: Beat) -> bool:
         """End an epoch, unless it has beaten since it was ``seen``; False if it has, or had ended. Safe to repeat."""
+        return self._end(node_id, seen.epoch, str(seen.counter), Ending.LOST)
+
+    def close(self, node_id: str, epoch: str) -> bool:
+        """End an epoch in good order, whether it beats or not; False if it had ended. Safe to repeat."""
+        return self._end(node_id, epoch, "", Ending.CLOSED)
+
+    def _end(self, node_id: str, epoch: str, counter: str, ending: Ending) -> bool:
         keys, queue = self._keys, self._keys.node_queue(node_id)
-        with foreign_errors(BrokerUnavailable, f"fencing {node_id}"):
+        with foreign_errors(BrokerUnavailable, f"ending an epoch of {node_id}"):
             ended = self._fence(
                 [keys.epochs, keys.beats, keys.serves, keys.draining, keys.backlog, keys.idle, keys.fenced]
-                + [keys.unacked(node_id, seen.epoch), keys.remains_unacked(node_id, seen.epoch), keys.bell(node_id)],
-                [queue, seen.epoch, "" if even_if_it_beats else seen.counter, f"{node_id}/{seen.epoch}"]
-                + [keys.remains(node_id, seen.epoch), *priority_suffixes()],
+                + [keys.unacked(node_id, epoch), keys.remains_unacked(node_id, epoch), keys.bell(node_id)]
+                + [keys.tasks, keys.suspects_held],
+                [queue, epoch, counter, f"{node_id}/{epoch}", ending, keys.remains(node_id, epoch), *node_suffixes()],
             )
         return bool(ended)
 
-    def fenced(self) -> list[tuple[str, str]]:
-        """Return (node id, epoch) of the fenced epochs whose remains are not yet moved."""
+    def fenced(self) -> list[tuple[str, str, Ending]]:
+        """Return node id, epoch and ending of the epochs whose remains are not yet moved."""
         with foreign_errors(BrokerUnavailable, "reading fenced epochs"):
-            members = [text(member) for member in self._client.smembers(self._keys.fenced)]
-        return [(node_id, epoch) for node_id, _, epoch in (member.rpartition("/") for member in sorted(members))]
+            found: Any = self._client.hgetall(self._keys.fenced)
+        ended = sorted((text(member).rpartition("/"), Ending(text(ending))) for member, ending in found.items())
+        return [(node_id, epoch, ending) for (node_id, _, epoch), ending in ended]
+
+    def knowing(self, task: str, request_type: str) -> list[str]:
+        """Return the ids of the nodes that know a task, serve its type and may be given jobs, sorted."""
+        with foreign_errors(BrokerUnavailable, f"looking for who knows {task!r}"), self._client.pipeline() as pipe:
+            pipe.hgetall(self._keys.tasks)
+            pipe.hgetall(self._keys.serves)
+            pipe.smembers(self._keys.draining)
+            known, serves, draining = pipe.execute()
+        able = [
+            self._keys.node_of(text(queue))
+            for queue, names in known.items()
+            if task in text(names).split("\n")
+            and f",{request_type}," in text(serves.get(queue, ""))
+            and queue not in draining
+        ]
+        return sorted(filter(None, able))
 
     def set_draining(self, node_id: str, draining: bool, epoch: str = "") -> None:
         """Stop or resume placing jobs on a node. Raises NodeNotFound if ``epoch`` ('': any) of it does not stand."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from bisect import bisect
 from dataclasses import dataclass
+from datetime import datetime, tzinfo
 from typing import Any
 
 from cluster_tasks.keys import ANY_TYPE, PRIORITY_STEPS, Keys, priority_suffixes
@@ -44,6 +45,7 @@ class Placement:
     request_type: str
     suffix: str
     message: bytes | str
+    job_id: str = ""
 
     def arguments(self) -> tuple[bytes | str, ...]:
         """The five arguments that the placing scripts take."""
@@ -53,15 +55,39 @@ class Placement:
 def place_message(payload: dict[str, Any], message: bytes | str, keys: Keys, queue: str = "") -> Placement:
     """Say where ``message`` goes, whose decoded form is ``payload``."""
     properties = payload.get("properties") or {}
-    request_type = properties.get(REQUEST_TYPE_PROPERTY)
-    if not isinstance(request_type, str) or not REQUEST_TYPE.fullmatch(request_type):
-        request_type = ANY_TYPE
+    request_type = request_type_of(properties)
     return Placement(
-        queue, keys.waiting_queue(request_type), request_type, priority_suffix(properties.get("priority")), message
+        queue,
+        keys.waiting_queue(request_type),
+        request_type,
+        priority_suffix(properties.get("priority")),
+        message,
+        str((payload.get("headers") or {}).get("id") or ""),
     )
 
 
-def replace_message(message: bytes, keys: Keys, *, delivered: bool) -> Placement:
+def request_type_of(properties: dict[str, Any]) -> str:
+    """The request type that the properties of a message declare, ``any`` if none that can be one."""
+    declared = properties.get(REQUEST_TYPE_PROPERTY)
+    return declared if isinstance(declared, str) and REQUEST_TYPE.fullmatch(declared) else ANY_TYPE
+
+
+def due_time(payload: dict[str, Any], timezone: tzinfo) -> float | None:
+    """When a job is to run, in seconds since 1970; None: now, or it cannot be told, which is the worker's to refuse.
+
+    ``timezone`` is that of times which name none.
+    """
+    eta = (payload.get("headers") or {}).get("eta")
+    if not isinstance(eta, str):
+        return None
+    try:
+        due = datetime.fromisoformat(eta)
+        return (due if due.tzinfo else due.replace(tzinfo=timezone)).timestamp()
+    except (ValueError, OverflowError):
+        return None
+
+
+def replace_message(message: bytes, keys: Keys, *, delivered: bool, queue: str = "") -> Placement:
     """Say where a message goes that is placed again; one that was ``delivered`` is marked as redelivered.
 
     Raises ValueError if it is not a Kombu message.
@@ -71,10 +97,10 @@ def replace_message(message: bytes, keys: Keys, *, delivered: bool) -> Placement
     except RecursionError as exc:
         raise ValueError("nested too deeply") from exc
     if not delivered:
-        return place_message(payload, message, keys)
+        return place_message(payload, message, keys, queue)
     properties = payload["properties"]
     properties["delivery_info"] = {**(properties.get("delivery_info") or {}), "redelivered": True}
-    return place_message(payload, json.dumps(payload), keys)
+    return place_message(payload, json.dumps(payload), keys, queue)
 
 
 def check_payload(payload: Any) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
-from typing import cast
+from dataclasses import asdict, dataclass
+from typing import Any, cast
 
 import redis
 
@@ -12,21 +14,44 @@ from cluster_tasks.keys import Keys
 from cluster_tasks.redis_store import load_script, script_source, text
 
 _PACKAGE = "cluster_tasks.broker"
+CRASHES_LIVE_S = 7 * 24 * 3600
+"""How long it is remembered that a job was running when a process died, if it comes to no end."""
 
 
 def placing_script(name: str) -> str:
-    """Return the source of a script that uses the shared ``place`` function."""
-    return f"{script_source(_PACKAGE, 'placing')}\n{script_source(_PACKAGE, name)}"
+    """Return the source of a script that uses the shared functions that place jobs, now or later."""
+    return "\n".join(script_source(_PACKAGE, part) for part in ("placing", "delaying", name))
+
+
+@dataclass(frozen=True, slots=True)
+class Crash:
+    """One crash delivery: what died while the job ran."""
+
+    node: str
+    epoch: str
+    reason: str
+    at: float
+    """Seconds since 1970, by the clock of whoever noticed it."""
+
+    @classmethod
+    def read(cls, record: bytes | str) -> Crash:
+        """Read what ``str`` wrote."""
+        return cls(**json.loads(record))
+
+    def __str__(self) -> str:
+        return json.dumps(asdict(self))
 
 
 class Placer:
     """Places and moves messages. Errors of Redis pass through: Kombu and the callers each have their own policy."""
 
     def __init__(self, client: redis.Redis, keys: Keys) -> None:
-        self._keys = keys
+        self._client, self._keys = client, keys
         self._place = client.register_script(placing_script("place"))
+        self._delay = client.register_script(placing_script("delay"))
         self._move_held = client.register_script(placing_script("move_held"))
         self._move_listed = client.register_script(placing_script("move_listed"))
+        self._release = client.register_script(placing_script("release"))
         self._set_aside = load_script(client, _PACKAGE, "set_aside")
         self.index = [keys.epochs, keys.draining, keys.backlog, keys.idle, keys.serves]
         """The keys that every placing script begins with."""
@@ -36,10 +61,30 @@ class Placer:
         arguments = [part for placement in placements for part in placement.arguments()]
         return [text(target) for target in self._place(self.index, [self._keys.bell_prefix, *arguments])]
 
-    def move_held(self, source: str, held: Iterable[tuple[str, Placement]]) -> int:
-        """Move deliveries out of the hash ``source``; return how many were still there."""
-        arguments = [part for tag, placement in held for part in (tag, *placement.arguments())]
-        return cast(int, self._move_held([*self.index, source], [self._keys.bell_prefix, *arguments]))
+    def delay(self, placement: Placement, due: float, longest_wait_s: float) -> None:
+        """Place a message when it is ``due``, seconds since 1970. Nodes wait ``longest_wait_s`` at their doorbells."""
+        arguments = [self._keys.bell_prefix, due, longest_wait_s, *placement.arguments()]
+        self._delay([*self.index, self._keys.delayed], arguments)
+
+    def move_held(
+        self, source: str, not_started: str, held: Iterable[tuple[str, Placement]], crash: Crash | None = None
+    ) -> int:
+        """Move deliveries out of the hash ``source``; return how many were still there.
+
+        Those whose tags are not in the set ``not_started`` are charged with ``crash``, if there was one.
+        """
+        keys = self._keys
+        arguments: list[Any] = [keys.bell_prefix, str(crash or ""), CRASHES_LIVE_S]
+        for tag, placement in held:
+            kind = placement.request_type
+            arguments += [tag, placement.queue, placement.waiting, keys.suspect_queue(kind)]
+            arguments += [keys.crashes(placement.job_id or tag), kind, placement.suffix, placement.message]
+        return cast(int, self._move_held([*self.index, source, not_started], arguments))
+
+    def release(self, job_id: str, placement: Placement) -> bool:
+        """Place a job that is in quarantine, and forget it there; False if it is not any more."""
+        arguments = [self._keys.bell_prefix, job_id, *placement.arguments()]
+        return bool(self._release([*self.index, self._keys.quarantine], arguments))
 
     def move_listed(self, source: str, queue: str, listed: Sequence[Placement]) -> int:
         """Move the head of the list ``source``, part of ``queue`` in the index; return how many were moved."""
@@ -53,3 +98,7 @@ class Placer:
     def set_aside_listed(self, source: str, queue: str, message: bytes) -> None:
         """The same for the list ``source``, part of ``queue`` in the index."""
         self._set_aside([self._keys.undecodable, source, self._keys.backlog], [message, "", queue])
+
+    def disconnect(self) -> None:
+        """Give up connections: the next command makes a new one, maybe to another server."""
+        self._client.connection_pool.disconnect()

@@ -19,6 +19,11 @@ from cluster_tasks.errors import StaleCommit
 from cluster_tasks.keys import DEFAULT_NAME, Keys
 from cluster_tasks.redis_store import load_script
 
+ENDED_LIVES_S = 300
+"""How long it is remembered that a job without a result has ended."""
+REVOKED_UNHELD = "revoked"
+"""The marker of a job that was revoked while no node held it."""
+
 
 class _FencedCommit(RedisBackend):  # type: ignore[misc]
     """Commits the states of jobs that came from a node's list; all else is stored as ever."""
@@ -35,36 +40,103 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
     def _commit_script(self) -> redis.commands.core.Script:
         return load_script(self.client, __package__, "commit")
 
+    @cached_property
+    def _end_unheld_script(self) -> redis.commands.core.Script:
+        return load_script(self.client, __package__, "end_unheld")
+
+    # Celery asks for these endings only where a result is to be stored; here each one is a commit.
+
+    def mark_as_done(
+        self, task_id: str, result: Any, request: Any = None, store_result: bool = True, state: str = states.SUCCESS
+    ) -> None:
+        if not store_result or getattr(request, "ignore_result", False):
+            self._end_without_result(task_id, state, request)
+        super().mark_as_done(task_id, result, request=request, store_result=store_result, state=state)
+
+    def mark_as_failure(
+        self, task_id: str, exc: Any, traceback: Any = None, request: Any = None, store_result: bool = True,
+        call_errbacks: bool = True, state: str = states.FAILURE,
+    ) -> None:  # fmt: skip
+        if not store_result:
+            self._end_without_result(task_id, state, request)
+        super().mark_as_failure(task_id, exc, traceback, request, store_result, call_errbacks, state)
+
+    def mark_as_revoked(
+        self, task_id: str, reason: str = "", request: Any = None, store_result: bool = True,
+        state: str = states.REVOKED,
+    ) -> None:  # fmt: skip
+        if not store_result:
+            self._end_without_result(task_id, state, request)
+        super().mark_as_revoked(task_id, reason, request, store_result, state)
+
+    def has_ended(self, task_id: str) -> bool:
+        """Whether a job came to its end already. Raises redis.RedisError."""
+        return bool(self.client.exists(self._keys.terminal(task_id)))
+
+    def complete(self, request: Any) -> None:
+        """Do again what follows the result of a job that has ended: a crash may have come between the two.
+
+        Nothing is known to follow a result that nobody wanted. Chords count each part once.
+        """
+        meta = self.get_task_meta(request.id)
+        state, result, traceback = meta["status"], meta["result"], meta.get("traceback")
+        if state not in states.READY_STATES:
+            return
+        if request.chord:
+            self.on_chord_part_return(request, state, result)
+        if state == states.FAILURE:
+            self._fail_chain(request.chain, result, traceback)
+            if request.errbacks:
+                self._call_task_errbacks(request, result, traceback)
+
     def _store_result(
         self, task_id: str, result: Any, state: str, traceback: Any = None, request: Any = None, **kwargs: Any
     ) -> Any:
-        delivery = Delivery.of(getattr(request, "properties", None))
-        # A task may also store a state of another job (update_state): its own delivery does not speak for that one.
-        if delivery is None or request.id != task_id:
+        delivery = _delivery(task_id, request)
+        if delivery is None and state != states.REVOKED:
             return super()._store_result(task_id, result, state, traceback, request=request, **kwargs)
         meta = self._get_result_meta(result=result, state=state, traceback=traceback, request=request)
         meta["task_id"] = bytes_to_str(task_id)
         # Celery's retry policy for results applies: a commit can be repeated, its tag makes it one.
-        if state in states.READY_STATES:
+        if delivery is None:
+            self.ensure(self._end_unheld, (task_id, self.encode(meta)))
+        elif state in states.READY_STATES:
             self.ensure(self._commit, (delivery, task_id, state, self.encode(meta), _has_sequel(request, state)))
         else:
             self.ensure(self._note, (delivery, task_id, self.encode(meta)))
         return result
+
+    def _end_without_result(self, task_id: str, state: str, request: Any) -> None:
+        delivery = _delivery(task_id, request)
+        if delivery is not None:
+            self.ensure(self._commit, (delivery, task_id, state, "", _has_sequel(request, state)))
 
     def _note(self, delivery: Delivery, task_id: str, encoded: Any) -> None:
         self._note_script(self._job_keys(delivery, task_id), [delivery.tag, encoded, int(self.expires or 0)])
 
     def _commit(self, delivery: Delivery, task_id: str, state: str, encoded: Any, sequel: bool) -> None:
         expires = self.failure_expires if state == states.FAILURE else self.expires
-        names = [*self._job_keys(delivery, task_id), self._keys.counters]
-        done = self._commit_script(names, [delivery.tag, encoded, int(expires or 0), int(sequel)])
+        lives_s = int(expires or 0) if encoded else ENDED_LIVES_S
+        names = [*self._job_keys(delivery, task_id), self._keys.counters, self._keys.crashes(task_id)]
+        same_end = REVOKED_UNHELD if state == states.REVOKED else ""
+        done = self._commit_script(names, [delivery.tag, encoded, lives_s, int(sequel), same_end])
         if done != 1:
             reason = "its delivery was taken away" if done == 0 else "it had ended before"
             raise StaleCommit(f"result {state} of job {task_id} by {delivery.node_id} refused: {reason}")
 
+    def _end_unheld(self, task_id: str, encoded: Any) -> None:
+        names = [self._keys.terminal(task_id), bytes_to_str(self.get_key_for_task(task_id))]
+        self._end_unheld_script(names, [REVOKED_UNHELD, encoded, int(self.expires or 0)])
+
     def _job_keys(self, delivery: Delivery, task_id: str) -> tuple[str, str, str]:
         keys, result = self._keys, bytes_to_str(self.get_key_for_task(task_id))
         return keys.unacked(delivery.node_id, delivery.epoch), keys.terminal(task_id), result
+
+
+def _delivery(task_id: str, request: Any) -> Delivery | None:
+    """The delivery that speaks for a job: a task may also store a state of another job, for which its own does not."""
+    delivery = Delivery.of(getattr(request, "properties", None))
+    return delivery if delivery is not None and request.id == task_id else None
 
 
 def _has_sequel(request: Any, state: str) -> bool:

@@ -10,9 +10,9 @@ from typing import Any, cast
 import redis
 
 from cluster_tasks.broker.message import Placement, replace_message
-from cluster_tasks.broker.placement import Placer
+from cluster_tasks.broker.placement import Crash, Placer
 from cluster_tasks.errors import BrokerUnavailable
-from cluster_tasks.keys import Keys, priority_suffixes
+from cluster_tasks.keys import BOUND, Keys, node_suffixes
 from cluster_tasks.redis_store import foreign_errors, text
 
 CHUNK = 100
@@ -38,13 +38,20 @@ class Evacuation:
     def __init__(self, client: redis.Redis, keys: Keys) -> None:
         self._client, self._keys, self._placer = client, keys, Placer(client, keys)
 
-    def move_remains(self, node_id: str, epoch: str) -> Moved:
-        """Move all that a fence put away, what was held before what was listed, and forget the epoch."""
+    def move_remains(self, node_id: str, epoch: str, crash: Crash | None = None) -> Moved:
+        """Move all that a fence put away, what was held before what was listed, and forget the epoch.
+
+        What the epoch was at work on is charged with ``crash``, if it was one.
+        """
         keys = self._keys
         with foreign_errors(BrokerUnavailable, f"evacuating {node_id}"):
-            moved = Moved(self._move_hash(keys.remains_unacked(node_id, epoch)))
+            not_started = keys.not_started(node_id, epoch)
+            moved = Moved(self._move_hash(keys.remains_unacked(node_id, epoch), not_started, crash))
             moved += Moved(listed=self._move_lists(keys.remains(node_id, epoch)))
-            self._client.srem(keys.fenced, f"{node_id}/{epoch}")
+            with self._client.pipeline() as pipe:
+                pipe.delete(not_started)
+                pipe.hdel(keys.fenced, f"{node_id}/{epoch}")
+                pipe.execute()
         return moved
 
     def hand_over(self, node_id: str) -> Moved:
@@ -64,13 +71,16 @@ class Evacuation:
             for name in hashes:
                 node_id, epoch = keys.epoch_of(name)
                 if standing.get(keys.node_queue(node_id)) != epoch:
-                    moved += Moved(self._move_hash(name))
+                    not_started = keys.not_started(node_id, epoch)
+                    moved += Moved(self._move_hash(name, not_started, None))
+                    self._client.delete(not_started)
             for queue in queues:
-                if keys.node_of(queue) and queue not in standing:
-                    moved += Moved(listed=self._move_lists(queue))
+                node_id = keys.node_of(queue) or ""
+                if node_id and keys.node_queue(node_id) not in standing:
+                    moved += Moved(listed=self._move_lists(keys.node_queue(node_id)))
         return moved
 
-    def _move_hash(self, source: str) -> int:
+    def _move_hash(self, source: str, not_started: str, crash: Crash | None) -> int:
         moved = 0
         while self._client.hlen(source):
             scan = self._client.hscan_iter(source, count=CHUNK)
@@ -78,7 +88,7 @@ class Evacuation:
                 # Each goes to the front, so the one that was fetched first comes last.
                 newest_first = sorted(chunk.items(), key=_fetched, reverse=True)
                 held = list(self._readable(source, newest_first))
-                moved += self._placer.move_held(source, held) if held else 0
+                moved += self._placer.move_held(source, not_started, held, crash) if held else 0
         return moved
 
     def _readable(self, source: str, fields: Iterable[tuple[bytes, bytes]]) -> Iterator[tuple[str, Placement]]:
@@ -89,9 +99,10 @@ class Evacuation:
                 self._placer.set_aside_held(source, tag, message)
 
     def _move_lists(self, base: str) -> int:
-        return sum(self._move_list(base, base + suffix) for suffix in priority_suffixes())
+        return sum(self._move_list(base, suffix) for suffix in node_suffixes())
 
-    def _move_list(self, queue: str, source: str) -> int:
+    def _move_list(self, base: str, suffix: str) -> int:
+        source, queue = base + suffix, base + (BOUND if suffix.startswith(BOUND) else "")
         moved = 0
         while messages := cast(list[bytes], self._client.lrange(source, -CHUNK, -1)):
             placements = []

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 
-from cluster_tasks.broker.epochs import Beat, EpochTable
+from cluster_tasks.broker.epochs import Beat, Ending, EpochTable
+from cluster_tasks.broker.placement import Crash
+from cluster_tasks.clock import Clock
 from cluster_tasks.errors import BrokerUnavailable, RegistryUnavailable
 from cluster_tasks.failover.detector import Detector, Silent
 from cluster_tasks.failover.evacuation import Evacuation, Moved
@@ -21,9 +23,15 @@ class HealthCheck:
     """One observer. Coordinators run it when beat says so, agents when no coordinator does; no leader is needed."""
 
     def __init__(
-        self, epochs: EpochTable, detector: Detector, evacuation: Evacuation, registry: Registry, events: EventLog
+        self,
+        epochs: EpochTable,
+        detector: Detector,
+        evacuation: Evacuation,
+        registry: Registry,
+        events: EventLog,
+        clock: Clock,
     ) -> None:
-        self._epochs, self._detector, self._evacuation = epochs, detector, evacuation
+        self._clock, self._epochs, self._detector, self._evacuation = clock, epochs, detector, evacuation
         self._registry, self._events = registry, events
         self._checks = 0
 
@@ -38,8 +46,10 @@ class HealthCheck:
     def act(self, silent: list[Silent]) -> int:
         """Fence these nodes, move their work and whatever else has no owner; return how many were fenced."""
         fenced = sum(self.fail_over(node.node_id, node.beat, node.silent_s) for node in silent)
-        for node_id, epoch in self._epochs.fenced():
-            self._moved(node_id, epoch, self._evacuation.move_remains(node_id, epoch))
+        for node_id, epoch, ending in self._epochs.fenced():
+            self._moved(
+                node_id, epoch, self._evacuation.move_remains(node_id, epoch, self._crash(node_id, epoch, ending))
+            )
         if self._checks % ORPHANS_EVERY == 0 and (moved := self._evacuation.move_orphans()):
             self._moved("", "", moved)
         self._checks += 1
@@ -51,9 +61,15 @@ class HealthCheck:
             return False
         logger.warning("node lost: %s was silent for %.1f s", node_id, silent_s, extra={"node": node_id})
         self._events.add("node lost", node=node_id, epoch=seen.epoch, silent_s=round(silent_s, 3))
-        self._moved(node_id, seen.epoch, self._evacuation.move_remains(node_id, seen.epoch))
+        crash = self._crash(node_id, seen.epoch, Ending.LOST)
+        self._moved(node_id, seen.epoch, self._evacuation.move_remains(node_id, seen.epoch, crash))
         self._forget(node_id, seen.epoch)
         return True
+
+    def _crash(self, node_id: str, epoch: str, ending: Ending) -> Crash | None:
+        if ending is Ending.CLOSED:
+            return None
+        return Crash(node_id, epoch, "the node was lost", self._clock.time())
 
     def _moved(self, node_id: str, epoch: str, moved: Moved) -> None:
         self._events.add("jobs moved", node=node_id, epoch=epoch, held=moved.held, listed=moved.listed)

@@ -37,11 +37,10 @@ class ClusterTask(Task):  # type: ignore[misc]
     request_type: ClassVar[str] = "any"
     affinity: ClassVar[Affinity] = None
     arguments: ClassVar[type[BaseModel] | None] = None
+    rerun_on_crash: ClassVar[bool] = True
+    """Whether a job is run again when its node or process died while it ran. If not, it fails with NodeLost."""
     run: Callable[..., Any]
 
-    # A job is let go when it has ended, not when it begins: else a crash would lose it.
-    acks_late = True
-    reject_on_worker_lost = True
     Request = "workers.request:ClusterRequest"
     # check_arguments does this, and knows when not to.
     typing = False
@@ -55,6 +54,11 @@ class ClusterTask(Task):  # type: ignore[misc]
     @classmethod
     def on_bound(cls, app: Any) -> None:
         check_request_type(cls.request_type)
+        # Whatever the task says: a job that is let go when it begins is lost in a crash. One that must not be run
+        # twice sets rerun_on_crash.
+        cls.acks_late = cls.reject_on_worker_lost = True
+        # A crash is counted as such, and spends none of the job's retries.
+        cls.retry_on_worker_lost = False
 
     @property
     def settings(self) -> ClusterSettings:

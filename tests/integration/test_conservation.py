@@ -20,7 +20,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from cluster_tasks.broker.epochs import Beat, Predecessor
+from cluster_tasks.broker.epochs import Predecessor
 from cluster_tasks.broker.message import Placement, priority_suffix, replace_message
 from cluster_tasks.keys import ANY_TYPE
 from cluster_tasks.redis_store import load_script
@@ -209,7 +209,7 @@ class Conservation(RuleBasedStateMachine):
         node, epoch = data.draw(st.sampled_from(self.ended))
         fetched = self.broker.fetch(node, epoch, 5, SERVES[node], list(self.held.get((node, epoch), {})))
         assert (fetched.status, fetched.messages) == ("fenced", {})
-        assert not self.broker.epochs.fence(node, Beat(epoch, 0), even_if_it_beats=True)
+        assert not self.broker.epochs.close(node, epoch)
 
     @some_node_stands
     @rule(data=st.data())
@@ -224,7 +224,7 @@ class Conservation(RuleBasedStateMachine):
             message = self.broker.client.hget(unacked, tag)
             assert isinstance(message, bytes)
             placement = replace_message(message, self.broker.keys, delivered=True)
-            assert self.broker.placer.move_held(unacked, [(tag, placement)]) == 1
+            assert self.broker.move_held(node, self.epochs[node], [(tag, placement)]) == 1
             self.push(self.foretell_place("", self.kinds[job]), job, front=True)
 
     @some_node_stands
@@ -246,7 +246,7 @@ class Conservation(RuleBasedStateMachine):
         node = self.draw_standing(data)
         epoch = self.epochs.pop(node)
         self.ended.append((node, epoch))
-        assert self.broker.epochs.fence(node, Beat(epoch, 0), even_if_it_beats=True)
+        assert self.broker.epochs.close(node, epoch)
         self.fenced[node, epoch] = self.lists.pop(f"node.{node}", {})
         self.held.setdefault((node, epoch), {})
         self.draining.discard(node)
@@ -317,7 +317,7 @@ class Conservation(RuleBasedStateMachine):
 
     @invariant()
     def the_fenced_are_known_until_they_are_moved(self) -> None:
-        assert self.broker.epochs.fenced() == sorted(self.fenced)
+        assert [ended[:2] for ended in self.broker.epochs.fenced()] == sorted(self.fenced)
 
 
 def flatten(lists: Lists) -> list[str]:

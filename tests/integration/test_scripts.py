@@ -338,13 +338,13 @@ def test_a_fence_puts_all_away_and_leaves_no_trace_of_the_node(broker: Broker) -
         *(remains + suffix for suffix in SUFFIXES),
     }
     assert broker.listed(remains) == [f"listed {priority}" for priority in (0, 3, 6, 9)]
-    assert broker.epochs.fenced() == [("a", epoch)]
+    assert broker.epochs.fenced() == [("a", epoch, "lost")]
 
 
 def test_a_fence_of_a_node_with_nothing_leaves_only_its_name(broker: Broker) -> None:
     epoch = broker.open("a", "llm")
     assert broker.epochs.fence("a", Beat(epoch, 0))
-    assert broker.epochs.fenced() == [("a", epoch)]
+    assert broker.epochs.fenced() == [("a", epoch, "lost")]
     assert not broker.client.exists(broker.keys.remains_unacked("a", epoch), broker.keys.remains("a", epoch))
 
 
@@ -354,8 +354,8 @@ def test_a_node_that_has_beaten_since_is_not_fenced_unless_it_leaves(broker: Bro
     assert not broker.epochs.fence("a", Beat(epoch, 0))
     assert not broker.epochs.fence("a", Beat("another", 1))
     assert broker.epochs.beats() == {"a": Beat(epoch, 1)}
-    assert broker.epochs.fence("a", Beat(epoch, 0), even_if_it_beats=True)
-    assert not broker.epochs.fence("a", Beat(epoch, 1), even_if_it_beats=True)
+    assert broker.epochs.close("a", epoch)
+    assert not broker.epochs.close("a", epoch)
 
 
 def test_draining_asks_for_an_epoch_that_stands(broker: Broker) -> None:
@@ -383,8 +383,8 @@ def test_held_jobs_go_to_the_front_and_those_that_are_gone_are_passed_over(broke
     broker.publish("waits", "", "llm")
     moved = [("gone", replace_message(make_message("ghost", "llm"), broker.keys, delivered=True))]
     moved += [(tag, replace_message(message, broker.keys, delivered=True))]
-    assert broker.placer.move_held(broker.keys.unacked("a", epoch), moved) == 1
-    assert broker.placer.move_held(broker.keys.unacked("a", epoch), moved) == 0
+    assert broker.move_held("a", epoch, moved) == 1
+    assert broker.move_held("a", epoch, moved) == 0
     assert broker.waiting("llm") == ["held", "waits"]
     assert broker.held("a", epoch) == []
     assert broker.epochs.lengths() == {"waiting.llm": 2}

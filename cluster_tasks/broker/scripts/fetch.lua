@@ -1,69 +1,77 @@
--- Forget what a node acknowledged, then give it work: from the waiting lists of the types it serves, from its own
--- list, and from the longest lists of nodes that serve nothing it does not serve. What is given is recorded as held
--- in the same step. A node that gets less than it asked for counts as idle.
+-- Forget what a node acknowledged, then give it work: one suspect if it holds none, from the waiting lists of the types
+-- it serves, from its own lists, and from the longest lists of nodes that serve nothing it does not serve. What is
+-- given is recorded as held in the same step. A node that gets less than it asked for counts as idle.
 --
--- KEYS     1 epochs, 2 draining, 3 backlog, 4 idle, 5 serves, 6 hash of its deliveries
--- ARGV     1 its list, 2 its epoch, 3 how many jobs, 4 first part of the tags, 5 number of priority suffixes,
---          6 number of waiting lists; then the suffixes (most urgent first), the waiting lists, acknowledged tags
--- Returns  {'ok' | 'fenced' | 'draining', tag, message, tag, message, …}
+-- KEYS     1 epochs, 2 draining, 3 backlog, 4 idle, 5 serves, 6 hash of its deliveries, 7 delayed jobs,
+--          8 suspects that nodes hold
+-- ARGV     1 prefix of the doorbells, 2 its list, 3 its epoch, 4 how many jobs, 5 first part of the tags, 6 number of
+--          priority suffixes, 7 number of waiting lists; then the suffixes (most urgent first), the waiting lists, the
+--          waiting lists of suspects (as many), acknowledged tags
+-- Returns  {'ok' | 'fenced' | 'draining', milliseconds until the next delayed job or '', tag, message, tag, message, …}
 
-local own, epoch, want = ARGV[1], ARGV[2], tonumber(ARGV[3])
-local first_waiting = 7 + tonumber(ARGV[5])
-local first_acked = first_waiting + tonumber(ARGV[6])
+local keys = {
+  epochs = KEYS[1], draining = KEYS[2], backlog = KEYS[3], idle = KEYS[4], serves = KEYS[5], bells = ARGV[1],
+}
+local own, epoch, want = ARGV[2], ARGV[3], tonumber(ARGV[4])
+local first_waiting = 8 + tonumber(ARGV[6])
+local first_suspect = first_waiting + tonumber(ARGV[7])
+local first_acked = first_suspect + tonumber(ARGV[7])
 
 for i = first_acked, #ARGV, 1000 do
   redis.call('HDEL', KEYS[6], unpack(ARGV, i, math.min(i + 999, #ARGV)))
 end
-if redis.call('HGET', KEYS[1], own) ~= epoch then return { 'fenced' } end
-if redis.call('SISMEMBER', KEYS[2], own) == 1 then
-  redis.call('ZREM', KEYS[4], own)
-  return { 'draining' }
+if redis.call('HGET', keys.epochs, own) ~= epoch then return { 'fenced', '' } end
+if redis.call('SISMEMBER', keys.draining, own) == 1 then
+  redis.call('ZREM', keys.idle, own)
+  return { 'draining', '' }
 end
 
-local reply, given = { 'ok' }, 0
+promote(keys, KEYS[7], 100)
+local reply, given = { 'ok', next_due_ms(KEYS[7]) }, 0
 
 local function take(list, most)
   local taken = 0
-  for i = 7, first_waiting - 1 do
+  for i = 8, first_waiting - 1 do
     local left = math.min(want - given, most - taken)
     if left <= 0 then break end
     for _, message in ipairs(redis.call('RPOP', list .. ARGV[i], left) or {}) do
       taken, given = taken + 1, given + 1
-      local tag = ARGV[4] .. given
-      redis.call('HSET', KEYS[6], tag, message)
-      reply[#reply + 1] = tag
+      reply[#reply + 1] = ARGV[5] .. given
       reply[#reply + 1] = message
+      redis.call('HSET', KEYS[6], ARGV[5] .. given, message)
     end
   end
-  local counted = redis.call('ZSCORE', KEYS[3], list)
-  if counted and (taken == 0 or tonumber(redis.call('ZINCRBY', KEYS[3], -taken, list)) <= 0) then
-    redis.call('ZREM', KEYS[3], list)
+  local counted = redis.call('ZSCORE', keys.backlog, list)
+  if counted and (taken == 0 or tonumber(redis.call('ZINCRBY', keys.backlog, -taken, list)) <= 0) then
+    redis.call('ZREM', keys.backlog, list)
   end
   return taken
 end
 
-local function covered(types, others)
-  if types == others then return true end
-  for kind in string.gmatch(others, '[^,]+') do
-    if not string.find(types, ',' .. kind .. ',', 1, true) then return false end
-  end
-  return true
-end
-
 local function longest_peer(types)
-  for page = 0, redis.call('ZCARD', KEYS[3]), 32 do
-    for _, list in ipairs(redis.call('ZREVRANGE', KEYS[3], page, page + 31)) do
-      local others = list ~= own and redis.call('HGET', KEYS[5], list)
-      if others and covered(types, others) then return list end
+  for page = 0, redis.call('ZCARD', keys.backlog), 32 do
+    for _, list in ipairs(redis.call('ZREVRANGE', keys.backlog, page, page + 31)) do
+      local others = list ~= own and redis.call('HGET', keys.serves, list)
+      if others and covers(types, others) then return list end
     end
   end
 end
 
-for i = first_waiting, first_acked - 1 do
-  if given < want and redis.call('ZSCORE', KEYS[3], ARGV[i]) then take(ARGV[i], want) end
+local suspect = redis.call('HGET', KEYS[8], own)
+if not suspect or redis.call('HEXISTS', KEYS[6], suspect) == 0 then
+  for i = first_suspect, first_acked - 1 do
+    if given < want and redis.call('ZSCORE', keys.backlog, ARGV[i]) and take(ARGV[i], 1) == 1 then
+      redis.call('HSET', KEYS[8], own, ARGV[5] .. given)
+      break
+    end
+  end
 end
+for i = first_waiting, first_suspect - 1 do
+  if given < want and redis.call('ZSCORE', keys.backlog, ARGV[i]) then take(ARGV[i], want) end
+end
+if given < want and redis.call('ZSCORE', keys.backlog, own .. '.bound') then take(own .. '.bound', want) end
 if given < want then take(own, want) end
-local types = redis.call('HGET', KEYS[5], own)
+local types = redis.call('HGET', keys.serves, own)
 while given < want do
   local peer = types and longest_peer(types)
   if not peer then break end
@@ -71,8 +79,8 @@ while given < want do
 end
 
 if given < want then
-  redis.call('ZADD', KEYS[4], 'NX', redis.call('TIME')[1], own)
+  redis.call('ZADD', keys.idle, 'NX', redis.call('TIME')[1], own)
 else
-  redis.call('ZREM', KEYS[4], own)
+  redis.call('ZREM', keys.idle, own)
 end
 return reply

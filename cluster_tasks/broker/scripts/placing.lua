@@ -1,10 +1,10 @@
 -- Shared by every script that puts a message on a list; it is prepended to them and returns nothing itself.
 --
--- place() pushes a message to the list of a node that may work, else to the waiting list of its type, keeps the
--- index of non-empty lists, and rings one doorbell. A node that may not work is one without an epoch or draining.
+-- place() pushes a message to the list of a node that may work, else to the waiting list that is named with it, keeps
+-- the index of non-empty lists, and rings one doorbell. A node that may not work has no epoch or is draining.
 --
 -- keys   epochs, draining, backlog, idle, serves, bells (prefix of the doorbells)
--- queue  list of the node that was chosen, '' for none
+-- queue  list of the node that was chosen, '' for none; from one that ends with .bound no other node takes
 -- push   'LPUSH' behind the others, 'RPUSH' before them
 
 local function serves(types, kind)
@@ -43,19 +43,20 @@ local function ring(keys, queue)
 end
 
 local function place(keys, queue, waiting, kind, suffix, message, push)
-  if queue ~= '' and (redis.call('HEXISTS', keys.epochs, queue) == 0
-      or redis.call('SISMEMBER', keys.draining, queue) == 1) then
+  local node = string.gsub(queue, '%.bound$', '')
+  if redis.call('HEXISTS', keys.epochs, node) == 0 or redis.call('SISMEMBER', keys.draining, node) == 1 then
     queue = ''
   end
-  local target, listener = queue, queue
-  if queue == '' or not redis.call('ZSCORE', keys.idle, queue) then
-    local idle, may_take = idle_node(keys, kind, queue)
-    listener = idle
-    if queue == '' then
-      target = waiting
-    elseif idle and not may_take then
+  local target, listener = queue, node
+  if queue == '' then
+    target, listener = waiting, (idle_node(keys, kind, ''))
+  elseif not redis.call('ZSCORE', keys.idle, node) then
+    listener = nil
+    if queue == node then
+      local idle, may_take = idle_node(keys, kind, queue)
+      listener = idle
       -- It could run the job but may not take it from that list, where other types wait: hand it over now.
-      target = idle
+      if idle and not may_take then target = idle end
     end
   end
   redis.call(push, target .. suffix, message)

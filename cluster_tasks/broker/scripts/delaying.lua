@@ -1,0 +1,24 @@
+-- Shared by the scripts that handle jobs whose time has not come; prepended to them, behind placing.lua.
+--
+-- A member of the sorted set is what place() needs, a line each, and then the message.
+
+local function now_s()
+  local now = redis.call('TIME')
+  return string.format('%d.%06d', now[1], now[2])
+end
+
+-- Place up to `most` jobs whose time has come.
+local function promote(keys, delayed, most)
+  for _, entry in ipairs(redis.call('ZRANGEBYSCORE', delayed, '-inf', now_s(), 'LIMIT', 0, most)) do
+    redis.call('ZREM', delayed, entry)
+    local queue, waiting, kind, suffix, message = string.match(entry, '^(.-)\n(.-)\n(.-)\n(.-)\n(.*)$')
+    place(keys, queue, waiting, kind, suffix, message, 'LPUSH')
+  end
+end
+
+-- Milliseconds until the next job is due, '' if none is delayed.
+local function next_due_ms(delayed)
+  local first = redis.call('ZRANGE', delayed, 0, 0, 'WITHSCORES')
+  if not first[2] then return '' end
+  return math.max(math.ceil((tonumber(first[2]) - tonumber(now_s())) * 1000), 0)
+end

@@ -1,0 +1,93 @@
+"""Messages that cannot be run: for other nodes to run, else ended as failed, so that whoever waits learns of it."""
+
+from __future__ import annotations
+
+import logging
+import random
+from typing import Any
+
+from celery import signals
+from celery.app.task import Context
+from celery.exceptions import NotRegistered
+
+from cluster_tasks.broker import deliveries
+from cluster_tasks.broker.message import Delivery, request_type_of
+from cluster_tasks.cluster import Cluster
+from cluster_tasks.errors import StaleCommit, UnavailableError
+from cluster_tasks.keys import BOUND
+
+logger = logging.getLogger(__name__)
+
+
+class Refusals:
+    """What a consumer does with such messages of the cluster's lists; those of other queues are Celery's."""
+
+    def __init__(self, consumer: Any, cluster: Cluster) -> None:
+        self._consumer, self._cluster = consumer, cluster
+        self._stock = {
+            name: getattr(consumer, name) for name in ("on_unknown_task", "on_invalid_task", "on_decode_error")
+        }
+        consumer.on_unknown_task = self.unknown
+        consumer.on_invalid_task = self.invalid
+        consumer.on_decode_error = self.undecodable
+
+    def unknown(self, body: Any, message: Any, exc: Exception) -> None:
+        """Hand a job to a node that knows its task, as new code does while the old still runs."""
+        node, delivery = deliveries.current(), Delivery.of(message.properties)
+        if node is None or delivery is None:
+            self._stock["on_unknown_task"](body, message, exc)
+            return
+        name = message.headers["task"]
+        try:
+            knowing = self._cluster.epochs.knowing(name, request_type_of(message.properties))
+        except UnavailableError as unavailable:
+            logger.warning("a job of the unknown task %s waits: %s", name, unavailable)
+            node.let_lie(delivery.tag)
+            return
+        others = [node_id for node_id in knowing if node_id != delivery.node_id]
+        if others:
+            chosen = random.choice(others)
+            logger.info("%s is not known here: job %s goes to %s", name, message.headers.get("id"), chosen)
+            node.requeue(delivery.tag, self._cluster.keys.node_queue(chosen) + BOUND)
+            return
+        self._fail(message, NotRegistered(name))
+        signals.task_unknown.send(
+            sender=self._consumer, message=message, exc=exc, name=name, id=message.headers.get("id")
+        )
+
+    def invalid(self, body: Any, message: Any, exc: Exception) -> None:
+        """End a job whose message is not as it must be."""
+        if Delivery.of(message.properties) is None:
+            self._stock["on_invalid_task"](body, message, exc)
+            return
+        self._fail(message, exc)
+        signals.task_rejected.send(sender=self._consumer, message=message, exc=exc)
+
+    def undecodable(self, message: Any, exc: Exception) -> None:
+        """End a job whose arguments cannot be read."""
+        if Delivery.of(message.properties) is None:
+            self._stock["on_decode_error"](message, exc)
+            return
+        self._fail(message, exc)
+
+    def _fail(self, message: Any, exc: Exception) -> None:
+        job_id, name = message.headers.get("id"), message.headers.get("task")
+        logger.error("job %s of task %s cannot be run: %r", job_id, name, exc)
+        if job_id:
+            request = Context({**message.headers, **_embedded(message), "properties": message.properties})
+            try:
+                self._cluster.app.backend.mark_as_failure(job_id, exc, request=request)
+            except StaleCommit as stale:
+                logger.warning("%s", stale)
+            if self._consumer.event_dispatcher:
+                self._consumer.event_dispatcher.send("task-failed", uuid=job_id, exception=repr(exc))
+        message.reject_log_error(logger, self._consumer.connection_errors)
+
+
+def _embedded(message: Any) -> dict[str, Any]:
+    """What a message says of its callbacks, if it can be read."""
+    try:
+        _, _, embedded = message.payload
+        return dict(embedded)
+    except Exception:  # noqa: BLE001 - whatever a broken body raises, its job has to end.
+        return {}
