@@ -276,6 +276,8 @@ class Cluster:
             "master_name": settings.sentinel_master, **conf.broker_transport_options, "cluster_name": settings.name,
             "cluster_timezone": getattr(self.app.timezone, "key", "UTC"),
         }  # fmt: skip
+        # Celery waits this long for the result of a child that died; a result that was committed is safe without.
+        self.app.add_defaults({"worker_lost_wait": 1.0})
         self._configure_results(broker)
         conf.update(
             # A refused command (READONLY, LOADING) is a reason to reconnect, never to exit.

@@ -74,6 +74,11 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
                 task.Request = ClusterTask.Request
         logger.info("node %s joined cluster %s", node.id, cluster.settings.name)
 
+    def register_with_event_loop(self, worker: Any, hub: Any) -> None:
+        if isinstance(worker.pool, PreforkPool):
+            # Celery looks for children that died every five seconds.
+            hub.call_repeatedly(1.0, worker.pool.maintain_pool)
+
     def close(self, worker: Any) -> None:
         """The worker begins to shut down: what only waits goes to others at once."""
         if self._agent is not None:

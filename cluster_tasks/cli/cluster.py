@@ -17,6 +17,7 @@ from celery.utils.nodenames import default_nodename, host_format
 from kombu.utils.imports import symbol_by_name
 
 from cluster_tasks.cli.group import ClusterGroup, json_option, pass_cluster
+from cluster_tasks.cli.quarantine import quarantine
 from cluster_tasks.cli.summary import Summary, summarize
 from cluster_tasks.cli.tables import Cell, Column, moment, print_json, print_rows
 from cluster_tasks.cluster import Cluster
@@ -48,6 +49,9 @@ def cluster() -> None:
     \b
     Example: celery -A cluster_tasks cluster nodes
     """
+
+
+cluster.add_command(quarantine)
 
 
 def _metadata(_: click.Context, __: click.Parameter, values: Sequence[str]) -> Mapping[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,11 @@ class Jobs:
     flaky: Any
     plain: Any
     hog: Any
+    fatal: Any
+    once: Any
+    silent: Any
+    huge: Any
+    limited: Any
 
 
 def make_jobs() -> Jobs:
@@ -59,7 +65,37 @@ def make_jobs() -> Jobs:
         ctypes.PyDLL(None).sleep(seconds)
         return str(self.request.hostname)
 
-    return Jobs(app, cluster, work, flaky, plain, hog)
+    @app.task(base=ClusterTask, bind=True, shared=False, name="jobs.fatal", request_type="llm")
+    def fatal(self: Any, times: int = 1_000_000, name: str = "") -> str:
+        """Kill the process that runs it, so many times; then return the node. Jobs of one name are counted as one."""
+        if len(note(f"started:{name or self.request.id}", self.request.hostname)) <= times:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return str(self.request.hostname)
+
+    @app.task(base=ClusterTask, bind=True, shared=False, name="jobs.once", request_type="llm", rerun_on_crash=False)
+    def once(self: Any) -> None:
+        """Kill the process that runs it; must not be run twice."""
+        note(f"started:{self.request.id}", self.request.hostname)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    @app.task(base=ClusterTask, bind=True, shared=False, name="jobs.silent", request_type="llm", ignore_result=True)
+    def silent(self: Any, seconds: float = 0.0) -> None:
+        """Take some time, and give no result."""
+        note(f"started:{self.request.id}", self.request.hostname)
+        time.sleep(seconds)
+
+    @app.task(base=ClusterTask, bind=True, shared=False, name="jobs.huge", request_type="llm")
+    def huge(self: Any) -> None:
+        """Ask for more memory than there is."""
+        raise MemoryError(f"on {self.request.hostname}")
+
+    @app.task(base=ClusterTask, bind=True, shared=False, name="jobs.limited", request_type="llm", rate_limit="1/m")
+    def limited(self: Any) -> str:
+        """A task of which a node begins one a minute."""
+        note(f"started:{self.request.id}", self.request.hostname)
+        return str(self.request.hostname)
+
+    return Jobs(app, cluster, work, flaky, plain, hog, fatal, once, silent, huge, limited)
 
 
 def note(key: str, value: str) -> list[str]:

@@ -3,36 +3,16 @@
 from __future__ import annotations
 
 import signal
-from collections import Counter
-from typing import Any
 
 import pytest
 
 from cluster_tasks import NodeStatus
+from tests.process.accounts import END_S, finish, held_key, nothing_is_left, starts_of
 from tests.process.conftest import NewWorker
 from tests.process.jobs import Jobs
 from tests.process.nodes import running
 from tests.waiting import wait_until
 from workers.redis_server import RedisServer
-
-END_S = 60.0
-
-
-def finish(results: list[Any]) -> Counter[str]:
-    """Wait for all jobs; count them by the node that did them."""
-    return Counter(result.get(timeout=END_S) for result in results)
-
-
-def nothing_is_left(jobs: Jobs) -> bool:
-    """Whether no list, hash or index of the cluster holds a job any more."""
-    client, keys = jobs.cluster.client, jobs.cluster.keys
-    patterns = (keys.unacked_pattern, f"{keys.name}:remains*", "node.*", "waiting.*", keys.undecodable)
-    return not jobs.cluster.epochs.lengths() and not any(list(client.scan_iter(pattern)) for pattern in patterns)
-
-
-def starts_of(jobs: Jobs, results: list[Any]) -> Counter[str]:
-    """How often each job was started."""
-    return Counter({result.id: jobs.cluster.client.llen(f"test:started:{result.id}") for result in results})
 
 
 @pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
@@ -187,9 +167,3 @@ def test_a_job_that_holds_the_gil_past_the_lease_is_not_taken_for_a_death(
         assert hog.get(timeout=END_S) == "a@test"
         assert starts_of(jobs, [hog]) == {hog.id: 1}
         assert "node lost" not in [event.kind for event in jobs.cluster.events.latest()]
-
-
-def held_key(jobs: Jobs, node_id: str) -> str:
-    """The hash of what a node holds now."""
-    beat = jobs.cluster.epochs.beats().get(node_id)
-    return jobs.cluster.keys.unacked(node_id, beat.epoch if beat else "none")

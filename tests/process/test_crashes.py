@@ -1,0 +1,166 @@
+"""Jobs whose process or node dies while they run."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from celery import chain
+
+from cluster_tasks.errors import NodeLost, QuarantinedError
+from tests.process.accounts import END_S, finish, held_key, nothing_is_left, starts_of
+from tests.process.conftest import NewWorker
+from tests.process.jobs import Jobs
+from tests.process.nodes import running
+from tests.waiting import wait_until
+
+
+def crashes_of(jobs: Jobs, job_id: str) -> int:
+    return int(jobs.cluster.client.llen(jobs.cluster.keys.crashes(job_id)))
+
+
+def test_a_child_that_dies_costs_its_own_job_a_repetition_and_no_other(jobs: Jobs, new_worker: NewWorker) -> None:
+    with running(new_worker("a", slots=3)):
+        neighbours = [jobs.work.delay(1.0) for _ in range(6)]
+        fatal = jobs.fatal.delay(2)
+        assert fatal.get(timeout=END_S) == "a@test"
+        assert starts_of(jobs, [fatal]) == {fatal.id: 3}
+        assert sum(finish(neighbours).values()) == 6
+        assert set(starts_of(jobs, neighbours).values()) == {1}
+        wait_until(lambda: nothing_is_left(jobs), message="the crashes are forgotten with the end of the job")
+
+
+def test_a_job_that_kills_its_process_is_quarantined_after_three_and_its_neighbours_finish(
+    jobs: Jobs, new_worker: NewWorker
+) -> None:
+    with running(new_worker("a", slots=3)):
+        neighbours = [jobs.work.delay(0.5) for _ in range(12)]
+        follower = jobs.work.s(0.0)
+        poison = chain(jobs.fatal.s(), follower).apply_async()
+        with pytest.raises(QuarantinedError, match="3 processes died while it ran"):
+            poison.get(timeout=END_S)
+        assert starts_of(jobs, [poison.parent]) == {poison.parent.id: 3}
+        assert sum(finish(neighbours).values()) == 12
+        (kept,) = jobs.cluster.quarantine.jobs()
+        assert (kept.id, kept.task, kept.request_type) == (poison.parent.id, "jobs.fatal", "llm")
+        assert [crash.node for crash in kept.crashes] == ["a@test"] * 3
+        wait_until(lambda: nothing_is_left(jobs), message="acknowledgements arrive")
+
+
+def test_a_job_that_kills_its_whole_node_is_quarantined_by_the_fourth(jobs: Jobs, new_worker: NewWorker) -> None:
+    # Each node is started when the one before has died, for a node that dies takes running neighbours along.
+    poison = jobs.fatal.delay()
+    neighbours = [jobs.work.delay(0.2) for _ in range(6)]
+    for name in "abc":
+        doomed = new_worker(name, pool="threads", slots=2).start()
+        wait_until(lambda doomed=doomed: doomed.exit_code() is not None, END_S, "the job kills its node")
+    with running(new_worker("d", pool="threads", slots=2)):
+        with pytest.raises(QuarantinedError):
+            poison.get(timeout=END_S)
+        assert sum(finish(neighbours).values()) == 6
+        assert starts_of(jobs, [poison]) == {poison.id: 3}
+        assert [kept.id for kept in jobs.cluster.quarantine.jobs()] == [poison.id], "no neighbour was convicted"
+
+
+def test_a_node_runs_one_suspect_at_a_time(jobs: Jobs, new_worker: NewWorker) -> None:
+    with running(new_worker("a", slots=4)) as (victim,):
+        results = [jobs.work.delay(1.5) for _ in range(4)]
+        wait_until(lambda: sum(starts_of(jobs, results).values()) == 4, END_S, "all four run")
+        victim.kill()
+    with running(new_worker("b", slots=4)):
+        keys, client = jobs.cluster.keys, jobs.cluster.client
+        most = 0
+        while not all(result.ready() for result in results):
+            most = max(most, int(client.hlen(held_key(jobs, "b@test"))))
+        assert finish(results) == {"b@test": 4}
+        assert most == 1
+        assert not client.exists(keys.suspect_queue("llm"))
+
+
+def test_a_job_that_must_not_run_twice_fails_with_its_process(jobs: Jobs, new_worker: NewWorker) -> None:
+    with running(new_worker("a")):
+        job = jobs.once.delay()
+        with pytest.raises(NodeLost, match="it ran on a@test when that happened"):
+            job.get(timeout=END_S)
+        assert starts_of(jobs, [job]) == {job.id: 1}
+        wait_until(lambda: nothing_is_left(jobs), message="acknowledgements arrive")
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
+def test_a_memory_error_is_the_failure_of_its_job_alone(pool: str, jobs: Jobs, new_worker: NewWorker) -> None:
+    with running(new_worker("a", pool=pool)) as (worker,):
+        with pytest.raises(MemoryError, match="on a@test"):
+            jobs.huge.delay().get(timeout=END_S)
+        assert jobs.work.delay().get(timeout=END_S) == worker.id
+        assert worker.exit_code() is None
+        wait_until(lambda: nothing_is_left(jobs), message="acknowledgements arrive")
+
+
+def test_a_hard_time_limit_and_a_termination_are_no_crashes(jobs: Jobs, new_worker: NewWorker) -> None:
+    with running(new_worker("a")):
+        limited = jobs.work.apply_async((60,), time_limit=1)
+        ended = jobs.work.delay(60)
+        wait_until(lambda: all(starts_of(jobs, [limited, ended]).values()), END_S, "both run")
+        ended.revoke(terminate=True)
+        for job in (limited, ended):
+            with pytest.raises(Exception, match=r"TimeLimitExceeded|terminated"):
+                job.get(timeout=END_S)
+        assert [crashes_of(jobs, job.id) for job in (limited, ended)] == [0, 0]
+        assert set(starts_of(jobs, [limited, ended]).values()) == {1}
+        wait_until(lambda: nothing_is_left(jobs), message="acknowledgements arrive")
+
+
+def test_what_had_not_started_is_not_charged_with_the_death_of_its_node(jobs: Jobs, new_worker: NewWorker) -> None:
+    with running(new_worker("a", slots=4)) as (victim,):
+        results = [jobs.limited.delay() for _ in range(3)]
+        keys, client = jobs.cluster.keys, jobs.cluster.client
+        wait_until(lambda: client.hlen(held_key(jobs, victim.id)) == 2, END_S, "one has run, two are held back")
+        victim.kill()
+    with running(new_worker("b", slots=4)):
+        wait_until(lambda: client.hlen(held_key(jobs, "b@test")) == 1, END_S, "one runs at once, one is held back")
+        assert not any(crashes_of(jobs, result.id) for result in results)
+        assert not client.exists(keys.suspect_queue("llm"))
+
+
+def test_a_drained_nodes_running_job_is_given_back_uncharged(jobs: Jobs, new_worker: NewWorker) -> None:
+    with running(new_worker("a"), new_worker("b")) as (leaving, _):
+        jobs.cluster.drain("b@test")
+        job = jobs.work.delay(4)
+        wait_until(lambda: starts_of(jobs, [job])[job.id], END_S, "it runs")
+        jobs.cluster.resume("b@test")
+        leaving.signal(signal.SIGQUIT)  # Celery's cold shutdown: it does not wait for what runs.
+        assert job.get(timeout=END_S) in ("a@test", "b@test")
+        assert crashes_of(jobs, job.id) == 0
+
+
+def quarantine(*words: str) -> Any:
+    command = [sys.executable, "-m", "celery", "-A", "tests.process.jobs", "cluster", "quarantine", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=END_S, check=False)
+    return done.returncode, json.loads(done.stdout) if done.stdout.startswith(("{", "[")) else done.stdout + done.stderr
+
+
+def test_the_quarantine_is_looked_at_retried_and_dropped_from_the_command_line(
+    jobs: Jobs, new_worker: NewWorker
+) -> None:
+    with running(new_worker("a")):
+        poisons = [jobs.fatal.delay(3, "stubborn"), jobs.fatal.delay()]
+        for poison in poisons:
+            with pytest.raises(QuarantinedError):
+                poison.get(timeout=END_S)
+        code, listed = quarantine("list", "--json")
+        assert (code, {kept["id"] for kept in listed}) == (0, {poison.id for poison in poisons})
+        code, shown = quarantine("show", poisons[0].id, "--json")
+        assert (code, shown["task"], len(shown["crashes"])) == (0, "jobs.fatal", 3)
+        code, retried = quarantine("retry", poisons[0].id, "--json")
+        assert (code, retried["retry_of"]) == (0, poisons[0].id)
+        # Under its first id it has died three times, as it wanted.
+        assert jobs.app.AsyncResult(retried["id"]).get(timeout=END_S) == "a@test"
+        assert quarantine("drop", poisons[1].id, "--json")[0] == 0
+        assert quarantine("list", "--json") == (0, [])
+        code, told = quarantine("drop", "nonsense")
+        assert code == 1
+        assert "no job 'nonsense' is in quarantine" in told
