@@ -78,7 +78,7 @@ class ClusterRequest(Request):  # type: ignore[misc]
                 revoked_jobs.add(self.id)
                 return not super().revoked()
             if past.ended or (error := self._verdict(node, tag, past)):
-                self._end_without_running(None if past.ended else error)
+                self._end_without_running(node, None if past.ended else error)
                 return False
         if self._is_held_back:
             node.take_up(tag)
@@ -106,13 +106,14 @@ class ClusterRequest(Request):  # type: ignore[misc]
             return NodeLost(f"it ran on {last.node} when that happened: {last.reason}; it is not to be run twice")
         return None
 
-    def _end_without_running(self, error: ClusterError | None) -> None:
+    def _end_without_running(self, node: Deliveries, error: ClusterError | None) -> None:
         """End it as failed by Celery's own path, or (None) complete the end to which it has come already."""
         task_ready(self)
         with self._letting_go_last():
             self.acknowledge()
             if error is None:
                 self._task.backend.complete(self._context)
+                node.forget(self.id)
                 return
             self._failed = True
             try:

@@ -204,6 +204,10 @@ class Deliveries:
             ended, records, revoked_at = pipe.execute()
         return Past(bool(ended), tuple(map(Crash.read, records)), revoked_at is not None)
 
+    def forget(self, job_id: str) -> None:
+        """Forget the crashes of a job that has ended. Raises redis.RedisError."""
+        self._client.delete(self._keys.crashes(job_id))
+
     def set_aside(self, tag: str) -> None:
         """Put a message that cannot be decoded out of the way, for inspection. Never raises for an outage."""
         with self._lock:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from cluster_tasks.redis_store import text
 from tests.process.jobs import Jobs
+from tests.waiting import wait_until
 
 END_S = 60.0
 
@@ -15,12 +17,27 @@ def finish(results: list[Any]) -> Counter[str]:
     return Counter(result.get(timeout=END_S) for result in results)
 
 
-def nothing_is_left(jobs: Jobs) -> bool:
-    """Whether no list, hash or index of the cluster holds a job any more."""
+def left_over(jobs: Jobs) -> list[str]:
+    """The keys and lists of the cluster in which a job still is, or that should have gone with it."""
     client, keys = jobs.cluster.client, jobs.cluster.keys
     kept = (f"{keys.name}:{kind}*" for kind in ("unacked", "remains", "not_started", "crashes"))
     patterns = (*kept, "node.*", "waiting.*", "suspect.*", keys.undecodable, keys.delayed)
-    return not jobs.cluster.epochs.lengths() and not any(list(client.scan_iter(pattern)) for pattern in patterns)
+    found = {text(key) for pattern in patterns for key in client.scan_iter(pattern)}
+    return sorted(found | set(jobs.cluster.epochs.lengths()))
+
+
+def wait_until_nothing_is_left(jobs: Jobs) -> None:
+    """Wait until the last acknowledgements have arrived."""
+    left: list[str] = ["?"]
+
+    def nothing_is_left() -> bool:
+        left[:] = left_over(jobs)
+        return not left
+
+    try:
+        wait_until(nothing_is_left, END_S)
+    except AssertionError:
+        raise AssertionError(f"left in Redis: {left}") from None
 
 
 def starts_of(jobs: Jobs, results: list[Any]) -> Counter[str]:

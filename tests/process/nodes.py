@@ -46,9 +46,13 @@ class WorkerProcess:
             self._process = subprocess.Popen(self._command, env=self._environ, stdout=log, stderr=log)
         return self
 
+    def is_ready(self) -> bool:
+        """Whether it has said that it consumes."""
+        return " ready." in self.read_log()
+
     def wait_ready(self) -> WorkerProcess:
         """Wait until it consumes."""
-        wait_until(lambda: " ready." in self.read_log() or self.exit_code() is not None, START_S, f"{self.id} starts")
+        wait_until(lambda: self.is_ready() or self.exit_code() is not None, START_S, f"{self.id} starts")
         assert self.exit_code() is None, self.read_log()
         return self
 

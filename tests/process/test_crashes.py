@@ -12,7 +12,7 @@ import pytest
 from celery import chain
 
 from cluster_tasks.errors import NodeLost, QuarantinedError
-from tests.process.accounts import END_S, finish, held_key, nothing_is_left, starts_of
+from tests.process.accounts import END_S, finish, held_key, starts_of, wait_until_nothing_is_left
 from tests.process.conftest import NewWorker
 from tests.process.jobs import Jobs
 from tests.process.nodes import running
@@ -31,7 +31,7 @@ def test_a_child_that_dies_costs_its_own_job_a_repetition_and_no_other(jobs: Job
         assert starts_of(jobs, [fatal]) == {fatal.id: 3}
         assert sum(finish(neighbours).values()) == 6
         assert set(starts_of(jobs, neighbours).values()) == {1}
-        wait_until(lambda: nothing_is_left(jobs), message="the crashes are forgotten with the end of the job")
+        wait_until_nothing_is_left(jobs)
 
 
 def test_a_job_that_kills_its_process_is_quarantined_after_three_and_its_neighbours_finish(
@@ -48,7 +48,7 @@ def test_a_job_that_kills_its_process_is_quarantined_after_three_and_its_neighbo
         (kept,) = jobs.cluster.quarantine.jobs()
         assert (kept.id, kept.task, kept.request_type) == (poison.parent.id, "jobs.fatal", "llm")
         assert [crash.node for crash in kept.crashes] == ["a@test"] * 3
-        wait_until(lambda: nothing_is_left(jobs), message="acknowledgements arrive")
+        wait_until_nothing_is_left(jobs)
 
 
 def test_a_job_that_kills_its_whole_node_is_quarantined_by_the_fourth(jobs: Jobs, new_worker: NewWorker) -> None:
@@ -87,7 +87,7 @@ def test_a_job_that_must_not_run_twice_fails_with_its_process(jobs: Jobs, new_wo
         with pytest.raises(NodeLost, match="it ran on a@test when that happened"):
             job.get(timeout=END_S)
         assert starts_of(jobs, [job]) == {job.id: 1}
-        wait_until(lambda: nothing_is_left(jobs), message="acknowledgements arrive")
+        wait_until_nothing_is_left(jobs)
 
 
 @pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
@@ -97,7 +97,7 @@ def test_a_memory_error_is_the_failure_of_its_job_alone(pool: str, jobs: Jobs, n
             jobs.huge.delay().get(timeout=END_S)
         assert jobs.work.delay().get(timeout=END_S) == worker.id
         assert worker.exit_code() is None
-        wait_until(lambda: nothing_is_left(jobs), message="acknowledgements arrive")
+        wait_until_nothing_is_left(jobs)
 
 
 def test_a_hard_time_limit_and_a_termination_are_no_crashes(jobs: Jobs, new_worker: NewWorker) -> None:
@@ -111,7 +111,7 @@ def test_a_hard_time_limit_and_a_termination_are_no_crashes(jobs: Jobs, new_work
                 job.get(timeout=END_S)
         assert [crashes_of(jobs, job.id) for job in (limited, ended)] == [0, 0]
         assert set(starts_of(jobs, [limited, ended]).values()) == {1}
-        wait_until(lambda: nothing_is_left(jobs), message="acknowledgements arrive")
+        wait_until_nothing_is_left(jobs)
 
 
 def test_what_had_not_started_is_not_charged_with_the_death_of_its_node(jobs: Jobs, new_worker: NewWorker) -> None:

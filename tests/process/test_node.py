@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from cluster_tasks import NodeStatus
-from tests.process.accounts import END_S, finish, held_key, nothing_is_left, starts_of
+from tests.process.accounts import END_S, finish, held_key, starts_of, wait_until_nothing_is_left
 from tests.process.conftest import NewWorker
 from tests.process.jobs import Jobs
 from tests.process.nodes import running
@@ -27,7 +27,7 @@ def test_a_worker_is_a_node_for_its_jobs_and_a_worker_for_all_others(
         assert finish(results) == {"a@test": 20}
         assert jobs.plain.delay(1).get(timeout=END_S) == 2
         assert set(starts_of(jobs, results).values()) == {1}
-        wait_until(lambda: nothing_is_left(jobs), message="acknowledgements arrive")
+        wait_until_nothing_is_left(jobs)
 
 
 def test_nobody_idles_while_a_peer_queues(jobs: Jobs, new_worker: NewWorker) -> None:
@@ -59,7 +59,7 @@ def test_a_killed_nodes_jobs_are_done_by_the_others(jobs: Jobs, new_worker: NewW
         assert kinds.count("node lost") == 1
         assert "jobs moved" in kinds
         assert victim.id not in {node.id for node in jobs.cluster.nodes()}
-        wait_until(lambda: nothing_is_left(jobs), message="acknowledgements arrive")
+        wait_until_nothing_is_left(jobs)
         # Only what the victim held can have begun twice.
         assert sum(starts_of(jobs, results).values()) <= 40 + 2
 
@@ -131,7 +131,7 @@ def test_a_node_that_slept_too_long_joins_anew_and_commits_nothing_old(jobs: Job
         wait_until(lambda: jobs.cluster.epochs.beats().get(sleeper.id), END_S, "it joins anew")
         assert jobs.cluster.epochs.beats()[sleeper.id].epoch != epoch
         assert sum(finish(results).values()) == 8
-        wait_until(lambda: nothing_is_left(jobs), END_S, "acknowledgements arrive")
+        wait_until_nothing_is_left(jobs)
 
 
 def test_a_retry_is_balanced_anew(jobs: Jobs, new_worker: NewWorker) -> None:

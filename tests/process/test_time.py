@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from celery.exceptions import TaskRevokedError
 
-from tests.process.accounts import END_S, held_key, nothing_is_left, starts_of
+from tests.process.accounts import END_S, held_key, starts_of, wait_until_nothing_is_left
 from tests.process.conftest import NewWorker
 from tests.process.jobs import Jobs
 from tests.process.nodes import running
@@ -43,7 +43,7 @@ def test_no_job_runs_twice_because_it_is_long_or_late(jobs: Jobs, new_worker: Ne
                     assert set(starts_of(jobs, results).values()) == {1}
                     lost = [event for event in jobs.cluster.events.latest() if event.kind == "node lost"]
                     assert [event.facts["node"] for event in lost] == [doomed.id]
-                    wait_until(lambda: nothing_is_left(jobs), message="acknowledgements arrive")
+                    wait_until_nothing_is_left(jobs)
 
 
 def test_delayed_jobs_wait_in_redis_and_take_no_slot(jobs: Jobs, new_worker: NewWorker) -> None:
@@ -67,7 +67,7 @@ def test_a_job_that_was_revoked_while_no_node_lived_never_runs(jobs: Jobs, new_w
         for job in (waiting, delayed):
             with pytest.raises(TaskRevokedError):
                 job.get(timeout=END_S)
-        wait_until(lambda: not jobs.cluster.delayed() and nothing_is_left(jobs), END_S, "both are discarded")
+        wait_until_nothing_is_left(jobs)
         assert not any(starts_of(jobs, [waiting, delayed]).values())
 
 
