@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterable
 from datetime import tzinfo
 from functools import cached_property
@@ -338,6 +339,7 @@ class ClusterTransport(stock.Transport):
         node = deliveries.current()
         if node is not None:
             # A job that ends in a thread of the pool frees a slot while the loop sleeps.
+            node.loop_thread = threading.get_ident()
             loop.add_reader(node.wake_fd, _drain_wake_fd, node.wake_fd)
 
 

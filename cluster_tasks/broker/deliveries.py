@@ -53,6 +53,8 @@ class Deliveries:
         self.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         """Becomes readable when a slot was freed, maybe by another thread."""
         self._keys, self._client, self._clock, self._slots = keys, client, clock, slots
+        self.loop_thread = 0
+        """The thread of the event loop, which looks for work before it sleeps: by itself it need not be woken."""
         self._placer = Placer(client, keys)
         self._lock = threading.Lock()
         self._held: dict[str, bytes] = {}
@@ -154,7 +156,8 @@ class Deliveries:
             self._blamed.pop(tag, None)
             if known is not None and self._is_current(tag):
                 self._acked.add(tag)
-        self.wake()
+        if threading.get_ident() != self.loop_thread:
+            self.wake()
         if self.at_bell:
             self.flush()
 
