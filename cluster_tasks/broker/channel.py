@@ -55,10 +55,15 @@ class ClusterQoS(stock.QoS):
     """Acknowledges what came from the cluster's queues through the register of the process."""
 
     def can_consume(self) -> bool:
-        """Whether a slot is free. What other queues delivered fills slots as well."""
+        """Whether a slot is free, or a job that fills one waits to be delivered.
+
+        What other queues delivered fills slots as well.
+        """
         node = self.channel.node
         if node is None:
             return bool(super().can_consume())
+        if node.undelivered():
+            return True
         foreign = len(self._delivered) - len(self._dirty)
         return bool(node.free_slots() > foreign)
 

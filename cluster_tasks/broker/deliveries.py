@@ -118,6 +118,10 @@ class Deliveries:
         """How many jobs this process holds, of all epochs."""
         return len(self._held)
 
+    def undelivered(self) -> bool:
+        """Whether a job that this process holds has not been seen by a consumer."""
+        return bool(self._inbox)
+
     def next_fetch(self) -> tuple[str, str, list[str]]:
         """Return epoch, first part of the tags and acknowledged tags to carry, all for the fetch that comes now.
 

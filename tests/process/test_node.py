@@ -155,6 +155,24 @@ def test_nodes_work_on_after_an_outage_of_redis(
         assert worker.exit_code() is None
 
 
+@pytest.mark.parametrize("pool", ["prefork", "solo"])
+def test_jobs_of_a_fetch_whose_reply_was_lost_are_done_though_they_fill_all_slots(
+    pool: str, jobs: Jobs, new_worker: NewWorker
+) -> None:
+    client, keys = jobs.cluster.client, jobs.cluster.keys
+    with running(new_worker("a", pool=pool)):
+        epoch = jobs.cluster.epochs.beats()["a@test"].epoch
+        jobs.cluster.drain("a@test")
+        results = [jobs.work.delay() for _ in range(1 if pool == "solo" else 2)]
+        # As the script leaves them: recorded as held, and nobody has read so.
+        for number, _ in enumerate(results, start=1):
+            client.hset(keys.unacked("a@test", epoch), f"{epoch}.9999.{number}", client.rpop("waiting.llm"))
+        client.delete(keys.backlog)
+        jobs.cluster.resume("a@test")
+        client.client_kill_filter(_type="normal", skipme=True)
+        assert finish(results) == {"a@test": len(results)}
+
+
 @pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
 def test_a_job_that_holds_the_gil_past_the_lease_is_not_taken_for_a_death(
     pool: str, jobs: Jobs, new_worker: NewWorker
