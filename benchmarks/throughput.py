@@ -205,6 +205,8 @@ def main() -> int:
     parser.add_argument("--pool", action="append", choices=POOLS, help="only this one; may be repeated")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    # Told to end, it ends in order: what it started and wrote goes with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     for variable in [name for name in os.environ if name.startswith(("CLUSTER_", "CELERY_"))]:
         # Nothing of the caller's cluster may be in the figures, nor the benchmark in his cluster.
         del os.environ[variable]
