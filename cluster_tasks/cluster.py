@@ -7,8 +7,6 @@ import os
 import random
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from importlib.util import find_spec
-from pathlib import Path
 from threading import Event
 from typing import Any
 
@@ -17,6 +15,7 @@ from celery import Celery, signals
 from kombu.utils.imports import symbol_by_name
 from pydantic import SecretStr
 
+from cluster_tasks.balancing import create_balancer
 from cluster_tasks.broker.channel import ClusterAMQP, ClusterQueues
 from cluster_tasks.broker.delays import DelayedJob, delayed_jobs
 from cluster_tasks.broker.epochs import EpochTable, Lists
@@ -29,12 +28,13 @@ from cluster_tasks.failover.evacuation import Evacuation, Moved
 from cluster_tasks.failover.events import EventLog
 from cluster_tasks.failover.health import HealthCheck
 from cluster_tasks.failover.quarantine import Quarantine
-from cluster_tasks.keys import Keys
-from cluster_tasks.model import Node, NodeEvent, NodeFilter, NodeStatus
+from cluster_tasks.keys import DEFAULT_NAME, Keys
+from cluster_tasks.model import Node, NodeEvent, NodeFilter, NodeStatus, check_node_id
 from cluster_tasks.redis_store import connect, foreign_errors
 from cluster_tasks.registry import create_registry
 from cluster_tasks.registry.base import ALL, Registry
 from cluster_tasks.router import ClusterRouter, ClusterView
+from cluster_tasks.runtime import check_runtime
 from cluster_tasks.settings import BROKER_SCHEMES, CONF_PREFIX, ClusterSettings, SecretUrl, load_settings
 from cluster_tasks.tasks import apps
 from cluster_tasks.tasks.base import ClusterTask
@@ -184,6 +184,17 @@ class Cluster:
         except UnavailableError as exc:
             logger.warning("the registry could not be told that %s left: %s", node_id, exc)
 
+    def check(self) -> None:
+        """Raise ConfigurationError if a setting is wrong or names a strategy that does not exist."""
+        settings = self.settings
+        own = {name: value for name, value in settings if name.startswith("strategy") and value is not None}
+        own |= {f"strategies[{request_type}]": name for request_type, name in settings.strategies.items()}
+        for setting, strategy in own.items():
+            try:
+                create_balancer(strategy, clock=self.clock, rng=random.Random())
+            except ConfigurationError as exc:
+                raise ConfigurationError(f"{CONF_PREFIX}{setting}: {exc}") from None
+
     def served_types(self) -> frozenset[str]:
         """The request types this process can run: as set, else all that its tasks declare."""
         if self.settings.serves is not None:
@@ -218,8 +229,11 @@ class Cluster:
         """The lists that hold jobs, and the delayed jobs."""
         return [*self.epochs.lengths(), self.keys.delayed]
 
-    def _route(self, *args: Any, **kwargs: Any) -> dict[str, Any] | None:
-        return self.router(*args, **kwargs)
+    def _route(
+        self, name: str, args: Any, kwargs: Any, options: Any, task: Any = None, **rest: Any
+    ) -> dict[str, Any] | None:
+        # Celery passes no task where one is sent by its name, although the app may know it.
+        return self.router(name, args, kwargs, options, task=task or self.app.tasks.get(name), **rest)
 
     def _check_health(self) -> None:
         self.health.act(self.health.observe())
@@ -228,22 +242,16 @@ class Cluster:
             self.client.incr(self.keys.checks)
 
     def _check_runtime(self, sender: Any, **_: Any) -> None:
-        """Celery loads the node's runtime by name: say so when that name leads elsewhere."""
+        """Refuse to start a worker with wrong settings, a wrong name, or another package for the node's runtime."""
         if sender.app is not self.app:
             return
         try:
-            self.settings  # noqa: B018 - refused before a worker starts
-        except ConfigurationError as exc:
+            check_runtime()
+            self.check()
+            check_node_id(sender.hostname)
+        except ValueError as exc:
             # Not an exception: Celery logs those of signals and goes on.
             raise SystemExit(str(exc)) from None
-        spec = find_spec("workers")
-        home = Path(__file__).parents[1] / "workers" / "__init__.py"
-        if spec is None or spec.origin is None or Path(spec.origin) != home:
-            found = spec.origin or "a folder without __init__.py" if spec else "nothing"
-            raise SystemExit(
-                f"the node's runtime is the top-level package 'workers' at {home.parent}, but Python finds {found}: "
-                "rename the other package, or start the worker from a folder where it does not come first"
-            )
 
     def _configure(self, **_: Any) -> None:
         try:
@@ -278,6 +286,10 @@ class Cluster:
         }  # fmt: skip
         # Celery waits this long for the result of a child that died; a result that was committed is safe without.
         self.app.add_defaults({"worker_lost_wait": 1.0})
+        if settings.name != DEFAULT_NAME:
+            # Remote control and events of two clusters on one Redis are as separate as their jobs.
+            channels = {"control_exchange": f"{settings.name}.celery", "event_exchange": f"{settings.name}.celeryev"}
+            self.app.add_defaults(channels)
         self._configure_results(broker)
         conf.update(
             # A refused command (READONLY, LOADING) is a reason to reconnect, never to exit.
@@ -292,6 +304,10 @@ class Cluster:
         conf, own = self.app.conf, self.settings.result_backend
         results = own.get_secret_value() if own else conf.result_backend or broker
         conf.result_backend = results
+        if str(results).startswith("sentinel://"):
+            conf.result_backend_transport_options = {
+                "master_name": self.settings.sentinel_master, **conf.result_backend_transport_options,
+            }  # fmt: skip
         if str(results) == broker:
             self.app.loader.override_backends = {**self.app.loader.override_backends, **FENCED_BACKENDS}
         elif str(results).partition("://")[0] in BROKER_SCHEMES:

@@ -106,6 +106,19 @@ def run_script(client: redis.Redis, script: Script, keys: Sequence[str], argumen
 
 
 @contextmanager
+def refusals_as_outages(client: redis.Redis) -> Iterator[None]:
+    """Turn an error reply (READONLY, LOADING, OOM) into the loss of the connection, after which Celery tries again.
+
+    The next command makes a new connection, maybe to another server.
+    """
+    try:
+        yield
+    except redis.ResponseError as exc:
+        client.connection_pool.disconnect()
+        raise redis.ConnectionError(f"Redis refused a command: {exc}") from exc
+
+
+@contextmanager
 def foreign_errors(unavailable: type[UnavailableError], doing: str) -> Iterator[None]:
     """Turn an error of Redis into ``unavailable``, with what was being done."""
     try:

@@ -15,7 +15,7 @@ from cluster_tasks.balancing import create_balancer
 from cluster_tasks.balancing.base import Balancer
 from cluster_tasks.broker.message import REQUEST_TYPE_PROPERTY
 from cluster_tasks.clock import Clock
-from cluster_tasks.errors import UnavailableError
+from cluster_tasks.errors import ConfigurationError, UnavailableError
 from cluster_tasks.keys import Keys
 from cluster_tasks.model import Node, Request
 from cluster_tasks.settings import ClusterSettings
@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 STRATEGY_HEADER = "strategy"
 """``task.apply_async(…, headers={"strategy": "adaptive"})`` sets the strategy of one call."""
 QUIET_AFTER_S = 5.0
+WORTH_WAITING_S = 1.0
 
 
 class ClusterView:
@@ -37,15 +38,19 @@ class ClusterView:
         self._healthy = True
         self._pid = 0
         self._refreshing = threading.Lock()
+        self._wanted, self._read_again = threading.Event(), threading.Event()
 
     def nodes(self) -> tuple[Node, ...]:
         """Return the last view, the same object until it is read again. Never raises for an outage."""
         now_s = self._asked_at_s = self._clock.monotonic()
         if os.getpid() != self._pid:
             self._start()
-        # A view that the thread has let age, because nobody asked, is read at once.
+        # A view that the thread has let age, because nobody asked, is worth a moment, but not the time-out of a
+        # registry that hangs.
         if now_s - self._read_at_s > 2 * self._snapshot_s + 1:
-            self.refresh()
+            self._wanted.set()
+            if self._healthy:
+                self._read_again.wait(WORTH_WAITING_S)
         return self._nodes
 
     def refresh(self) -> None:
@@ -66,14 +71,18 @@ class ClusterView:
     def _start(self) -> None:
         # A fork copies neither the thread nor a free lock.
         self._pid, self._refreshing = os.getpid(), threading.Lock()
+        self._wanted, self._read_again = threading.Event(), threading.Event()
         threading.Thread(target=self._keep_fresh, args=(self._pid,), name="cluster-view", daemon=True).start()
 
     def _keep_fresh(self, pid: int) -> None:
-        pause = threading.Event()
         while os.getpid() == pid:
-            pause.wait(self._snapshot_s)
+            self._wanted.wait(self._snapshot_s)
             if self._clock.monotonic() - self._asked_at_s < QUIET_AFTER_S:
                 self.refresh()
+                self._wanted.clear()
+                self._read_again.set()
+            else:
+                self._read_again.clear()
 
 
 class ClusterRouter:
@@ -100,8 +109,10 @@ class ClusterRouter:
         if not request_type:
             return None
         request = Request(request_type, size=_size(args, kwargs), affinity=task.affinity_of(args or (), kwargs or {}))
-        strategy = (options.get("headers") or {}).get(STRATEGY_HEADER)
-        queue = self.place(request, strategy or self._settings.strategy_for(request_type))
+        strategy = (options.get("headers") or {}).get(STRATEGY_HEADER) or self._settings.strategy_for(request_type)
+        if not isinstance(strategy, str):
+            raise ConfigurationError(f"the header {STRATEGY_HEADER} is the name of a strategy, not {strategy!r}")
+        queue = self.place(request, strategy)
         return {"queue": self._queue(queue), REQUEST_TYPE_PROPERTY: request_type}
 
     def place(self, request: Request, strategy: str) -> str:

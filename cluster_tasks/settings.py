@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any, Self
+from urllib.parse import parse_qsl, urlencode
 
 from pydantic import BeforeValidator, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
@@ -20,6 +21,7 @@ CONF_PREFIX = "cluster_"
 ENV_PREFIX = "CLUSTER_"
 MISSPELT = 0.8
 """From this similarity of names on, 0 to 1, an unknown variable is taken for a misspelt setting."""
+CERTIFICATE_CHECKS = ("required", "optional", "none")
 BROKER_SCHEMES = ("redis", "rediss", "redis+socket", "sentinel")
 
 
@@ -35,6 +37,26 @@ def _masked(text: str) -> str:
     # Up to the last @ of each URL: a password that nobody quoted may hold any character.
     urls = [re.sub(r"(://[^:/@]*):.*@", r"\1:**@", url) for url in re.split(r";(?=[\w+]+://)", text)]
     return re.sub(r"((?:password|token|key|secret)=)[^&;#]*", r"\1**", ";".join(urls), flags=re.IGNORECASE)
+
+
+def _checked_redis_url(url: str) -> str:
+    """Return ``url`` as Kombu, Celery and redis-py all read it. Raises ValueError for what one of them refuses."""
+    scheme, rest = url.split("://", 1)
+    address, _, query = rest.partition("?")
+    options = dict(parse_qsl(query, keep_blank_values=True))
+    if "password" in options:
+        raise ValueError("a password is written before the host: redis://:PASSWORD@HOST")
+    if scheme in ("redis", "rediss"):
+        database = address.rpartition("@")[2].partition("/")[2]
+        if database and not database.isdigit():
+            raise ValueError(f"the database, behind the last slash, is a number and not {database!r}")
+    if scheme != "rediss":
+        return url
+    # Celery insists on this option, and knows it by other names than redis-py.
+    wanted = options.get("ssl_cert_reqs", "required").lower().removeprefix("cert_")
+    if wanted not in CERTIFICATE_CHECKS:
+        raise ValueError(f"ssl_cert_reqs is one of {', '.join(CERTIFICATE_CHECKS)}, not {wanted!r}")
+    return f"{scheme}://{address}?{urlencode({**options, 'ssl_cert_reqs': wanted})}"
 
 
 def _split(value: object) -> object:
@@ -68,7 +90,8 @@ class ClusterSettings(BaseSettings):
     )
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$")] = "cluster"
-    """Prefix of every key; two clusters with two names share a Redis."""
+    """Prefix of every key, list and channel; two clusters with two names share a Redis. Tasks without ClusterTask are
+    in Celery's own queues: give the two apps each a ``task_default_queue``, too."""
     broker_url: SecretUrl = SecretUrl("redis://127.0.0.1:6379/0")
     result_backend: SecretUrl | None = None
     """None: the Redis of the broker, which alone can commit a result and its delivery in one step."""
@@ -154,7 +177,7 @@ class ClusterSettings(BaseSettings):
         if not separator or scheme not in BROKER_SCHEMES:
             known = ", ".join(f"{name}://" for name in BROKER_SCHEMES)
             raise ValueError(f"expected a URL that begins with one of {known}")
-        return value
+        return SecretUrl(_checked_redis_url(value.get_secret_value()))
 
     @field_validator("registry_url", mode="after")
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import time
 from typing import Any
 
 from celery import Task, bootsteps, signals
@@ -16,7 +17,7 @@ from cluster_tasks.broker import deliveries
 from cluster_tasks.broker.channel import consumed_tags
 from cluster_tasks.broker.deliveries import Deliveries
 from cluster_tasks.cluster import Cluster, cluster_of
-from cluster_tasks.errors import NodeNameTaken, UnavailableError
+from cluster_tasks.errors import BrokerUnavailable, NodeNameTaken, UnavailableError
 from cluster_tasks.model import Capacity, Node, NodeRole
 from cluster_tasks.router import cluster_queue
 from cluster_tasks.tasks.base import ClusterTask
@@ -25,11 +26,13 @@ from workers.agent import NodeAgent
 from workers.heartbeat import HeartbeatProcess
 from workers.load import measure
 from workers.refusals import Refusals
+from workers.request import keeping_errors_in
 
 logger = logging.getLogger(__name__)
 
 REFUSED_POOLS = ("gevent", "eventlet")
 STOCK_REQUEST = Task.Request
+JOIN_AGAIN_S = 2.0
 
 
 class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
@@ -114,18 +117,28 @@ class ResyncStep(bootsteps.StartStopStep):  # type: ignore[misc]
         node = deliveries.current()
         if node is None:
             return
+        for task in consumer.app.tasks.values():
+            task.__trace__ = keeping_errors_in(task)
         again = node.resync(consumed_tags(state.active_requests))
         if again:
             logger.warning("%d jobs that the broken connection had dropped are delivered again", again)
 
 
 def join(agent: NodeAgent) -> None:
-    """Start an agent; a name that is taken ends the worker with that reason, and without a traceback."""
-    try:
-        agent.start()
-    except NodeNameTaken as exc:
-        logger.critical("%s", exc)
-        raise WorkerShutdown(EX_FAILURE) from None
+    """Start an agent, as soon as Redis is there. A name that is taken ends the worker with that reason."""
+    while True:
+        try:
+            agent.start()
+            return
+        except NodeNameTaken as exc:
+            logger.critical("%s", exc)
+            raise WorkerShutdown(EX_FAILURE) from None
+        except BrokerUnavailable as exc:
+            logger.error("this node cannot join yet, it tries again in %g s: %s", JOIN_AGAIN_S, exc)
+        until_s = time.monotonic() + JOIN_AGAIN_S
+        while time.monotonic() < until_s:
+            time.sleep(0.1)
+            state.maybe_shutdown()
 
 
 def describe(cluster: Cluster, worker: Any) -> Node:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import random
 import socket
 import sys
 import time
@@ -18,7 +17,6 @@ from typing import Self
 from celery.app.utils import find_app
 from celery.utils.nodenames import host_format
 
-from cluster_tasks.balancing import create_balancer
 from cluster_tasks.cluster import cluster_of
 from cluster_tasks.errors import BrokerUnavailable, ClusterError, ConfigurationError
 from cluster_tasks.redis_store import foreign_errors
@@ -86,7 +84,10 @@ class LocalCluster:
                 server = RedisServer(self.directory / "redis", _free_or_other(self.plan.redis_port), appendonly=True)
                 self.redis = running.enter_context(server)
             os.environ |= {"CLUSTER_BROKER_URL": self.plan.broker_url} | self.variables()
-            self.app = find_app(self.plan.app)
+            try:
+                self.app = find_app(self.plan.app)
+            except (ImportError, AttributeError) as exc:
+                raise ConfigurationError(f"there is no Celery app {self.plan.app!r}: {exc}") from None
             self.cluster = cluster_of(self.app)
             self._check()
             self._earlier = self._epochs()
@@ -155,8 +156,7 @@ class LocalCluster:
 
     def _check(self) -> None:
         settings = self.cluster.settings
-        if self.plan.strategy:
-            create_balancer(self.plan.strategy, clock=self.cluster.clock, rng=random.Random())
+        self.cluster.check()
         with foreign_errors(BrokerUnavailable, f"connecting to {settings.broker_url}"):
             self.cluster.client.ping()
 

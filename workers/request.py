@@ -13,7 +13,7 @@ import redis
 from billiard.einfo import ExceptionWithTraceback
 from billiard.exceptions import WorkerLostError
 from celery import states
-from celery.app.trace import TraceInfo
+from celery.app.trace import TraceInfo, report_internal_error, trace_ok_t
 from celery.exceptions import Ignore, Reject, Retry
 from celery.worker.request import Request
 from celery.worker.state import revoked as revoked_jobs
@@ -205,6 +205,25 @@ class ClusterRequest(Request):  # type: ignore[misc]
             self._letting_go = partial(self.reject, requeue)
             return
         super().reject(requeue)
+
+
+def keeping_errors_in(task: Any) -> Callable[..., Any]:
+    """The tracer of a task, returning the errors that it raises.
+
+    Celery's lets an error in the storing of a result, such as a refused commit, out of a thread of the pool, whose job
+    then comes to no end, and in solo out of the worker.
+    """
+    trace = task.__trace__
+
+    def trace_and_tell(*args: Any) -> Any:
+        try:
+            return trace(*args)
+        except Reject:
+            raise
+        except Exception as exc:  # noqa: BLE001 - as Celery itself does where a pool has processes
+            return trace_ok_t(report_internal_error(task, exc), TraceInfo(states.FAILURE, exc), 0.0, None)
+
+    return trace_and_tell
 
 
 @cache

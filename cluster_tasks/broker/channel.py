@@ -36,7 +36,7 @@ from cluster_tasks.broker.message import (
 from cluster_tasks.broker.placement import Placer, placing_script
 from cluster_tasks.errors import ConfigurationError
 from cluster_tasks.keys import DEFAULT_NAME, Keys, priority_suffixes
-from cluster_tasks.redis_store import load_script, script_source, text
+from cluster_tasks.redis_store import load_script, refusals_as_outages, script_source, text
 
 logger = logging.getLogger(__name__)
 
@@ -141,13 +141,8 @@ class ClusterChannel(stock.Channel):
         else:
             target = queue if self.keys.node_of(queue) else ""
             placement = place_message(message, dumps(message), self.keys, target)
-            try:
+            with refusals_as_outages(self._placer.client):
                 self._place(placement, due_time(message, self._timezone), kwargs.get("_publish_batch"))
-            except redis.ResponseError as exc:
-                # READONLY, LOADING, OOM: Celery's policy for publishing decides how often to try again, and where
-                # the master is now.
-                self._placer.disconnect()
-                raise redis.ConnectionError(f"Redis refused a job: {exc}") from exc
 
     def _place(self, placement: Placement, due: float | None, batch: Any) -> None:
         if due is not None:

@@ -46,7 +46,7 @@ class Placer:
     """Places and moves messages. Errors of Redis pass through: Kombu and the callers each have their own policy."""
 
     def __init__(self, client: redis.Redis, keys: Keys) -> None:
-        self._client, self._keys = client, keys
+        self.client, self._keys = client, keys
         self._place = client.register_script(placing_script("place"))
         self._delay = client.register_script(placing_script("delay"))
         self._move_held = client.register_script(placing_script("move_held"))
@@ -98,7 +98,3 @@ class Placer:
     def set_aside_listed(self, source: str, queue: str, message: bytes) -> None:
         """The same for the list ``source``, part of ``queue`` in the index."""
         self._set_aside([self._keys.undecodable, source, self._keys.backlog], [message, "", queue])
-
-    def disconnect(self) -> None:
-        """Give up connections: the next command makes a new one, maybe to another server."""
-        self._client.connection_pool.disconnect()

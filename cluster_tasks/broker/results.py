@@ -17,7 +17,7 @@ from kombu.utils.encoding import bytes_to_str
 from cluster_tasks.broker.message import Delivery
 from cluster_tasks.errors import StaleCommit
 from cluster_tasks.keys import DEFAULT_NAME, Keys
-from cluster_tasks.redis_store import load_script, run_script
+from cluster_tasks.redis_store import load_script, refusals_as_outages, run_script
 
 ENDED_LIVES_S = 300
 """How long it is remembered that a job without a result has ended."""
@@ -120,7 +120,8 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
         names = [*self._job_keys(delivery, task_id), self._keys.counters, self._keys.crashes(task_id)]
         same_end = REVOKED_UNHELD if state == states.REVOKED else ""
         arguments = [delivery.tag, encoded, lives_s, int(sequel), same_end]
-        done = run_script(self.client, self._commit_script, names, arguments)
+        with refusals_as_outages(self.client):
+            done = run_script(self.client, self._commit_script, names, arguments)
         if done != 1:
             reason = "its delivery was taken away" if done == 0 else "it had ended before"
             raise StaleCommit(f"result {state} of job {task_id} by {delivery.node_id} refused: {reason}")

@@ -24,6 +24,7 @@ from cluster_tasks.cluster import Cluster
 from cluster_tasks.errors import ClusterError, NodeNotFound
 from cluster_tasks.failover.events import MAX_EVENTS, ClusterEvent
 from cluster_tasks.model import Node, NodeFilter, NodeRole, NodeStatus, check_node_id, check_request_type
+from cluster_tasks.runtime import check_runtime
 
 FOLLOW_S = 1.0
 """How long one read waits for news; less than the time-out of a socket."""
@@ -278,6 +279,7 @@ def coordinator(cluster: Cluster, hostname: str, loglevel: str) -> None:
     \b
     Example: celery -A cluster_tasks cluster coordinator -n coordinator2@%h -l INFO
     """
+    check_runtime()
     # Asked now, a Redis that is away is told in one line; the worker would log a traceback.
     cluster.checks_done()
     worker = symbol_by_name("workers.coordinator:coordinator")(cluster.app, hostname, loglevel)

@@ -53,7 +53,9 @@ def pass_cluster(command: Callable[Concatenate[Cluster, P], None]) -> Callable[P
 
     @wraps(command)
     def with_cluster(*args: P.args, **kwargs: P.kwargs) -> None:
-        command(cluster_of(click.get_current_context().obj.app), *args, **kwargs)
+        cluster = cluster_of(click.get_current_context().obj.app)
+        cluster.check()
+        command(cluster, *args, **kwargs)
 
     return with_cluster
 

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib.machinery import PathFinder
 from pathlib import Path
 
 import click
 
 from cluster_tasks.errors import ConfigurationError
-
-RUNTIME = Path(__file__).parents[2] / "workers"
-"""The node's runtime; this package starts it as processes and never imports it."""
+from cluster_tasks.runtime import check_runtime
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -26,7 +23,7 @@ def _command(name: str, module: str, about: str) -> None:
     @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
     def become(arguments: tuple[str, ...]) -> None:
         try:
-            check_runtime()
+            check_runtime([str(Path.cwd())])
         except ConfigurationError as exc:
             raise click.ClickException(str(exc)) from exc
         os.execv(sys.executable, [sys.executable, "-m", module, *arguments])
@@ -34,17 +31,6 @@ def _command(name: str, module: str, about: str) -> None:
 
 _command("up", "workers.up", "Start Redis, nodes, a coordinator and Flower, and keep them running.")
 _command("demo", "workers.demo", "Run the main job on real text, with a node killed midway.")
-
-
-def check_runtime() -> None:
-    """Raise ConfigurationError if processes that are started here would find a foreign package ``workers``."""
-    spec = PathFinder.find_spec("workers", [str(Path.cwd()), *sys.path])
-    if spec is None or spec.origin is None or Path(spec.origin).parent != RUNTIME:
-        found = (spec.origin or "a folder without __init__.py") if spec else "nothing"
-        raise ConfigurationError(
-            f"the node's runtime is the top-level package 'workers' at {RUNTIME}, but Python finds {found}: "
-            "rename the other package, or start from a folder where it does not come first"
-        )
 
 
 if __name__ == "__main__":

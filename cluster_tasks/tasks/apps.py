@@ -34,8 +34,10 @@ def cluster_of(app: Celery) -> Configured:
     """Return the cluster of an app. Raises ClusterError if none was made for it."""
     try:
         return _clusters[app]
-    except KeyError:
-        raise ClusterError(f"the app {app.main!r} is in no cluster: add Cluster(app) where it is made") from None
+    except (KeyError, TypeError):  # A proxy that stands for no app cannot even be looked up.
+        raise ClusterError(
+            f"the app {getattr(app, 'main', app)!r} is in no cluster: add Cluster(app) where it is made"
+        ) from None
 
 
 def sending_app() -> Celery:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from cluster_tasks import Cluster, ClusterTask
+from cluster_tasks.app import JOBS as MODULES
 from cluster_tasks.errors import ClusterError, InvalidArguments
 from cluster_tasks.providers import ChatRequest
 from cluster_tasks.shards.store import MAX_K, check_collection
@@ -32,6 +34,10 @@ JOBS = {
     "rag.generate": "llm",
 }
 HEAVY = ("numpy", "openai", "lancedb", "pyarrow")
+
+# An app knows the jobs of the modules that its process has imported.
+for module in MODULES:
+    import_module(f"cluster_tasks.tasks.{module}")
 
 
 @pytest.fixture

@@ -151,7 +151,7 @@ def test_a_redis_cluster_as_broker_is_refused_with_the_reason() -> None:
     "url",
     [
         "redis://host/0",
-        "rediss://host/0",
+        "rediss://host/0?ssl_cert_reqs=none",
         "redis+socket:///run/redis.sock?virtual_host=1",
         "sentinel://a:26379;sentinel://b:26379/0",
     ],
