@@ -6,14 +6,15 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from workers.redis_server import RedisServer
 
 
 @contextmanager
-def redis_for_results(directory: Path) -> Iterator[RedisServer]:
+def redis_for_results(directory: Path, **options: Any) -> Iterator[RedisServer]:
     """Run a Redis that outlives the results of the jobs that are sent through it."""
-    with RedisServer(directory) as server:
+    with RedisServer(directory, **options) as server:
         yield server
         # A result unsubscribes when it is collected: now, while its Redis is there, and not in some later test.
         gc.collect()

@@ -132,7 +132,12 @@ class NodeAgent:
         was_draining = self._standing is Standing.DRAINING
         # Stamp before the call: a slow reply must shorten the time that is sure, never stretch it.
         sent_at_s = self._cluster.clock.monotonic()
-        self._standing = self._cluster.epochs.beat(self._node.id, self._node.epoch)
+        try:
+            self._standing = self._cluster.epochs.beat(self._node.id, self._node.epoch)
+        except BrokerUnavailable:
+            # A Redis that can be read and not written stops all beats, and no node is dead.
+            self._cluster.health.interrupted()
+            raise
         if self._standing is Standing.FENCED:
             self._rejoin()
             if was_draining:

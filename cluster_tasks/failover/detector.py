@@ -36,17 +36,19 @@ class Detector:
     def __init__(self, clock: Clock, lease_s: float, failure_threshold: int = 1) -> None:
         self._clock, self._lease_s, self._threshold = clock, lease_s, failure_threshold
         self._watches: dict[str, _Watch] = {}
-        self._observed_s: float | None = None
+        self._observed_s = 0.0
+        self._anew = True
 
     def interrupted(self) -> None:
         """Start anew: the observer could not see for a while."""
-        self._watches.clear()
-        self._observed_s = None
+        # A mark, for other threads say this while one observes.
+        self._anew = True
 
     def observe(self, beats: Mapping[str, Beat]) -> list[Silent]:
         """Take in the beats of all nodes as read now; return those that may be fenced, sorted by id."""
         now_s = self._clock.monotonic()
-        if self._observed_s is not None and now_s - self._observed_s > self._lease_s / 2:
+        if self._anew or now_s - self._observed_s > self._lease_s / 2:
+            self._anew = False
             self._watches.clear()
         self._observed_s = now_s
         self._watches = {node_id: self._next_watch(node_id, beat, now_s) for node_id, beat in beats.items()}

@@ -43,6 +43,10 @@ class HealthCheck:
             self._detector.interrupted()
             raise
 
+    def interrupted(self) -> None:
+        """Start the observation anew: this process could not write, so others may be unable to beat."""
+        self._detector.interrupted()
+
     def act(self, silent: list[Silent]) -> int:
         """Fence these nodes, move their work and whatever else has no owner; return how many were fenced."""
         fenced = sum(self.fail_over(node.node_id, node.beat, node.silent_s) for node in silent)

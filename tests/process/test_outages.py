@@ -1,0 +1,143 @@
+"""Redis refuses, forgets, restarts or falls silent: no worker ends, no job is lost, none runs twice."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import pytest
+from kombu.exceptions import OperationalError
+
+from cluster_tasks.redis_store import connect
+from tests.process.accounts import END_S, wait_until_nothing_is_left
+from tests.process.conftest import NewWorker
+from tests.process.jobs import Jobs, make_jobs
+from tests.process.nodes import WorkerProcess, running
+from tests.process.proxy import wire_to
+from tests.servers import redis_for_results
+from tests.waiting import wait_until
+from workers.redis_server import RedisServer, free_port
+
+Fault = Callable[[Jobs, RedisServer], AbstractContextManager[None]]
+LASTS_S = 3.0
+
+
+@contextmanager
+def refusing_writes_for_lack_of_memory(jobs: Jobs, server: RedisServer) -> Iterator[None]:
+    jobs.cluster.client.config_set("maxmemory", "1")
+    try:
+        yield
+    finally:
+        jobs.cluster.client.config_set("maxmemory", "0")
+
+
+@contextmanager
+def a_replica_of_another(jobs: Jobs, server: RedisServer) -> Iterator[None]:
+    jobs.cluster.client.replicaof("127.0.0.1", free_port())
+    try:
+        yield
+    finally:
+        jobs.cluster.client.replicaof("NO", "ONE")
+
+
+@contextmanager
+def forgetting_its_scripts(jobs: Jobs, server: RedisServer) -> Iterator[None]:
+    jobs.cluster.client.script_flush()
+    try:
+        yield
+    finally:
+        jobs.cluster.client.script_flush()
+
+
+@contextmanager
+def restarted(jobs: Jobs, server: RedisServer) -> Iterator[None]:
+    server.kill()
+    try:
+        yield
+    finally:
+        server.start()
+
+
+FAULTS = [refusing_writes_for_lack_of_memory, a_replica_of_another, forgetting_its_scripts, restarted]
+
+
+@pytest.fixture
+def lasting_redis(redis_binary: str, tmp_path: Path) -> Iterator[RedisServer]:
+    """A Redis that keeps what it was told over a restart."""
+    with redis_for_results(tmp_path / "redis", appendonly=True) as server:
+        yield server
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_nodes_outlast_a_redis_that_is(
+    fault: Fault, lasting_redis: RedisServer, redis_server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLUSTER_BROKER_URL", lasting_redis.url)
+    jobs, environ = make_jobs(), {"TEST_NOTES_URL": redis_server.url}
+    workers = [
+        WorkerProcess(pool, lasting_redis.url, tmp_path, pool=pool, environ=environ)
+        for pool in ("prefork", "threads", "solo")
+    ]
+    with running(*workers):
+        results = [jobs.work.delay(0.5, key=str(number)) for number in range(20)]
+        with fault(jobs, lasting_redis):
+            threading.Event().wait(LASTS_S)  # The length of the fault, not a wait for something.
+        results += [jobs.work.delay(0.05, key=str(number)) for number in range(20)]
+        assert all(result.get(timeout=END_S) for result in results)
+        assert [worker.exit_code() for worker in workers] == [None] * 3
+        wait_until_nothing_is_left(jobs)
+        with connect(redis_server.url) as notes:
+            assert {notes.llen(f"test:started:{result.id}") for result in results} == {1}
+        assert "node lost" not in [event.kind for event in jobs.cluster.events.latest(1000)]
+    del results
+    jobs.app.close()
+
+
+def test_a_producer_is_told_why_redis_refuses_a_job(jobs: Jobs, redis_server: RedisServer) -> None:
+    why = pytest.raises(OperationalError, match=r"Redis refused a command: .*OOM command not allowed")
+    with refusing_writes_for_lack_of_memory(jobs, redis_server), why:
+        jobs.work.apply_async(retry_policy={"max_retries": 1})
+    assert jobs.cluster.epochs.lengths() == {}
+
+
+def test_a_connection_that_has_fallen_silent_is_replaced(
+    jobs: Jobs, new_worker: NewWorker, redis_server: RedisServer, tmp_path: Path
+) -> None:
+    with wire_to(redis_server.port) as wire:
+        environ = {"TEST_NOTES_URL": redis_server.url}
+        workers = [
+            WorkerProcess(pool, wire.url, tmp_path, pool=pool, environ=environ)
+            for pool in ("prefork", "threads", "solo")
+        ]
+        with running(*workers):
+            assert jobs.work.delay().get(timeout=END_S)
+            wire.freeze()
+            threading.Event().wait(0.5)
+            wire.thaw()
+            results = [jobs.work.delay(0.3) for _ in range(12)]
+            assert all(result.get(timeout=END_S) for result in results)
+            wait_until(lambda: len(jobs.cluster.epochs.beats()) == 3, END_S, "all beat again")
+            assert [worker.exit_code() for worker in workers] == [None] * 3
+            wait_until_nothing_is_left(jobs)
+
+
+def test_a_node_waits_for_a_redis_that_is_not_there_yet(
+    redis_binary: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = free_port()
+    url = f"redis://127.0.0.1:{port}/0"
+    monkeypatch.setenv("CLUSTER_BROKER_URL", url)
+    worker = WorkerProcess("early", url, tmp_path).start()
+    try:
+        wait_until(lambda: "cannot join yet" in worker.read_log(), END_S, "it says that it waits")
+        with redis_for_results(tmp_path / "redis", port=port):
+            worker.wait_ready()
+            jobs = make_jobs()
+            assert jobs.work.delay().get(timeout=END_S) == worker.id
+            assert worker.stop() == 0
+            jobs.app.close()
+    finally:
+        worker.stop()
