@@ -85,7 +85,7 @@ def _values(app: Celery) -> None:
     @_task(app, bind=True)
     def send_two(self: Any) -> str:
         """Send two jobs, which become its children."""
-        return ",".join(app.tasks["features.add"].delay(1, number).id for number in range(2))
+        return ",".join(app.tasks["features.echo"].delay(number).id for number in range(2))
 
     @_task(app, bind=True)
     def enlarge_chord(self: Any, number: int) -> int:
@@ -184,10 +184,10 @@ def _notes(app: Celery, cluster: Cluster) -> None:
 
 
 class Refused(Exception):
-    """An error that needs two arguments, and so cannot be made again from its message."""
+    """An error of two arguments."""
 
     def __init__(self, code: int, reason: str) -> None:
-        super().__init__(f"{code}: {reason}")
+        super().__init__(code, reason)
         self.code, self.reason = code, reason
 
 

@@ -9,6 +9,7 @@ from celery import chain, chord, group, states
 from celery.exceptions import TaskRevokedError
 
 from tests.process.celery_features.conftest import END_S, Jobs, jobs_on_nodes, values
+from tests.waiting import wait_until
 
 
 @pytest.fixture(scope="module", params=["threads", "solo", "prefork"])
@@ -44,6 +45,16 @@ def test_a_failure_comes_to_the_caller_with_its_type_and_words(jobs: Jobs) -> No
         result.get(timeout=END_S)
     assert result.state == states.FAILURE
     assert "in fail" in result.traceback
+
+
+def test_a_lack_of_memory_is_a_failure_like_any_other(jobs: Jobs) -> None:
+    # More than there are slots: none may be lost to it.
+    for result in [jobs.fail_oddly.delay("memory") for _ in range(5)]:
+        with pytest.raises(MemoryError, match="no room"):
+            result.get(timeout=END_S)
+    assert jobs.echo.delay("next").get(timeout=END_S) == "next"
+    wait_until(jobs.nothing_is_left, END_S, "nothing is left of it")
+    assert [node.exit_code() for node in jobs.nodes] == [None, None]
 
 
 def test_a_retry_at_once_ends_after_so_many_tries(jobs: Jobs) -> None:
