@@ -172,7 +172,11 @@ def describe_coordinator(cluster: Cluster, hostname: str) -> Node:
 
 
 def free_slots(worker: Any) -> int:
-    """Jobs the worker may hold: its pool, and those that wait in it for their time, as Celery counts them."""
-    consumer = worker.consumer
+    """Jobs the worker may hold: its pool, and those that wait in it for their time, as Celery counts them.
+
+    A pool that scales itself grows when it holds more than it runs: it is given what it may grow to.
+    """
+    consumer, autoscaler = worker.consumer, worker.autoscaler
     waiting = consumer.qos.value - consumer.initial_prefetch_count if consumer.qos else 0
-    return int(worker.pool.num_processes + max(waiting, 0))
+    size = worker.pool.num_processes
+    return int(max(size, autoscaler.max_concurrency if autoscaler else 0) + max(waiting, 0))
