@@ -9,7 +9,7 @@ from celery import chain, chord, group, states
 from celery.canvas import StampingVisitor
 from celery.exceptions import ChordError
 
-from tests.process.celery_features.conftest import END_S, Jobs, values
+from tests.process.celery_features.conftest import END_S, Gate, Jobs, values
 from tests.waiting import wait_until
 
 
@@ -153,6 +153,14 @@ def test_chunks_map_and_starmap_call_a_task_for_each_item(jobs: Jobs) -> None:
     assert get(jobs.add.chunks(pairs, 2).group()) == [[0, 2], [4, 6], [8, 10]]
     assert get(jobs.total.map([[1, 2], [3]])) == [3, 3]
     assert get(jobs.add.starmap(pairs)) == [0, 2, 4, 6, 8, 10]
+
+
+def test_map_waits_in_celerys_own_queue_and_in_no_list_of_the_cluster(jobs: Jobs, gate: Gate, busy: list[Any]) -> None:
+    result = jobs.total.map([[1, 2], [3]]).apply_async()
+    assert jobs.cluster.client.llen("celery") == 1
+    assert not jobs.cluster.epochs.lengths()
+    gate.open()
+    assert result.get(timeout=END_S) == [3, 3]
 
 
 def test_every_link_gets_the_value(jobs: Jobs) -> None:

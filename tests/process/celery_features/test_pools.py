@@ -13,9 +13,7 @@ from tests.waiting import wait_until
 
 
 @pytest.fixture(scope="module", params=["threads", "solo", "prefork"])
-def jobs(
-    request: pytest.FixtureRequest, redis_binary: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Jobs]:
+def jobs(request: pytest.FixtureRequest, redis_binary: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
     """Two nodes of each pool."""
     with jobs_on_nodes(tmp_path_factory.mktemp(request.param), "a", "b", pool=request.param) as jobs:
         yield jobs
@@ -78,6 +76,7 @@ def test_a_job_that_was_revoked_before_it_was_fetched_does_not_run(jobs: Jobs) -
     assert other.get(timeout=END_S) == "run"
     with pytest.raises(TaskRevokedError):
         result.get(timeout=END_S)
+    wait_until(jobs.nothing_is_left, END_S, "it is discarded")
     assert (result.state, jobs.notes(f"started:{result.id}")) == (states.REVOKED, [])
 
 

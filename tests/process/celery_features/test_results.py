@@ -137,3 +137,13 @@ def test_an_error_is_stored_although_results_are_ignored_if_the_task_says_so(job
     stored = jobs.app.AsyncResult(result.id)
     wait_until(lambda: stored.state == states.FAILURE, END_S, "the error is stored")
     assert "told all the same" in str(stored.result)
+
+
+def test_an_id_has_one_result_although_a_second_job_has_it(jobs: Jobs) -> None:
+    first = jobs.note.apply_async(("first", "same id"), task_id="an id used twice")
+    assert first.get(timeout=END_S) == "first"
+    first.forget()
+    second = jobs.note.apply_async(("second", "same id"), task_id=first.id)
+    jobs.wait_for_notes("same id", 2)
+    wait_until(jobs.nothing_is_left, END_S, "the second is let go")
+    assert second.state == states.PENDING
