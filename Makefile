@@ -2,6 +2,8 @@ VENV ?= .venv
 PYTHON ?= python3
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+# Tests of real processes wait a lot: more of them run at a time than there are cores.
+PYTEST_PROCESSES ?= 3
 
 bin := $(VENV)/bin
 pip := $(bin)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -13,7 +15,7 @@ demo: $(VENV)/.installed
 	@$(bin)/cluster-tasks demo $(DEMO_ARGS)
 
 test: $(VENV)/.installed-dev
-	@$(bin)/python -m pytest $(PYTEST_ARGS)
+	@$(bin)/python -m pytest --numprocesses $(PYTEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	@$(bin)/ruff check

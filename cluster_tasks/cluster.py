@@ -8,10 +8,12 @@ import random
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from threading import Event
+from time import sleep
 from typing import Any
 
 import redis
 from celery import Celery, signals
+from celery.app.routes import Router
 from kombu.utils.imports import symbol_by_name
 from pydantic import SecretStr
 
@@ -22,12 +24,13 @@ from cluster_tasks.broker.epochs import EpochTable, Lists
 from cluster_tasks.broker.results import FENCED_BACKENDS
 from cluster_tasks.broker.revocations import ClusterControl, Revocations
 from cluster_tasks.clock import SystemClock
-from cluster_tasks.errors import BrokerUnavailable, ConfigurationError, NodeNotFound, UnavailableError
+from cluster_tasks.errors import BrokerUnavailable, ClusterError, ConfigurationError, NodeNotFound, UnavailableError
 from cluster_tasks.failover.detector import Detector
 from cluster_tasks.failover.evacuation import Evacuation, Moved
 from cluster_tasks.failover.events import EventLog
 from cluster_tasks.failover.health import HealthCheck
 from cluster_tasks.failover.quarantine import Quarantine
+from cluster_tasks.failover.release import Release
 from cluster_tasks.keys import DEFAULT_NAME, Keys
 from cluster_tasks.model import Node, NodeEvent, NodeFilter, NodeStatus, check_node_id
 from cluster_tasks.redis_store import connect, foreign_errors
@@ -195,6 +198,30 @@ class Cluster:
             except ConfigurationError as exc:
                 raise ConfigurationError(f"{CONF_PREFIX}{setting}: {exc}") from None
 
+    def release(self, queue: str = "") -> int:
+        """Give all jobs back to Celery's own queues, for workers of the app without ``Cluster(app)``; return how many.
+
+        They go to ``queue``, else to the queue that the app's own routes name. Nodes that died lately are waited for,
+        and what they held is given back, too. Safe to repeat. Raises ClusterError while nodes live.
+        """
+        before = self.epochs.beats()
+        if before:
+            sleep(self.settings.lease_s)
+        now = self.epochs.beats()
+        if alive := sorted(node_id for node_id, beat in now.items() if before.get(node_id) != beat):
+            raise ClusterError(f"nodes live, and would take the jobs: stop them first: {', '.join(alive)}")
+        for node_id, beat in now.items():
+            self.health.fail_over(node_id, beat, self.settings.lease_s)
+        self.health.act([])
+        self.evacuation.move_orphans()
+        return Release(self.client, self.keys, lambda headers: queue or self._own_queue(headers)).run()
+
+    def _own_queue(self, headers: dict[str, Any]) -> str:
+        amqp = self.app.amqp
+        name = str(headers.get("task"))
+        route = Router(amqp.routes_of_the_app, amqp.queues, True, app=self.app).route({}, name)
+        return str(route["queue"].name)
+
     def served_types(self) -> frozenset[str]:
         """The request types this process can run: as set, else all that its tasks declare."""
         if self.settings.serves is not None:
@@ -232,8 +259,11 @@ class Cluster:
     def _route(
         self, name: str, args: Any, kwargs: Any, options: Any, task: Any = None, **rest: Any
     ) -> dict[str, Any] | None:
-        # Celery passes no task where one is sent by its name, although the app may know it.
-        return self.router(name, args, kwargs, options, task=task or self.app.tasks.get(name), **rest)
+        # By name: Celery passes no task where one is sent by its name only, and its own for map, starmap and chunks.
+        routed = self.app.tasks.get(name, task)
+        return self.router(
+            name, args, kwargs, options, task=routed if isinstance(routed, ClusterTask) else None, **rest
+        )
 
     def _check_health(self) -> None:
         self.health.act(self.health.observe())

@@ -397,7 +397,12 @@ class ClusterAMQP(AMQP):  # type: ignore[misc]
 
     @property
     def routes(self) -> tuple[Any, ...]:
-        return (self.cluster_route, *super().routes)
+        return (self.cluster_route, *self.routes_of_the_app)
+
+    @property
+    def routes_of_the_app(self) -> tuple[Any, ...]:
+        """Those that it would have without the cluster."""
+        return tuple(super().routes)
 
 
 def consumed_tags(requests: Iterable[Any]) -> set[str]:

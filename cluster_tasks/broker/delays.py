@@ -33,6 +33,11 @@ def delayed_jobs(client: redis.Redis, keys: Keys, most: int) -> list[DelayedJob]
     return [_read(text(entry), due, keys) for entry, due in entries]
 
 
+def entry_message(entry: bytes) -> bytes:
+    """Return the message of a member of the sorted set."""
+    return entry.split(b"\n", 4)[4]
+
+
 def _read(entry: str, due: float, keys: Keys) -> DelayedJob:
     queue, _, request_type, _, message = entry.split("\n", 4)
     return DelayedJob(due, keys.node_of(queue), request_type, json.loads(message))

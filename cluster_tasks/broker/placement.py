@@ -51,7 +51,7 @@ class Placer:
         self._delay = client.register_script(placing_script("delay"))
         self._move_held = client.register_script(placing_script("move_held"))
         self._move_listed = client.register_script(placing_script("move_listed"))
-        self._release = client.register_script(placing_script("release"))
+        self._unquarantine = client.register_script(placing_script("unquarantine"))
         self._set_aside = load_script(client, _PACKAGE, "set_aside")
         self.index = [keys.epochs, keys.draining, keys.backlog, keys.idle, keys.serves]
         """The keys that every placing script begins with."""
@@ -81,10 +81,10 @@ class Placer:
             arguments += [keys.crashes(placement.job_id or tag), kind, placement.suffix, placement.message]
         return cast(int, self._move_held([*self.index, source, not_started], arguments))
 
-    def release(self, job_id: str, placement: Placement) -> bool:
+    def unquarantine(self, job_id: str, placement: Placement) -> bool:
         """Place a job that is in quarantine, and forget it there; False if it is not any more."""
         arguments = [self._keys.bell_prefix, job_id, *placement.arguments()]
-        return bool(self._release([*self.index, self._keys.quarantine], arguments))
+        return bool(self._unquarantine([*self.index, self._keys.quarantine], arguments))
 
     def move_listed(self, source: str, queue: str, listed: Sequence[Placement]) -> int:
         """Move the head of the list ``source``, part of ``queue`` in the index; return how many were moved."""

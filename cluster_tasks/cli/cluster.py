@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 import click
+from celery import Celery
 from celery.platforms import EX_FAILURE, EX_OK
 from celery.utils.nodenames import default_nodename, host_format
 from kombu.utils.imports import symbol_by_name
@@ -20,7 +21,7 @@ from cluster_tasks.cli.group import ClusterGroup, json_option, pass_cluster
 from cluster_tasks.cli.quarantine import quarantine
 from cluster_tasks.cli.summary import Summary, summarize
 from cluster_tasks.cli.tables import Cell, Column, moment, print_json, print_rows
-from cluster_tasks.cluster import Cluster
+from cluster_tasks.cluster import Cluster, cluster_of
 from cluster_tasks.errors import ClusterError, NodeNotFound
 from cluster_tasks.failover.events import MAX_EVENTS, ClusterEvent
 from cluster_tasks.model import Node, NodeFilter, NodeRole, NodeStatus, check_node_id, check_request_type
@@ -243,6 +244,34 @@ def resume(cluster: Cluster, node: str, as_json: bool) -> None:
         print_json({"node": node_id, "status": NodeStatus.ONLINE})
     else:
         click.echo(f"{node_id} takes jobs again")
+
+
+@cluster.command()
+@click.option("--queue", default="", help="Where they go; else to the queues that the app's own routes name.")
+@json_option
+@click.pass_context
+def release(ctx: click.Context, queue: str, as_json: bool) -> None:
+    """Give all jobs of the cluster back to Celery's own queues.
+
+    For the way back: when Cluster(app) is out of the app, its workers find there what was listed, delayed or held. All
+    nodes have to be stopped before. The line may still be in the app or not.
+
+    \b
+    Example: celery -A shop cluster release
+    """
+    moved = cluster_of_or_new(ctx.obj.app).release(queue)
+    if as_json:
+        print_json({"released": moved})
+    else:
+        click.echo(f"jobs given back: {moved}")
+
+
+def cluster_of_or_new(app: Celery) -> Cluster:
+    """The cluster of an app, which it had if it has none any more."""
+    try:
+        return cluster_of(app)
+    except ClusterError:
+        return Cluster(app)
 
 
 def _node_id(cluster: Cluster, given: str) -> str:

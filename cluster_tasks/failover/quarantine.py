@@ -87,7 +87,7 @@ class Quarantine:
         (properties.get("delivery_info") or {}).pop("redelivered", None)
         placement = replace(place_message(payload, json.dumps(payload), self._keys), job_id=new_id)
         with foreign_errors(BrokerUnavailable, f"sending job {job_id} again"):
-            if not self._placer.release(job_id, placement):
+            if not self._placer.unquarantine(job_id, placement):
                 raise self._not_found(job_id)
         return new_id
 

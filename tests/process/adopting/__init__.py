@@ -1,0 +1,1 @@
+"""An app that joins a cluster by one line, and leaves it by the same."""
