@@ -74,11 +74,18 @@ class Refusals:
         job_id, name = message.headers.get("id"), message.headers.get("task")
         logger.error("job %s of task %s cannot be run: %r", job_id, name, exc)
         if job_id:
-            request = Context({**message.headers, **_embedded(message), "properties": message.properties})
+            told = {"properties": message.properties, "delivery_info": message.delivery_info or {}}
+            request = Context({**message.headers, **_embedded(message), **told})
             try:
                 self._cluster.app.backend.mark_as_failure(job_id, exc, request=request)
             except StaleCommit as stale:
                 logger.warning("%s", stale)
+            except Exception:
+                # Whatever else is wrong with it: no worker dies of a message, and people can look at it.
+                logger.exception("job %s cannot even be failed, its message is set aside", job_id)
+                node = deliveries.current()
+                if node is not None:
+                    node.set_aside(message.delivery_tag)
             if self._consumer.event_dispatcher:
                 self._consumer.event_dispatcher.send("task-failed", uuid=job_id, exception=repr(exc))
         message.reject_log_error(logger, self._consumer.connection_errors)
