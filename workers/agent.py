@@ -60,6 +60,8 @@ class NodeAgent:
 
     def start(self) -> None:
         """Join the cluster. Raises NodeNameTaken if a node of this name lives, BrokerUnavailable."""
+        if self._helper is not None:
+            self._helper.start()
         self._begin(*self._open())
         for duty in self._duties:
             duty.start()

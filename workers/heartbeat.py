@@ -37,11 +37,21 @@ class HeartbeatProcess:
         }
         self._process: subprocess.Popen[str] | None = None
 
-    def beat_for(self, epoch: str) -> None:
-        """Beat for this epoch from now on."""
+    def start(self) -> None:
+        """Make it ready to beat, and wait until it is: a job may hold the GIL from the moment the node has joined."""
         if self._process is None or self._process.poll() is not None:
             # The URL goes by a pipe: a command line is for everybody to read.
-            self._process = subprocess.Popen([sys.executable, "-m", __name__], stdin=subprocess.PIPE, text=True)
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+            assert self._process.stdout is not None
+            self._process.stdout.readline()
+            self._process.stdout.close()
+
+    def beat_for(self, epoch: str) -> None:
+        """Beat for this epoch from now on."""
+        self.start()
+        assert self._process is not None
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({**self._orders, "epoch": epoch}) + "\n")
         self._process.stdin.flush()
@@ -71,6 +81,8 @@ def is_stopped(pid: int) -> bool:
 
 def main() -> None:
     """Beat for the epoch of the last line on standard input, until it is closed."""
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
     parent, orders = os.getppid(), _read_orders()
     while orders is not None:
         client = connect(orders["broker_url"], sentinel_master=orders["sentinel_master"])

@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence, Set
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import redis
@@ -256,10 +257,10 @@ class Deliveries:
         """
         with self._lock:
             if running is not None:
-                self._answered = self._fetches
                 self._held = {tag: message for tag, message in self._held.items() if tag in running}
                 self._inbox.clear()
-            answered = self._answered
+            # After a break no fetch is under way.
+            answered = self._answered if running is None else inf
             # Known before the look into Redis: what ends meanwhile is gone here and may still stand in what was read.
             known = {*self._held, *self._acked, *self._returned, *self._unreadable}
         held: Any = self._client.hgetall(self.unacked_key)

@@ -257,7 +257,7 @@ def release(ctx: click.Context, queue: str, as_json: bool) -> None:
     nodes have to be stopped before. The line may still be in the app or not.
 
     \b
-    Example: celery -A shop cluster release
+    Example: celery -A cluster_tasks cluster release
     """
     moved = cluster_of_or_new(ctx.obj.app).release(queue)
     if as_json:

@@ -20,8 +20,8 @@ from workers.demo.report import Loss, Report, report
 from workers.demo.traffic import Job, indexing, mixed
 from workers.local import LocalCluster
 
-STILL_S = 30.0
-"""Jobs are given up when none has ended for so long: six times what a failover may take."""
+STILL_S = 60.0
+"""Jobs are given up when none has ended for so long: many times what a failover may take."""
 LOOK_EVERY_S = 0.1
 KILL_AT = 0.1
 """Share of the jobs that have ended when a node is killed."""

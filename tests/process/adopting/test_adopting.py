@@ -62,7 +62,7 @@ def worker(url: str, tmp_path: Path) -> Worker:
 class Orders:
     """Jobs of the app, sent by a thread until it is told to stop."""
 
-    def __init__(self, app: Celery, pause_s: float = 0.01) -> None:
+    def __init__(self, app: Celery, pause_s: float = 0.03) -> None:
         self._app, self._pause_s = app, pause_s
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._send)

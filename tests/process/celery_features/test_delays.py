@@ -97,7 +97,8 @@ def test_what_waits_for_its_time_outlives_its_node(jobs: Jobs) -> None:
     with running(jobs.new_node("victim")) as (victim,):
         with jobs.drained(*jobs.node_ids):
             soon = [jobs.note.apply_async(("soon", "after a death"), countdown=6) for _ in range(3)]
-            wait_until(lambda: {result.id for result in soon} <= scheduled(jobs, victim.id), END_S, "it has them")
+            ids, nodes = {result.id for result in soon}, (victim.id, *jobs.node_ids)
+            wait_until(lambda: ids <= scheduled(jobs, *nodes), END_S, "they wait")
             victim.kill()
         assert [result.get(timeout=END_S) for result in soon] == ["soon"] * 3
         assert jobs.notes("after a death") == ["soon"] * 3
@@ -107,7 +108,7 @@ def test_what_waits_for_its_time_outlives_a_cold_restart_of_all_nodes(jobs: Jobs
     with jobs.drained(*jobs.node_ids):
         with running(jobs.new_node("first")) as (first,):
             soon = jobs.note.apply_async(("soon", "after a restart"), countdown=4)
-            wait_until(lambda: soon.id in scheduled(jobs, first.id), END_S, "it waits")
+            wait_until(lambda: soon.id in scheduled(jobs, first.id, *jobs.node_ids), END_S, "it waits")
             first.signal(signal.SIGQUIT)
             wait_until(lambda: first.exit_code() is not None, END_S, "it ends")
         with running(jobs.new_node("second")):

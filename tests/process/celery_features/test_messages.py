@@ -48,8 +48,9 @@ def test_more_urgent_jobs_of_a_list_run_first(jobs: Jobs, gate: Gate, place: str
                 jobs.note.apply_async((priority, key), priority=priority, **options)
         gate.open()
         noted = jobs.wait_for_notes(key, 4)
-    # Two slots run two jobs at once, whose notes may come in either order.
-    assert ({*noted[:2]}, {*noted[2:]}) == ({0, 3}, {6, 9})
+    # Two slots run two jobs at once, of which either may be slow.
+    assert noted[0] in (0, 3)
+    assert noted[3] in (6, 9)
 
 
 def test_a_job_knows_its_priority(jobs: Jobs) -> None:

@@ -1,0 +1,1 @@
+"""Nodes die, connections and replies are cut: no job is lost, none is committed twice."""
