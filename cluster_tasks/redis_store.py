@@ -22,6 +22,8 @@ from cluster_tasks.errors import ConfigurationError, UnavailableError
 SOCKET_TIMEOUT_S = 5.0
 CONNECT_TIMEOUT_S = 3.0
 HEALTH_CHECK_S = 3
+PASSING_REFUSALS = ("READONLY", "LOADING", "OOM", "MASTERDOWN", "NOREPLICAS", "BUSY")
+"""Words by which a server says that it cannot do a command now."""
 
 _pools: WeakSet[redis.ConnectionPool] = WeakSet()
 
@@ -107,13 +109,16 @@ def run_script(client: redis.Redis, script: Script, keys: Sequence[str], argumen
 
 @contextmanager
 def refusals_as_outages(client: redis.Redis) -> Iterator[None]:
-    """Turn an error reply (READONLY, LOADING, OOM) into the loss of the connection, after which Celery tries again.
+    """Turn the refusal of a server that cannot work now into the loss of the connection: Celery tries again after it.
 
     The next command makes a new connection, maybe to another server.
     """
     try:
         yield
     except redis.ResponseError as exc:
+        # Redis tells the error of a command in a script within its own words.
+        if not any(word in str(exc) for word in PASSING_REFUSALS):
+            raise
         client.connection_pool.disconnect()
         raise redis.ConnectionError(f"Redis refused a command: {exc}") from exc
 

@@ -143,14 +143,18 @@ class ClusterRequest(Request):  # type: ignore[misc]
     def _on_end_not_stored(self, exc: Exception) -> None:
         """Its end was refused, or could not be stored: then it must be delivered again."""
         task_ready(self)
-        node = deliveries.current()
+        self._failed, node = True, deliveries.current()
         if isinstance(exc, StaleCommit) or self._delivery is None or node is None:
             logger.warning("job %s[%s]: %s", self.name, self.id, exc)
-            self._failed = True
             self.acknowledge()
-        else:
-            logger.error("the end of job %s[%s] is not stored, it will be delivered again: %r", self.name, self.id, exc)
+            return
+        logger.error("the end of job %s[%s] is not stored, it will be delivered again: %r", self.name, self.id, exc)
+        if isinstance(exc, redis.ConnectionError | redis.TimeoutError):
             self._let_lie(node, self._delivery.tag)
+        else:
+            # Nothing that passes: it would be run again without end, if that were not counted.
+            node.blame(self._delivery.tag, f"its end could not be stored: {exc!r}")
+            self.reject(requeue=True)
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
         with self._letting_go_last():

@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from celery import Celery
@@ -18,6 +16,7 @@ from cluster_tasks.redis_store import connect
 from tests.process.accounts import END_S
 from tests.process.adopting.shop import ADOPTED, make_shop
 from tests.process.nodes import WorkerProcess, running
+from tests.process.traffic import Traffic
 from tests.waiting import wait_until
 from workers.redis_server import RedisServer
 
@@ -59,32 +58,19 @@ def worker(url: str, tmp_path: Path) -> Worker:
     return make
 
 
-class Orders:
-    """Jobs of the app, sent by a thread until it is told to stop."""
+class Orders(Traffic):
+    """Jobs of the app."""
 
-    def __init__(self, app: Celery, pause_s: float = 0.03) -> None:
-        self._app, self._pause_s = app, pause_s
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._send)
-        self.results: list[Any] = []
+    def __init__(self, app: Celery) -> None:
+        super().__init__(pause_s=0.03)
+        self._app = app
 
-    def __enter__(self) -> Orders:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopping.set()
-        self._thread.join()
-
-    def _send(self) -> None:
-        number = 0
-        while not self._stopping.wait(self._pause_s):
-            number += 1
-            tasks = self._app.tasks
-            self.results.append(tasks["shop.price"].delay(str(number % 7), 0.02))
-            self.results.append(tasks[("shop.mail", "shop.slow_price")[number % 2]].delay())
-            if number % 5 == 0:
-                self.results.append(tasks["shop.price"].apply_async(("late",), countdown=2))
+    def send(self, number: int) -> None:
+        tasks = self._app.tasks
+        self.results.append(tasks["shop.price"].delay(str(number % 7), 0.02))
+        self.results.append(tasks[("shop.mail", "shop.slow_price")[number % 2]].delay())
+        if number % 5 == 0:
+            self.results.append(tasks["shop.price"].apply_async(("late",), countdown=2))
 
 
 def each_ran_once(url: str, orders: list[Orders]) -> None:
@@ -123,7 +109,7 @@ def test_nodes_take_over_from_workers_at_work(url: str, before: Celery, after: C
             sent = len(old.results)
             wait_until(lambda: len(old.results) > sent + 60, END_S)
             for sender in (old, new):
-                sender.__exit__()
+                sender.stop()
             each_ran_once(url, [old, new])
 
 
@@ -136,10 +122,10 @@ def test_the_way_back_loses_and_doubles_nothing(url: str, before: Celery, after:
         assert (refused.returncode, refused.stdout) == (1, "")
         assert "stop them first: new1@test, new2@test" in refused.stderr
         assert [node.stop() for node in nodes] == [0, 0]
-        new.__exit__()
+        new.stop()
         assert release().stdout.startswith("jobs given back: ")
         with running(worker("old1", False)):
-            old.__exit__()
+            old.stop()
             each_ran_once(url, [old, new])
     with connect(url) as client:
         left = {key.decode() for key in client.scan_iter("cluster:*")}

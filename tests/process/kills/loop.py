@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from tests.process.accounts import END_S, wait_until_nothing_is_left
 from tests.process.conftest import NewWorker
 from tests.process.jobs import Jobs
 from tests.process.nodes import WorkerProcess, running
+from tests.process.traffic import Traffic
 from tests.waiting import wait_until
 
 KILLS = 20
@@ -30,25 +30,15 @@ QUICK = {
 }
 
 
-class Traffic:
-    """Jobs of all kinds, sent by a thread of its own until it is stopped."""
+class Mixed(Traffic):
+    """Jobs of all kinds."""
 
-    def __init__(self, jobs: Jobs, seed: int, pause_s: float = 0.02) -> None:
-        self._jobs, self._rng, self._pause_s = jobs, random.Random(seed), pause_s
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._send)
-        self.results: list[Any] = []
+    def __init__(self, jobs: Jobs, seed: int) -> None:
+        super().__init__(pause_s=0.02)
+        self._jobs, self._rng = jobs, random.Random(seed)
         self.silent: list[str] = []
 
-    def __enter__(self) -> Traffic:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopping.set()
-        self._thread.join()
-
-    def _send(self) -> None:
+    def send(self, number: int) -> None:
         jobs, rng = self._jobs, self._rng
         kinds: list[Callable[[], Any]] = [
             lambda: jobs.work.delay(rng.choice((0.0, 0.0, 0.05, 0.3)), key=str(rng.randrange(5))),
@@ -57,14 +47,13 @@ class Traffic:
             lambda: jobs.flaky.delay(2),
             lambda: (jobs.work.si(0.02) | jobs.work.si(0.02)).apply_async(),
         ]
-        while not self._stopping.wait(self._pause_s):
-            if rng.random() < 0.15:
-                self.silent.append(jobs.silent.delay(0.02).id)
-            else:
-                self.results.append(rng.choice(kinds)())
+        if rng.random() < 0.15:
+            self.silent.append(jobs.silent.delay(0.02).id)
+        else:
+            self.results.append(rng.choice(kinds)())
 
 
-def settle(jobs: Jobs, traffic: Traffic) -> None:
+def settle(jobs: Jobs, traffic: Mixed) -> None:
     """Wait for the end of every job, and hold the accounts against the promises."""
     client = jobs.cluster.client
     for result in traffic.results:
@@ -88,7 +77,7 @@ def kill_at_random_instants(pool: str, jobs: Jobs, new_worker: NewWorker, rng: r
     alive = [node() for _ in range(NODES)]
     with ExitStack() as stack:
         stack.enter_context(running(*alive))
-        with Traffic(jobs, rng.randrange(10**9)) as traffic:
+        with Mixed(jobs, rng.randrange(10**9)) as traffic:
             for _ in range(KILLS):
                 wait_until(lambda: sum(worker.is_ready() for worker in alive) >= 2, END_S, "two nodes work")
                 time.sleep(rng.uniform(0, 0.6))  # A random instant is what this is about.

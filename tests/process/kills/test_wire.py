@@ -10,7 +10,7 @@ import pytest
 
 from tests.process.conftest import NewWorker
 from tests.process.jobs import Jobs
-from tests.process.kills.loop import QUICK, Traffic, settle
+from tests.process.kills.loop import QUICK, Mixed, settle
 from tests.process.nodes import WorkerProcess, running
 from tests.process.proxy import wire_to
 from workers.redis_server import RedisServer
@@ -26,7 +26,7 @@ def test_cut_connections_and_lost_replies_lose_and_double_nothing(
             WorkerProcess(pool, wire.url, tmp_path, app="tests.process.audited", pool=pool, environ=environ)
             for pool in ("prefork", "threads", "solo")
         ]
-        with running(*workers), Traffic(jobs, rng.randrange(10**9)) as traffic:
+        with running(*workers), Mixed(jobs, rng.randrange(10**9)) as traffic:
             for _ in range(60):
                 time.sleep(rng.uniform(0, 0.3))
                 if rng.random() < 0.5:
@@ -36,6 +36,6 @@ def test_cut_connections_and_lost_replies_lose_and_double_nothing(
                     others = [entry["id"] for entry in jobs.cluster.client.client_list() if int(entry["id"]) != own]
                     jobs.cluster.client.client_kill_filter(_id=rng.choice(others))
             assert wire.cut > 10
-            traffic.__exit__()
+            traffic.stop()
             settle(jobs, traffic)
             assert [worker.exit_code() for worker in workers] == [None] * 3
