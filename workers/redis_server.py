@@ -204,7 +204,8 @@ class RedisServer:
         return path
 
     def _wait_until_it_answers(self) -> None:
-        deadline = time.monotonic() + START_TIMEOUT_S
+        deadline, process = time.monotonic() + START_TIMEOUT_S, self._process
+        assert process is not None
         refusal = "another server holds its port"
         with connect(self.url, socket_timeout=1.0) as client:
             while time.monotonic() < deadline:
@@ -212,7 +213,7 @@ class RedisServer:
                     raise BrokerUnavailable(f"redis-server ended at once: {self._last_words()}")
                 try:
                     # Not only PING: a server of somebody else may hold the port.
-                    if client.ping() and client.info("server")["process_id"] == self.pid:
+                    if client.ping() and client.info("server")["process_id"] == process.pid:
                         return
                 except redis.RedisError as exc:
                     refusal = f"{type(exc).__name__}: {exc}"
