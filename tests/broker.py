@@ -87,16 +87,24 @@ class Broker:
         return self.placer.place([place_message(json.loads(message), message, self.keys, queue)])[0]
 
     def fetch(
-        self, node_id: str, epoch: str, want: int = 1, serves: Iterable[str] = (), acked: Sequence[str] = ()
-    ) -> Fetched:
+        self, node_id: str, epoch: str, want: int = 1, serves: Iterable[str] = (), acked: Sequence[str] = (),
+        first_tag: str = "",
+    ) -> Fetched:  # fmt: skip
         """Fetch as the channel does."""
         keys, types = self.keys, sorted({*serves, ANY_TYPE})
         self._fetches += 1
         status, _, *items = self._fetch(
             [keys.epochs, keys.draining, keys.backlog, keys.idle, keys.serves, keys.unacked(node_id, epoch)]
             + [keys.delayed, keys.suspects_held],
-            [keys.bell_prefix, keys.node_queue(node_id), epoch, want, f"{epoch}.{self._fetches}.", len(SUFFIXES)]
-            + [len(types), *SUFFIXES, *map(keys.waiting_queue, types), *map(keys.suspect_queue, types), *acked],
+            [keys.bell_prefix, keys.node_queue(node_id), epoch, want, first_tag or f"{epoch}.{self._fetches}."]
+            + [
+                len(SUFFIXES),
+                len(types),
+                *SUFFIXES,
+                *map(keys.waiting_queue, types),
+                *map(keys.suspect_queue, types),
+                *acked,
+            ],
         )
         return Fetched(text(status), {text(tag): message for tag, message in zip(items[::2], items[1::2], strict=True)})
 

@@ -1,0 +1,159 @@
+"""The register of what a node holds, on a real Redis and with a clock of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from cluster_tasks.broker.deliveries import Deliveries
+from cluster_tasks.broker.placement import Crash
+from cluster_tasks.clock import ManualClock
+from tests.broker import Broker, job_of
+from workers.redis_server import RedisServer
+
+CRASH = Crash("a", "1-x", "it died", 0.0)
+
+
+@pytest.fixture
+def broker(redis_url: str) -> Iterator[Broker]:
+    """The lists of an empty cluster."""
+    made = Broker(redis_url)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock()
+
+
+@pytest.fixture
+def node(broker: Broker, clock: ManualClock) -> Deliveries:
+    """The register of a node of two slots that is sure of itself for ten seconds."""
+    register = Deliveries("a", (), broker.keys, broker.client, clock, lambda: 2)
+    register.begin(broker.open("a"))
+    register.renew(10)
+    return register
+
+
+def fetch(broker: Broker, node: Deliveries) -> list[str]:
+    """Fetch into the register, as the channel does; return the tags of the deliveries."""
+    epoch, first_tag, acked = node.next_fetch()
+    fetched = broker.fetch("a", epoch, node.free_slots(), acked=acked, first_tag=first_tag)
+    node.receive(list(fetched.messages.items()), acked)
+    return list(fetched.messages)
+
+
+def delivered(node: Deliveries) -> list[tuple[str, bool]]:
+    """What the consumer is given: the jobs, and whether the node had them before."""
+    return [(job_of(message), again) for _, message, again in iter(node.next, None)]
+
+
+def test_past_its_deadline_a_node_starts_and_fetches_nothing_until_it_has_beaten_again(
+    broker: Broker, node: Deliveries, clock: ManualClock
+) -> None:
+    broker.publish("one")
+    (tag,) = fetch(broker, node)
+    assert node.may_start(tag)
+    assert node.free_slots() == 1
+    clock.advance(10)
+    assert not node.may_start(tag)
+    assert node.free_slots() == 0
+    node.let_lie(tag)
+    assert delivered(node) == [("one", False)]
+    assert node.renew(20), "it was late"
+    assert node.resync() == 1
+    assert delivered(node) == [("one", True)]
+    assert node.may_start(tag)
+    assert not node.renew(30)
+
+
+def test_what_a_fetch_under_way_brings_is_not_delivered_twice(broker: Broker, node: Deliveries) -> None:
+    broker.publish("one")
+    epoch, first_tag, acked = node.next_fetch()
+    fetched = broker.fetch("a", epoch, 2, first_tag=first_tag)
+    assert node.resync() == 0
+    node.receive(list(fetched.messages.items()), acked)
+    assert node.resync() == 0
+    assert delivered(node) == [("one", False)]
+
+
+def test_a_fetch_whose_reply_was_lost_is_delivered_after_the_break(broker: Broker, node: Deliveries) -> None:
+    broker.publish("one")
+    epoch, first_tag, _ = node.next_fetch()
+    broker.fetch("a", epoch, 2, first_tag=first_tag)
+    assert node.resync(running=set()) == 1
+    assert delivered(node) == [("one", True)]
+
+
+def test_after_a_break_what_runs_is_kept_and_what_waited_in_the_worker_comes_again(
+    broker: Broker, node: Deliveries
+) -> None:
+    for job in ("runs", "waits"):
+        broker.publish(job)
+    running, _ = fetch(broker, node)
+    assert delivered(node) == [("runs", False), ("waits", False)]
+    assert node.resync(running={running}) == 1
+    assert delivered(node) == [("waits", True)]
+
+
+def test_an_acknowledgement_outlives_an_outage(broker: Broker, node: Deliveries, redis_server: RedisServer) -> None:
+    broker.publish("one")
+    (tag,) = fetch(broker, node)
+    kept = broker.client.hgetall(node.unacked_key)
+    redis_server.stop()
+    node.at_bell = True
+    node.ack(tag)
+    node.flush()
+    redis_server.start()
+    # As a Redis that writes all down has it: what the node held before the outage.
+    broker.client.hset(node.unacked_key, mapping=kept)
+    node.flush()
+    assert not broker.client.exists(node.unacked_key)
+    assert node.free_slots() == 2
+
+
+def test_a_job_that_is_given_back_is_charged_only_if_it_was_blamed(broker: Broker, node: Deliveries) -> None:
+    for job in ("innocent", "guilty"):
+        broker.publish(job)
+    innocent, guilty = fetch(broker, node)
+    node.blame(guilty, "it died")
+    node.requeue(innocent)
+    node.requeue(guilty)
+    assert broker.waiting() == ["innocent"]
+    assert broker.listed(broker.keys.suspect_queue("any")) == ["guilty"]
+    assert [len(node.past(job).crashes) for job in ("innocent", "guilty")] == [0, 1]
+
+
+def test_what_is_held_back_is_not_charged_with_the_death_of_the_node(broker: Broker, node: Deliveries) -> None:
+    for job in ("started", "held back"):
+        broker.publish(job)
+    _, waits = fetch(broker, node)
+    node.hold_back(waits)
+    broker.epochs.fence("a", broker.epochs.beats()["a"])
+    assert broker.evacuation.move_remains("a", node.epoch, CRASH).held == 2
+    assert broker.waiting() == ["held back"]
+    assert [len(node.past(job).crashes) for job in ("started", "held back")] == [1, 0]
+    assert not broker.client.keys("cluster:not_started:*")
+
+
+def test_what_a_node_closed_in_good_order_held_is_nobodys_fault(broker: Broker, node: Deliveries) -> None:
+    broker.publish("one")
+    fetch(broker, node)
+    assert broker.epochs.close("a", node.epoch)
+    assert [ending for *_, ending in broker.epochs.fenced()] == ["closed"]
+    broker.evacuation.move_remains("a", node.epoch)
+    assert (broker.waiting(), node.past("one").crashes) == (["one"], ())
+
+
+def test_a_node_is_given_one_suspect_at_a_time(broker: Broker, node: Deliveries) -> None:
+    for job in ("one", "two"):
+        broker.publish(job)
+    for tag in fetch(broker, node):
+        node.blame(tag, "it died")
+        node.requeue(tag)
+    (first,) = fetch(broker, node)
+    assert fetch(broker, node) == []
+    node.ack(first)
+    assert len(fetch(broker, node)) == 1
