@@ -1,0 +1,125 @@
+"""The result backend: a job is ended once, by the delivery that stands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from celery import Celery
+from celery.app.task import Context
+
+from cluster_tasks import Cluster
+from cluster_tasks.broker.message import DELIVERY_PROPERTY
+from cluster_tasks.errors import StaleCommit
+from tests.broker import Broker
+
+
+@pytest.fixture
+def broker(redis_url: str) -> Iterator[Broker]:
+    made = Broker(redis_url)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def app(redis_url: str) -> Iterator[Celery]:
+    with Celery("ends", set_as_current=False, broker=redis_url) as app:
+        Cluster(app)
+        yield app
+        app.backend.client.connection_pool.disconnect()
+
+
+@pytest.fixture
+def epoch(broker: Broker) -> str:
+    return broker.open("a")
+
+
+def take(broker: Broker, epoch: str, job_id: str, **embedded: Any) -> Context:
+    """Let the node ``a`` fetch a job; return the request that its task has."""
+    broker.publish(job_id)
+    (tag,) = broker.fetch("a", epoch).messages
+    return Context({"id": job_id, "properties": {DELIVERY_PROPERTY: ["a", epoch, tag]}, **embedded})
+
+
+def stale(broker: Broker) -> int:
+    return int(broker.client.hget(broker.keys.counters, "stale_commits") or 0)
+
+
+def test_a_result_and_the_end_of_its_delivery_are_one_step(broker: Broker, app: Celery, epoch: str) -> None:
+    request = take(broker, epoch, "job")
+    app.backend.mark_as_done("job", 42, request=request)
+    assert app.AsyncResult("job").result == 42
+    assert not broker.held("a", epoch)
+    # A reply that was lost makes Celery repeat it.
+    app.backend.mark_as_done("job", 42, request=request)
+    assert stale(broker) == 0
+
+
+def test_a_fenced_node_commits_nothing(broker: Broker, app: Celery, epoch: str) -> None:
+    request = take(broker, epoch, "job")
+    assert broker.epochs.fence("a", broker.epochs.beats()["a"])
+    with pytest.raises(StaleCommit, match="its delivery was taken away"):
+        app.backend.mark_as_done("job", 42, request=request)
+    with pytest.raises(StaleCommit):
+        app.backend.mark_as_failure("job", ValueError("no"), request=request)
+    assert app.AsyncResult("job").state == "PENDING"
+    assert stale(broker) == 2
+
+
+def test_of_two_deliveries_of_a_job_the_first_commits(broker: Broker, app: Celery, epoch: str) -> None:
+    first, second = take(broker, epoch, "job"), take(broker, epoch, "job")
+    app.backend.mark_as_done("job", "first", request=first)
+    with pytest.raises(StaleCommit, match="it had ended before"):
+        app.backend.mark_as_done("job", "second", request=second)
+    assert app.AsyncResult("job").result == "first"
+
+
+@pytest.mark.parametrize("ending", ["done", "failure", "revoked"])
+def test_a_job_without_a_result_ends_once_too(ending: str, broker: Broker, app: Celery, epoch: str) -> None:
+    first, second = take(broker, epoch, "job"), take(broker, epoch, "job")
+    end = {
+        "done": lambda request: app.backend.mark_as_done("job", None, request=request, store_result=False),
+        "failure": lambda request: app.backend.mark_as_failure(
+            "job", ValueError(), request=request, store_result=False
+        ),
+        "revoked": lambda request: app.backend.mark_as_revoked("job", request=request, store_result=False),
+    }[ending]
+    end(first)
+    with pytest.raises(StaleCommit):
+        end(second)
+    assert app.AsyncResult("job").state == "PENDING"
+    assert 0 < broker.client.ttl(broker.keys.terminal("job")) <= 300
+
+
+def test_what_is_followed_by_something_is_held_until_that_is_done(broker: Broker, app: Celery, epoch: str) -> None:
+    request = take(broker, epoch, "job", errbacks=[])
+    request.errbacks = [app.signature("told")]
+    app.backend.mark_as_failure("job", ValueError("no"), request=request, call_errbacks=False)
+    assert broker.held("a", epoch) == ["job"]
+
+
+def test_a_job_that_was_revoked_in_its_list_cannot_succeed_any_more(broker: Broker, app: Celery, epoch: str) -> None:
+    request = take(broker, epoch, "job")
+    app.backend.mark_as_revoked("job", "revoked")
+    assert app.AsyncResult("job").state == "REVOKED"
+    with pytest.raises(StaleCommit):
+        app.backend.mark_as_done("job", 42, request=request)
+    # Who finds it so in its list has nothing to object.
+    app.backend.mark_as_revoked("job", "revoked", request=request)
+    assert not broker.held("a", epoch)
+
+
+def test_a_revocation_that_comes_too_late_changes_nothing(broker: Broker, app: Celery, epoch: str) -> None:
+    app.backend.mark_as_done("job", 42, request=take(broker, epoch, "job"))
+    app.backend.mark_as_revoked("job", "revoked")
+    assert app.AsyncResult("job").result == 42
+
+
+def test_how_far_a_job_has_come_is_told_by_its_delivery_only(broker: Broker, app: Celery, epoch: str) -> None:
+    request = take(broker, epoch, "job")
+    app.backend.store_result("job", {"half": 1}, "PROGRESS", request=request)
+    assert app.AsyncResult("job").state == "PROGRESS"
+    app.backend.mark_as_done("job", 42, request=request)
+    app.backend.store_result("job", {"half": 2}, "PROGRESS", request=request)
+    assert app.AsyncResult("job").state == "SUCCESS"
