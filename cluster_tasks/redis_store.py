@@ -22,8 +22,13 @@ from cluster_tasks.errors import ConfigurationError, UnavailableError
 SOCKET_TIMEOUT_S = 5.0
 CONNECT_TIMEOUT_S = 3.0
 HEALTH_CHECK_S = 3
-PASSING_REFUSALS = ("READONLY", "LOADING", "OOM", "MASTERDOWN", "NOREPLICAS", "BUSY")
-"""Words by which a server says that it cannot do a command now."""
+PASSING_REFUSALS = (
+    redis.exceptions.ReadOnlyError, redis.exceptions.OutOfMemoryError, redis.exceptions.MasterDownError,
+    redis.exceptions.TryAgainError,
+)  # fmt: skip
+"""What redis-py makes of the words of a server that cannot do a command now."""
+PASSING_WORDS = ("READONLY", "LOADING", "OOM", "MASTERDOWN", "NOREPLICAS", "BUSY")
+"""Those words; Redis 6.2 tells the error of a command in a script within words of its own."""
 
 _pools: WeakSet[redis.ConnectionPool] = WeakSet()
 
@@ -116,8 +121,7 @@ def refusals_as_outages(client: redis.Redis) -> Iterator[None]:
     try:
         yield
     except redis.ResponseError as exc:
-        # Redis tells the error of a command in a script within its own words.
-        if not any(word in str(exc) for word in PASSING_REFUSALS):
+        if not isinstance(exc, PASSING_REFUSALS) and not any(word in str(exc) for word in PASSING_WORDS):
             raise
         client.connection_pool.disconnect()
         raise redis.ConnectionError(f"Redis refused a command: {exc}") from exc
