@@ -10,7 +10,7 @@ from functools import cache, partial
 from typing import Any
 
 import redis
-from billiard.einfo import ExceptionWithTraceback
+from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
 from billiard.exceptions import WorkerLostError
 from celery import states
 from celery.app.trace import TraceInfo, report_internal_error, trace_ok_t
@@ -35,7 +35,7 @@ class ClusterRequest(Request):  # type: ignore[misc]
     _task: Any
     _eta: Any
     _delivery: Delivery | None = None
-    _was_delayed = _is_held_back = _failed = _is_ending = False
+    _was_delayed = _is_held_back = _is_let_go_here = _failed = _is_ending = False
     _letting_go: Callable[[], None] | None = None
 
     def __init__(self, message: Any, *args: Any, **kwargs: Any) -> None:
@@ -45,10 +45,11 @@ class ClusterRequest(Request):  # type: ignore[misc]
             return
         # It has waited in Redis until its time came; the task still reads the time in its own request.
         self._was_delayed, self._eta = self._eta is not None, None
+        # Celery puts its own in a subclass.
+        self.on_success = self._on_outcome
         if not self._task.acks_late:
-            self._task = _late(self._task)
-            # Celery's subclass remembers that the task would be let go when it begins.
-            self.on_success = self._on_success_of_late
+            # That subclass remembers that the task would be let go when it begins.
+            self._task, self._is_let_go_here = _late(self._task), True
         if self._task.rate_limit:
             self._is_held_back = True
             node.hold_back(self._delivery.tag)
@@ -165,10 +166,15 @@ class ClusterRequest(Request):  # type: ignore[misc]
             super()._announce_revoked(*args)
         self._already_revoked = True
 
-    def _on_success_of_late(self, outcome: Any, **kwargs: Any) -> None:
+    def _on_outcome(self, outcome: Any, **kwargs: Any) -> None:
+        if isinstance(outcome, ExceptionInfo):
+            # So threads and solo tell of an exit of the task, which is the death of a process where there are some.
+            self.on_failure(outcome)
+            return
         request_cls: Any = type(self)
         request_cls.on_success(self, outcome, **kwargs)
-        self.acknowledge()
+        if self._is_let_go_here:
+            self.acknowledge()
 
     @contextmanager
     def _letting_go_last(self) -> Iterator[None]:

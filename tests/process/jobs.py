@@ -30,6 +30,7 @@ class Jobs:
     silent: Any
     huge: Any
     limited: Any
+    leave: Any
 
 
 def make_jobs() -> Jobs:
@@ -95,7 +96,13 @@ def make_jobs() -> Jobs:
         note(f"started:{self.request.id}", self.request.hostname)
         return str(self.request.hostname)
 
-    return Jobs(app, cluster, work, flaky, plain, hog, fatal, once, silent, huge, limited)
+    @app.task(base=ClusterTask, bind=True, shared=False, name="jobs.leave", request_type="llm")
+    def leave(self: Any) -> None:
+        """Exit, as a library does that was written for the command line."""
+        note(f"started:{self.request.id}", self.request.hostname)
+        raise SystemExit(3)
+
+    return Jobs(app, cluster, work, flaky, plain, hog, fatal, once, silent, huge, limited, leave)
 
 
 def note(key: str, value: str) -> list[str]:

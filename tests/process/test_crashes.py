@@ -66,6 +66,22 @@ def test_a_job_that_kills_its_whole_node_is_quarantined_by_the_fourth(jobs: Jobs
         assert [kept.id for kept in jobs.cluster.quarantine.jobs()] == [poison.id], "no neighbour was convicted"
 
 
+@pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
+def test_a_job_that_exits_is_quarantined_and_takes_neither_slot_nor_node_along(
+    pool: str, jobs: Jobs, new_worker: NewWorker
+) -> None:
+    with running(new_worker("a", pool=pool)) as (worker,):
+        leaving = [jobs.leave.delay() for _ in range(2)]
+        neighbours = [jobs.work.delay(0.05) for _ in range(6)]
+        for job in leaving:
+            with pytest.raises(QuarantinedError):
+                job.get(timeout=END_S)
+        assert set(starts_of(jobs, leaving).values()) == {3}
+        assert sum(finish(neighbours).values()) == 6
+        assert worker.exit_code() is None
+        wait_until_nothing_is_left(jobs)
+
+
 def test_a_node_runs_one_suspect_at_a_time(jobs: Jobs, new_worker: NewWorker) -> None:
     with running(new_worker("a", slots=4)) as (victim,):
         results = [jobs.work.delay(1.5) for _ in range(4)]
