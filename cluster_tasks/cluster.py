@@ -7,7 +7,7 @@ import os
 import random
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from threading import Event
+from threading import Event, RLock
 from time import sleep
 from typing import Any
 
@@ -64,6 +64,7 @@ class Cluster:
         self.app, self.clock = app, SystemClock()
         apps.join(app, self)
         self._settings: ClusterSettings | ConfigurationError | None = None
+        self._configuring = RLock()
         # A class of its own hands the app's messaging this cluster's router, whatever sets task_routes, and when.
         queues = type("Queues", (ClusterQueues,), {"lists_of_the_cluster": staticmethod(self._lists)})
         own = {"cluster_route": staticmethod(self._route), "queues_cls": queues}
@@ -87,8 +88,12 @@ class Cluster:
     def settings(self) -> ClusterSettings:
         """The settings, validated. Raises ConfigurationError."""
         if self._settings is None:
-            # Reading the configuration makes Celery load it, and calls _configure.
-            self.app.conf.get("broker_url")
+            with self._configuring:
+                # Reading the configuration makes Celery load it, and calls _configure.
+                self.app.conf.get("broker_url")
+                if self._settings is None:
+                    # Another thread has loaded it, and has not come to that yet.
+                    self._configure()
         if isinstance(self._settings, ConfigurationError):
             raise self._settings
         assert self._settings is not None
