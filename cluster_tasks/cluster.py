@@ -18,7 +18,7 @@ from kombu.utils.imports import symbol_by_name
 from pydantic import SecretStr
 
 from cluster_tasks.balancing import create_balancer
-from cluster_tasks.broker.channel import ClusterAMQP, ClusterQueues
+from cluster_tasks.broker.amqp import ClusterAMQP, ClusterQueues
 from cluster_tasks.broker.delays import DelayedJob, delayed_jobs
 from cluster_tasks.broker.epochs import EpochTable, Lists
 from cluster_tasks.broker.results import FENCED_BACKENDS

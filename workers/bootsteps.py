@@ -14,7 +14,6 @@ from celery.platforms import EX_FAILURE
 from celery.worker import state
 
 from cluster_tasks.broker import deliveries
-from cluster_tasks.broker.channel import consumed_tags
 from cluster_tasks.broker.deliveries import Deliveries
 from cluster_tasks.cluster import Cluster, cluster_of
 from cluster_tasks.errors import BrokerUnavailable, NodeNameTaken, UnavailableError
@@ -119,7 +118,7 @@ class ResyncStep(bootsteps.StartStopStep):  # type: ignore[misc]
             return
         for task in consumer.app.tasks.values():
             task.__trace__ = keeping_errors_in(task)
-        again = node.resync(consumed_tags(state.active_requests))
+        again = node.resync({request.message.delivery_tag for request in state.active_requests})
         if again:
             logger.warning("%d jobs that the broken connection had dropped are delivered again", again)
 

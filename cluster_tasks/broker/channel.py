@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable
 from datetime import tzinfo
 from functools import cached_property
 from hashlib import sha1
@@ -18,8 +17,6 @@ from typing import Any, Literal
 from zoneinfo import ZoneInfo
 
 import redis
-from celery.app.amqp import AMQP, Queues
-from kombu.connection import Connection, ConnectionPool, PooledConnection
 from kombu.transport import redis as stock
 from kombu.utils.json import dumps, loads
 
@@ -352,59 +349,3 @@ class ClusterSentinelTransport(ClusterTransport, stock.SentinelTransport):
 
 def _drain_wake_fd(fd: int) -> None:
     os.eventfd_read(fd)
-
-
-class ClusterConnection(Connection):
-    """A connection whose ``redis://`` means the transport of the cluster: URLs and Flower stay as they are."""
-
-    def get_transport_cls(self) -> type[stock.Transport]:
-        if self.transport_cls in ("redis", "rediss", "redis+socket"):
-            return ClusterTransport
-        if self.transport_cls == "sentinel":
-            return ClusterSentinelTransport
-        return super().get_transport_cls()  # type: ignore[no-any-return]
-
-    def Pool(self, limit: int | None = None, **options: Any) -> ConnectionPool:  # noqa: N802 - Kombu's name
-        return ClusterConnectionPool(self, limit, **options)
-
-
-class PooledClusterConnection(PooledConnection, ClusterConnection):
-    """Kombu's pools build connections of their own class; this one keeps our transport, after a failover too."""
-
-
-class ClusterConnectionPool(ConnectionPool):
-    """A pool of connections of the cluster."""
-
-    def new(self) -> PooledClusterConnection:
-        return PooledClusterConnection(self, **dict(self.connection._info(resolve=False)))
-
-
-class ClusterQueues(Queues):  # type: ignore[misc]
-    """Celery's queues of an app. Who asks for their names, which is ``celery purge``, hears of the cluster's lists."""
-
-    lists_of_the_cluster: Callable[[], Iterable[str]]
-    """Their names, read from Redis."""
-
-    def keys(self) -> Any:
-        return {*super().keys(), *self.lists_of_the_cluster()}
-
-
-class ClusterAMQP(AMQP):  # type: ignore[misc]
-    """Celery's messaging over connections of the cluster; the router comes first, before the app's own routes."""
-
-    Connection = ClusterConnection
-    cluster_route: Callable[..., dict[str, Any] | None]
-
-    @property
-    def routes(self) -> tuple[Any, ...]:
-        return (self.cluster_route, *self.routes_of_the_app)
-
-    @property
-    def routes_of_the_app(self) -> tuple[Any, ...]:
-        """Those that it would have without the cluster."""
-        return tuple(super().routes)
-
-
-def consumed_tags(requests: Iterable[Any]) -> set[str]:
-    """The delivery tags of Celery's requests."""
-    return {request.message.delivery_tag for request in requests}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from cluster_tasks.broker.deliveries import Deliveries
@@ -13,14 +11,6 @@ from tests.broker import Broker, job_of
 from workers.redis_server import RedisServer
 
 CRASH = Crash("a", "1-x", "it died", 0.0)
-
-
-@pytest.fixture
-def broker(redis_url: str) -> Iterator[Broker]:
-    """The lists of an empty cluster."""
-    made = Broker(redis_url)
-    yield made
-    made.close()
 
 
 @pytest.fixture

@@ -16,13 +16,6 @@ from tests.broker import Broker
 
 
 @pytest.fixture
-def broker(redis_url: str) -> Iterator[Broker]:
-    made = Broker(redis_url)
-    yield made
-    made.close()
-
-
-@pytest.fixture
 def app(redis_url: str) -> Iterator[Celery]:
     with Celery("ends", set_as_current=False, broker=redis_url) as app:
         Cluster(app)

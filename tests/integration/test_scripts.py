@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 
 import pytest
 
@@ -11,14 +10,6 @@ from cluster_tasks.broker.epochs import Beat, Predecessor, Standing
 from cluster_tasks.broker.message import replace_message
 from cluster_tasks.redis_store import load_script
 from tests.broker import SUFFIXES, Broker, job_of, make_message
-
-
-@pytest.fixture
-def broker(redis_url: str) -> Iterator[Broker]:
-    made = Broker(redis_url)
-    yield made
-    made.close()
-
 
 # place
 
