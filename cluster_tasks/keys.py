@@ -89,6 +89,11 @@ class Keys:
         return f"{self.name}:epoch_counter"
 
     @property
+    def fencing_token(self) -> str:
+        """The last fencing token that a delivery was given."""
+        return f"{self.name}:fencing_token"
+
+    @property
     def fenced(self) -> str:
         """Hash ``<node id>/<epoch>`` → how it ended, of the epochs whose remains are not yet moved."""
         return f"{self.name}:fenced"
@@ -153,6 +158,10 @@ class Keys:
     def terminal(self, job_id: str) -> str:
         """Set when a job has ended; holds the tag of the delivery that ended it."""
         return f"{self.name}:terminal:{job_id}"
+
+    def followed(self, job_id: str) -> str:
+        """Set of what has followed a job or a chord: ``<job id>/<attempt>``."""
+        return f"{self.name}:followed:{job_id}"
 
     def crashes(self, job_id: str) -> str:
         """List of the crash deliveries of a job (JSON), the first one first."""

@@ -18,10 +18,12 @@ from celery.exceptions import Ignore, Reject, Retry
 from celery.worker.request import Request
 from celery.worker.state import revoked as revoked_jobs
 from celery.worker.state import task_ready
+from kombu.exceptions import OperationalError as UnpublishableError
 
 from cluster_tasks.broker import deliveries
 from cluster_tasks.broker.deliveries import Deliveries, Past
 from cluster_tasks.broker.message import Delivery
+from cluster_tasks.broker.sequels import attempt_of, complete
 from cluster_tasks.cluster import Cluster, cluster_of
 from cluster_tasks.errors import ClusterError, NodeLost, OutOfMemory, QuarantinedError, StaleCommit, UnavailableError
 from workers.load import outcomes
@@ -78,6 +80,11 @@ class ClusterRequest(Request):  # type: ignore[misc]
             if past.revoked:
                 revoked_jobs.add(self.id)
                 return not super().revoked()
+            if any(attempt > attempt_of(self._context) for attempt in past.attempts):
+                # It is on its way as its own retry or replacement.
+                task_ready(self)
+                self.acknowledge()
+                return False
             if past.ended or (error := self._verdict(node, tag, past)):
                 self._end_without_running(node, None if past.ended else error)
                 return False
@@ -113,7 +120,7 @@ class ClusterRequest(Request):  # type: ignore[misc]
         with self._letting_go_last():
             self.acknowledge()
             if error is None:
-                self._task.backend.complete(self._context)
+                complete(self._task.backend, self._context)
                 node.forget(self.id)
                 return
             self._failed = True
@@ -131,6 +138,9 @@ class ClusterRequest(Request):  # type: ignore[misc]
         if isinstance(exc, MemoryError):
             # Of the task, which may go on in a node that has memory again; Celery would end the worker.
             exc = exc_info.exception = OutOfMemory(str(exc) or repr(exc))
+        if isinstance(exc, Reject) and isinstance(exc.reason, StaleCommit | UnpublishableError):
+            # Of a retry that could not be published, which Celery takes for the end of the job.
+            exc_info.internal, exc = True, exc.reason
         if exc_info.internal and not isinstance(exc, Reject | Ignore):
             self._on_end_not_stored(exc)
             return None
@@ -141,6 +151,13 @@ class ClusterRequest(Request):  # type: ignore[misc]
         with self._letting_go_last():
             return super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
 
+    def _success_was_stored(self) -> Any:
+        stored = super()._success_was_stored()
+        if stored and self._delivery is not None:
+            # Celery takes the job for done, but its process may have died before it told its chord.
+            complete(self._task.backend, self._context)
+        return stored
+
     def _on_end_not_stored(self, exc: Exception) -> None:
         """Its end was refused, or could not be stored: then it must be delivered again."""
         task_ready(self)
@@ -150,7 +167,7 @@ class ClusterRequest(Request):  # type: ignore[misc]
             self.acknowledge()
             return
         logger.error("the end of job %s[%s] is not stored, it will be delivered again: %r", self.name, self.id, exc)
-        if isinstance(exc, redis.ConnectionError | redis.TimeoutError):
+        if isinstance(exc, redis.ConnectionError | redis.TimeoutError | UnpublishableError):
             self._let_lie(node, self._delivery.tag)
         else:
             # Nothing that passes: it would be run again without end, if that were not counted.

@@ -10,6 +10,7 @@ from kombu.connection import Connection, ConnectionPool, PooledConnection
 from kombu.transport import redis as stock
 
 from cluster_tasks.broker.channel import ClusterSentinelTransport, ClusterTransport
+from cluster_tasks.broker.sequels import announce
 
 
 class ClusterConnection(Connection):
@@ -52,6 +53,15 @@ class ClusterAMQP(AMQP):  # type: ignore[misc]
 
     Connection = ClusterConnection
     cluster_route: Callable[..., dict[str, Any] | None]
+
+    def _create_task_sender(self) -> Callable[..., Any]:
+        send, app = super()._create_task_sender(), self.app
+
+        def send_task_message(producer: Any, name: str, message: Any, **options: Any) -> Any:
+            announce(app, message)
+            return send(producer, name, message, **options)
+
+        return send_task_message
 
     @property
     def routes(self) -> tuple[Any, ...]:

@@ -31,7 +31,8 @@ from cluster_tasks.broker.message import (
     place_message,
 )
 from cluster_tasks.broker.placement import Placer, placing_script
-from cluster_tasks.errors import ConfigurationError
+from cluster_tasks.broker.sequels import FOLLOWS_PROPERTY, Sequel
+from cluster_tasks.errors import ConfigurationError, StaleCommit
 from cluster_tasks.keys import DEFAULT_NAME, Keys, priority_suffixes
 from cluster_tasks.redis_store import load_script, refusals_as_outages, script_source, text
 
@@ -131,6 +132,7 @@ class ClusterChannel(stock.Channel):
     # Publishing.
 
     def _put(self, queue: str, message: dict[str, Any], **kwargs: Any) -> None:
+        follows = message["properties"].pop(FOLLOWS_PROPERTY, None)
         if queue == self.keys.control_queue:
             self._put_control(queue, message)
         elif not self.keys.owns(queue):
@@ -139,7 +141,15 @@ class ClusterChannel(stock.Channel):
             target = queue if self.keys.node_of(queue) else ""
             placement = place_message(message, dumps(message), self.keys, target)
             with refusals_as_outages(self._placer.client):
-                self._place(placement, due_time(message, self._timezone), kwargs.get("_publish_batch"))
+                due = due_time(message, self._timezone)
+                if follows:
+                    self._follow(placement, due, Sequel(*follows))
+                else:
+                    self._place(placement, due, kwargs.get("_publish_batch"))
+
+    def _follow(self, placement: Placement, due: float | None, sequel: Sequel) -> None:
+        if not self._placer.follow(placement, sequel, due, BELL_WAIT_S):
+            raise StaleCommit(f"{sequel.node_id} must not publish what follows its job: the delivery was taken away")
 
     def _place(self, placement: Placement, due: float | None, batch: Any) -> None:
         if due is not None:
@@ -209,7 +219,7 @@ class ClusterChannel(stock.Channel):
         keys = self.keys
         epoch, first_tag, acked = node.next_fetch()
         names = [keys.epochs, keys.draining, keys.backlog, keys.idle, keys.serves, node.unacked_of(epoch)]
-        names += [keys.delayed, keys.suspects_held]
+        names += [keys.delayed, keys.suspects_held, keys.fencing_token]
         script = ("EVAL", _FETCH) if self._fetch_by_text else ("EVALSHA", _FETCH_SHA)
         self._carried, self._asked = acked, self._wanted(node)
         self._send(

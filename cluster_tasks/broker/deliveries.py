@@ -19,6 +19,7 @@ import redis
 
 from cluster_tasks.broker.message import Delivery, Placement, replace_message
 from cluster_tasks.broker.placement import Crash, Placer
+from cluster_tasks.broker.sequels import parse_attempt
 from cluster_tasks.clock import Clock
 from cluster_tasks.keys import ANY_TYPE, Keys
 from cluster_tasks.redis_store import text
@@ -33,6 +34,8 @@ class Past:
     ended: bool
     crashes: Sequence[Crash]
     revoked: bool
+    attempts: Sequence[tuple[int, int]]
+    """Those that were published as its retry or replacement."""
 
 
 class Deliveries:
@@ -209,8 +212,10 @@ class Deliveries:
             pipe.exists(keys.terminal(job_id))
             pipe.lrange(keys.crashes(job_id), 0, -1)
             pipe.zscore(keys.revoked, job_id)
-            ended, records, revoked_at = pipe.execute()
-        return Past(bool(ended), tuple(map(Crash.read, records)), revoked_at is not None)
+            pipe.smembers(keys.followed(job_id))
+            ended, records, revoked_at, followed = pipe.execute()
+        attempts = [attempt for job, attempt in (parse_attempt(text(each)) for each in followed) if job == job_id]
+        return Past(bool(ended), tuple(map(Crash.read, records)), revoked_at is not None, attempts)
 
     def forget(self, job_id: str) -> None:
         """Forget the crashes of a job that has ended. Raises redis.RedisError."""

@@ -29,6 +29,11 @@ class Delivery:
     epoch: str
     tag: str
 
+    @property
+    def fencing_token(self) -> int:
+        """A number that grows with every delivery in the cluster."""
+        return int(self.tag.rpartition(".")[2])
+
     @classmethod
     def of(cls, properties: dict[str, Any] | None) -> Delivery | None:
         """Read it from the properties of a message or a task's request; None if it did not come from a node's list."""

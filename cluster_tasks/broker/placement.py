@@ -10,12 +10,16 @@ from typing import Any, cast
 import redis
 
 from cluster_tasks.broker.message import Placement
+from cluster_tasks.broker.sequels import Sequel
 from cluster_tasks.keys import Keys
 from cluster_tasks.redis_store import load_script, script_source, text
 
 _PACKAGE = "cluster_tasks.broker"
 CRASHES_LIVE_S = 7 * 24 * 3600
 """How long it is remembered that a job was running when a process died, if it comes to no end."""
+
+FOLLOWED_LIVES_S = 24 * 3600
+"""How long it is remembered what has followed a job that comes to no end."""
 
 
 def placing_script(name: str) -> str:
@@ -49,6 +53,7 @@ class Placer:
         self.client, self._keys = client, keys
         self._place = client.register_script(placing_script("place"))
         self._delay = client.register_script(placing_script("delay"))
+        self._follow = client.register_script(placing_script("follow"))
         self._move_held = client.register_script(placing_script("move_held"))
         self._move_listed = client.register_script(placing_script("move_listed"))
         self._unquarantine = client.register_script(placing_script("unquarantine"))
@@ -65,6 +70,15 @@ class Placer:
         """Place a message when it is ``due``, seconds since 1970. Nodes wait ``longest_wait_s`` at their doorbells."""
         arguments = [self._keys.bell_prefix, due, longest_wait_s, *placement.arguments()]
         self._delay([*self.index, self._keys.delayed], arguments)
+
+    def follow(self, placement: Placement, sequel: Sequel, due: float | None, longest_wait_s: float) -> bool:
+        """Place a sequel, ``due`` or (None) now, unless it was placed before; False if the delivery does not stand."""
+        keys = self._keys
+        names = [*self.index, keys.delayed, keys.unacked(sequel.node_id, sequel.epoch)]
+        names += [keys.followed(sequel.scope), keys.terminal(placement.job_id)]
+        when = "" if due is None else due
+        arguments: list[Any] = [keys.bell_prefix, sequel.tag, sequel.attempt, FOLLOWED_LIVES_S, when, longest_wait_s]
+        return cast(int, self._follow(names, [*arguments, *placement.arguments()])) >= 0
 
     def move_held(
         self, source: str, not_started: str, held: Iterable[tuple[str, Placement]], crash: Crash | None = None

@@ -6,21 +6,31 @@ cannot span two servers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
 import redis
 from celery import states
-from celery.backends.redis import RedisBackend, SentinelBackend
+from celery.backends.redis import (
+    CHORD_CLAIM_EXTEND_LUA,
+    CHORD_CLEANUP_LUA,
+    CHORD_PART_RETURN_LUA,
+    RedisBackend,
+    SentinelBackend,
+)
 from kombu.utils.encoding import bytes_to_str
 
 from cluster_tasks.broker.message import Delivery
+from cluster_tasks.broker.sequels import being_ended, ending
 from cluster_tasks.errors import StaleCommit
 from cluster_tasks.keys import DEFAULT_NAME, Keys
-from cluster_tasks.redis_store import load_script, refusals_as_outages, run_script
+from cluster_tasks.redis_store import load_script, refusals_as_outages, run_script, script_source
 
 ENDED_LIVES_S = 300
 """How long it is remembered that a job without a result has ended."""
+SEQUELS_LIVE_S = 3600
+"""How long it is remembered what has followed an end that is committed: a crash makes others look at it again."""
 REVOKED_UNHELD = "revoked"
 """The marker of a job that was revoked while no node held it."""
 
@@ -49,45 +59,56 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
     def mark_as_done(
         self, task_id: str, result: Any, request: Any = None, store_result: bool = True, state: str = states.SUCCESS
     ) -> None:
-        if not store_result or getattr(request, "ignore_result", False):
-            self._end_without_result(task_id, state, request)
-        super().mark_as_done(task_id, result, request=request, store_result=store_result, state=state)
+        with ending(request):
+            if not store_result or getattr(request, "ignore_result", False):
+                self._end_without_result(task_id, state, request)
+            super().mark_as_done(task_id, result, request=request, store_result=store_result, state=state)
 
     def mark_as_failure(
         self, task_id: str, exc: Any, traceback: Any = None, request: Any = None, store_result: bool = True,
         call_errbacks: bool = True, state: str = states.FAILURE,
     ) -> None:  # fmt: skip
-        if not store_result:
-            self._end_without_result(task_id, state, request)
-        super().mark_as_failure(task_id, exc, traceback, request, store_result, call_errbacks, state)
+        with ending(request):
+            if not store_result:
+                self._end_without_result(task_id, state, request)
+            super().mark_as_failure(task_id, exc, traceback, request, store_result, call_errbacks, state)
 
     def mark_as_revoked(
         self, task_id: str, reason: str = "", request: Any = None, store_result: bool = True,
         state: str = states.REVOKED,
     ) -> None:  # fmt: skip
-        if not store_result:
-            self._end_without_result(task_id, state, request)
-        super().mark_as_revoked(task_id, reason, request, store_result, state)
+        with ending(request):
+            if not store_result:
+                self._end_without_result(task_id, state, request)
+            super().mark_as_revoked(task_id, reason, request, store_result, state)
 
     def has_ended(self, task_id: str) -> bool:
         """Whether a job came to its end already. Raises redis.RedisError."""
         return bool(self.client.exists(self._keys.terminal(task_id)))
 
-    def complete(self, request: Any) -> None:
-        """Do again what follows the result of a job that has ended: a crash may have come between the two.
+    # Celery's scripts for chords take a claim, random characters, that its holder alone may use. Here it also says
+    # whose delivery holds it.
 
-        Nothing is known to follow a result that nobody wanted. Chords count each part once.
-        """
-        meta = self.get_task_meta(request.id)
-        state, result, traceback = meta["status"], meta["result"], meta.get("traceback")
-        if state not in states.READY_STATES:
-            return
-        if request.chord:
-            self.on_chord_part_return(request, state, result)
-        if state == states.FAILURE:
-            self._fail_chain(request.chain, result, traceback)
-            if request.errbacks:
-                self._call_task_errbacks(request, result, traceback)
+    @cached_property
+    def _chord_part_return_script(self) -> Callable[..., Any]:
+        source = script_source(__package__, "void_claim") + CHORD_PART_RETURN_LUA
+        return self._claiming(self.client.register_script(source), -1)
+
+    @cached_property
+    def _chord_claim_extend_script(self) -> Callable[..., Any]:
+        return self._claiming(self.client.register_script(CHORD_CLAIM_EXTEND_LUA), 0)
+
+    @cached_property
+    def _chord_cleanup_script(self) -> Callable[..., Any]:
+        return self._claiming(self.client.register_script(CHORD_CLEANUP_LUA), 0)
+
+    def _claiming(self, script: redis.commands.core.Script, place: int) -> Callable[..., Any]:
+        def run(keys: list[str], args: list[Any], client: redis.Redis) -> Any:
+            if (holder := being_ended()) is not None:
+                args[place] += f" {self._keys.unacked(holder.node_id, holder.epoch)} {holder.tag}"
+            return script(keys=keys, args=args, client=client)
+
+        return run
 
     def _store_result(
         self, task_id: str, result: Any, state: str, traceback: Any = None, request: Any = None, **kwargs: Any
@@ -117,9 +138,10 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
     def _commit(self, delivery: Delivery, task_id: str, state: str, encoded: Any, sequel: bool) -> None:
         expires = self.failure_expires if state == states.FAILURE else self.expires
         lives_s = int(expires or 0) if encoded else ENDED_LIVES_S
-        names = [*self._job_keys(delivery, task_id), self._keys.counters, self._keys.crashes(task_id)]
+        keys = self._keys
+        names = [*self._job_keys(delivery, task_id), keys.counters, keys.crashes(task_id), keys.followed(task_id)]
         same_end = REVOKED_UNHELD if state == states.REVOKED else ""
-        arguments = [delivery.tag, encoded, lives_s, int(sequel), same_end]
+        arguments = [delivery.tag, encoded, lives_s, int(sequel), same_end, SEQUELS_LIVE_S]
         with refusals_as_outages(self.client):
             done = run_script(self.client, self._commit_script, names, arguments)
         if done != 1:

@@ -13,6 +13,7 @@ from celery.canvas import Signature
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from cluster_tasks.broker.message import Delivery
 from cluster_tasks.errors import InvalidArguments
 from cluster_tasks.keys import Keys
 from cluster_tasks.model import check_request_type
@@ -81,6 +82,16 @@ class ClusterTask(Task):  # type: ignore[misc]
         options.setdefault("argsrepr", _sizes(args or ()))
         options.setdefault("kwargsrepr", _sizes(kwargs or {}))
         return super().apply_async(args, kwargs, *rest, **options)
+
+    @property
+    def fencing_token(self) -> int:
+        """A number that grows with every delivery of a job, for effects outside of the cluster.
+
+        A store that keeps the highest token it has seen with each thing, and refuses lower ones, is safe from what a
+        node still does that was taken for dead. 0 in a job that came from no list of the cluster.
+        """
+        delivery = Delivery.of(getattr(self.request, "properties", None))
+        return delivery.fencing_token if delivery else 0
 
     def check_arguments(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
         """Return the arguments by name, as ``arguments`` has parsed them. Raises InvalidArguments."""

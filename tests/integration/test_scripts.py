@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 
 from cluster_tasks.broker.epochs import Beat, Predecessor, Standing
 from cluster_tasks.broker.message import replace_message
 from cluster_tasks.redis_store import load_script
-from tests.broker import SUFFIXES, Broker, job_of, make_message
+from tests.broker import SUFFIXES, Broker, Fetched, job_of, make_message
 
 # place
 
@@ -211,7 +212,39 @@ def test_what_is_given_is_recorded_as_held_under_its_tag(broker: Broker) -> None
     assert broker.client.hgetall(broker.keys.unacked("a", epoch)) == {
         tag.encode(): message for tag, message in fetched.messages.items()
     }
-    assert fetched.messages == {f"{epoch}.1.{n + 1}": make_message(str(n), "llm") for n in range(3)}
+    assert list(fetched.messages.values()) == [make_message(str(n), "llm") for n in range(3)]
+    assert all(tag.startswith(f"{epoch}.1.") for tag in fetched.messages)
+
+
+def tokens_of(fetched: Fetched) -> list[int]:
+    return [int(tag.rpartition(".")[2]) for tag in fetched.messages]
+
+
+def test_fencing_tokens_grow_from_delivery_to_delivery_on_all_nodes(broker: Broker) -> None:
+    epochs = {node: broker.open(node, "llm") for node in ("a", "b")}
+    tokens = []
+    for number in range(6):
+        broker.publish(str(number), request_type="llm")
+        tokens += tokens_of(broker.fetch("ab"[number % 2], epochs["ab"[number % 2]], 2, serves=["llm"]))
+    assert len(tokens) == 6
+    assert tokens == sorted(set(tokens))
+
+
+def test_a_clock_of_redis_that_is_set_back_lets_no_fencing_token_fall(broker: Broker) -> None:
+    epoch, ahead = broker.open("a", "llm"), (int(time.time()) + 3600) * 1_000_000
+    broker.client.set(broker.keys.fencing_token, ahead)
+    broker.publish("1", "a", "llm")
+    broker.publish("2", "a", "llm")
+    assert tokens_of(broker.fetch("a", epoch, 2)) == [ahead + 1, ahead + 2]
+
+
+def test_a_redis_that_lost_its_last_second_lets_no_fencing_token_fall(broker: Broker) -> None:
+    epoch = broker.open("a", "llm")
+    broker.publish("1", "a", "llm")
+    (before,) = tokens_of(broker.fetch("a", epoch))
+    broker.client.delete(broker.keys.fencing_token)
+    broker.publish("2", "a", "llm")
+    assert tokens_of(broker.fetch("a", epoch)) > [before]
 
 
 def test_acknowledged_tags_are_forgotten_thousands_at_once(broker: Broker) -> None:
@@ -324,6 +357,7 @@ def test_a_fence_puts_all_away_and_leaves_no_trace_of_the_node(broker: Broker) -
     remains = broker.keys.remains("a", epoch)
     assert keys == {
         broker.keys.epoch_counter,
+        broker.keys.fencing_token,
         broker.keys.fenced,
         broker.keys.remains_unacked("a", epoch),
         *(remains + suffix for suffix in SUFFIXES),

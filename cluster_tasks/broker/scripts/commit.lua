@@ -1,10 +1,11 @@
 -- End a job: write its result and remove its delivery, provided that the delivery still stands and that nothing has
 -- ended the job before. Repeating it for the same delivery changes nothing.
 --
--- KEYS     1 hash of deliveries, 2 marker that the job has ended, 3 result, 4 counters, 5 crashes of the job
+-- KEYS     1 hash of deliveries, 2 marker that the job has ended, 3 result, 4 counters, 5 crashes of the job,
+--          6 what has followed it already
 -- ARGV     1 tag of the delivery, 2 result ('' if nobody wants it), 3 seconds that result and marker live (0: for
 --          ever), 4 '1' to leave the delivery in place, because something follows the result, 5 other marker that
---          stands for this very end ('' for none)
+--          stands for this very end ('' for none), 6 seconds that is remembered what else follows
 -- Returns  1 committed, 0 refused: the delivery is gone, -1 refused: the job had ended
 
 local ended_by = redis.call('GET', KEYS[2])
@@ -21,5 +22,10 @@ elseif ended_by ~= ARGV[1] and (not stands or ended_by ~= ARGV[5]) then
   redis.call('HINCRBY', KEYS[4], 'stale_commits', 1)
   return stands and -1 or 0
 end
-if ARGV[4] ~= '1' then redis.call('HDEL', KEYS[1], ARGV[1]) end
+if ARGV[4] ~= '1' then
+  redis.call('HDEL', KEYS[1], ARGV[1])
+  redis.call('DEL', KEYS[6])
+else
+  redis.call('EXPIRE', KEYS[6], ARGV[6])
+end
 return 1

@@ -1,4 +1,4 @@
--- Keep a job until its time has come. A node that waits at its doorbell for longer than that is rung, to wait anew.
+-- Keep a job until its time has come.
 --
 -- KEYS     1 epochs, 2 draining, 3 backlog, 4 idle, 5 serves, 6 delayed jobs
 -- ARGV     1 prefix of the doorbells, 2 seconds since 1970, 3 longest wait at a doorbell in seconds, 4 node list (''
@@ -8,8 +8,4 @@
 local keys = {
   epochs = KEYS[1], draining = KEYS[2], backlog = KEYS[3], idle = KEYS[4], serves = KEYS[5], bells = ARGV[1],
 }
-redis.call('ZADD', KEYS[6], ARGV[2], table.concat({ unpack(ARGV, 4, 8) }, '\n'))
-if tonumber(ARGV[2]) - tonumber(now_s()) < tonumber(ARGV[3]) then
-  local idle = idle_node(keys, ARGV[6], '')
-  if idle then ring(keys, idle) end
-end
+delay(keys, KEYS[6], ARGV[2], ARGV[3], { unpack(ARGV, 4, 8) })

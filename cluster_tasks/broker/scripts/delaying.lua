@@ -16,6 +16,15 @@ local function promote(keys, delayed, most)
   end
 end
 
+-- Keep a job until its time has come. A node that waits at its doorbell for longer than that is rung, to wait anew.
+local function delay(keys, delayed, due, longest_wait, entry)
+  redis.call('ZADD', delayed, due, table.concat(entry, '\n'))
+  if tonumber(due) - tonumber(now_s()) < tonumber(longest_wait) then
+    local idle = idle_node(keys, entry[3], '')
+    if idle then ring(keys, idle) end
+  end
+end
+
 -- Milliseconds until the next job is due, '' if none is delayed.
 local function next_due_ms(delayed)
   local first = redis.call('ZRANGE', delayed, 0, 0, 'WITHSCORES')

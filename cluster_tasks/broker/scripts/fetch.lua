@@ -3,10 +3,10 @@
 -- given is recorded as held in the same step. A node that gets less than it asked for counts as idle.
 --
 -- KEYS     1 epochs, 2 draining, 3 backlog, 4 idle, 5 serves, 6 hash of its deliveries, 7 delayed jobs,
---          8 suspects that nodes hold
--- ARGV     1 prefix of the doorbells, 2 its list, 3 its epoch, 4 how many jobs, 5 first part of the tags, 6 number of
---          priority suffixes, 7 number of waiting lists; then the suffixes (most urgent first), the waiting lists, the
---          waiting lists of suspects (as many), acknowledged tags
+--          8 suspects that nodes hold, 9 last fencing token
+-- ARGV     1 prefix of the doorbells, 2 its list, 3 its epoch, 4 how many jobs, 5 first part of the tags, which end
+--          with a fencing token, 6 number of priority suffixes, 7 number of waiting lists; then the suffixes (most
+--          urgent first), the waiting lists, the waiting lists of suspects (as many), acknowledged tags
 -- Returns  {'ok' | 'fenced' | 'draining', milliseconds until the next delayed job or '', tag, message, tag, message, …}
 
 local keys = {
@@ -27,7 +27,18 @@ if redis.call('SISMEMBER', keys.draining, own) == 1 then
 end
 
 promote(keys, KEYS[7], 100)
-local reply, given = { 'ok', next_due_ms(KEYS[7]) }, 0
+local reply, given, token = { 'ok', next_due_ms(KEYS[7]) }, 0, nil
+
+-- Microseconds since 1970, but always more than the one before: neither a clock that is set back nor a Redis that lost
+-- its last second makes it fall.
+local function next_tag()
+  if not token then
+    local now = redis.call('TIME')
+    token = math.max(tonumber(redis.call('GET', KEYS[9]) or 0), now[1] * 1000000 + now[2])
+  end
+  token = token + 1
+  return ARGV[5] .. string.format('%.0f', token)
+end
 
 local function take(list, most)
   local taken = 0
@@ -36,9 +47,10 @@ local function take(list, most)
     if left <= 0 then break end
     for _, message in ipairs(redis.call('RPOP', list .. ARGV[i], left) or {}) do
       taken, given = taken + 1, given + 1
-      reply[#reply + 1] = ARGV[5] .. given
+      local tag = next_tag()
+      reply[#reply + 1] = tag
       reply[#reply + 1] = message
-      redis.call('HSET', KEYS[6], ARGV[5] .. given, message)
+      redis.call('HSET', KEYS[6], tag, message)
     end
   end
   local counted = redis.call('ZSCORE', keys.backlog, list)
@@ -61,7 +73,7 @@ local suspect = redis.call('HGET', KEYS[8], own)
 if not suspect or redis.call('HEXISTS', KEYS[6], suspect) == 0 then
   for i = first_suspect, first_acked - 1 do
     if given < want and redis.call('ZSCORE', keys.backlog, ARGV[i]) and take(ARGV[i], 1) == 1 then
-      redis.call('HSET', KEYS[8], own, ARGV[5] .. given)
+      redis.call('HSET', KEYS[8], own, reply[#reply - 1])
       break
     end
   end
@@ -78,6 +90,7 @@ while given < want do
   take(peer, 1)
 end
 
+if token then redis.call('SET', KEYS[9], string.format('%.0f', token)) end
 if given < want then
   redis.call('ZADD', keys.idle, 'NX', redis.call('TIME')[1], own)
 else

@@ -1,0 +1,57 @@
+"""What follows a job is published once, also by jobs that die while they do it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from celery import chord
+
+from tests.process.accounts import END_S, wait_until_nothing_is_left
+from tests.process.breaking_off import BREAK_OFF, DEATHS, make_breaking_off
+from tests.process.conftest import NewWorker
+from tests.process.jobs import Jobs
+from tests.process.nodes import running
+from tests.waiting import wait_until
+from workers.redis_server import RedisServer
+
+SEQUELS = ("step", "link", "errback", "body", "errback of a body", "retry")
+
+
+@pytest.fixture
+def jobs(redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Jobs]:
+    """The app of breaking_off as its producers see it."""
+    monkeypatch.setenv("CLUSTER_BROKER_URL", redis_server.url)
+    made = make_breaking_off()
+    yield made
+    made.app.close()
+
+
+def send_all(jobs: Jobs) -> None:
+    """Send a job that is followed by each kind of sequel."""
+    tasks = jobs.app.tasks
+    fail, follow, work = tasks["jobs.fail"], tasks["jobs.follow"], jobs.work
+    (work.si(0.0) | follow.s(name="step")).delay()
+    work.apply_async((0.0,), link=follow.s(name="link"))
+    fail.apply_async(link_error=follow.s(name="errback"))
+    chord([work.s(0.0), work.s(0.0)], follow.s(name="body")).delay()
+    chord([work.s(0.0), fail.s()], work.s(0.0).on_error(follow.s(name="errback of a body"))).delay()
+    tasks["jobs.again"].delay(name="retry")
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_sequel_comes_once_when_the_process_dies_that_publishes_it(
+    when: str, jobs: Jobs, new_worker: NewWorker
+) -> None:
+    client = jobs.cluster.client
+    client.hset(DEATHS, mapping=dict.fromkeys(SEQUELS, when))
+
+    def came() -> dict[str, int]:
+        return {name: client.llen(f"test:followed:{name}") for name in SEQUELS}
+
+    with running(new_worker("a", app="tests.process.breaking_off", slots=3, environ=BREAK_OFF)):
+        send_all(jobs)
+        wait_until(lambda: [name for name, times in came().items() if not times] == [], END_S, "every sequel comes")
+        wait_until_nothing_is_left(jobs)
+    assert not client.exists(DEATHS), "somebody has not died as planned"
+    assert came() == dict.fromkeys(SEQUELS, 1)
