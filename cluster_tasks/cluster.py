@@ -239,6 +239,11 @@ class Cluster:
         with foreign_errors(BrokerUnavailable, "reading the number of checks"):
             return int(self.client.get(self.keys.checks) or 0)
 
+    def stale_commits(self) -> int:
+        """How many ends of jobs, and what was to follow them, were refused. Raises BrokerUnavailable."""
+        with foreign_errors(BrokerUnavailable, "reading the number of stale commits"):
+            return int(self.client.hget(self.keys.counters, "stale_commits") or 0)
+
     @property
     def _broker_url(self) -> str:
         return self.settings.broker_url.get_secret_value()
@@ -346,7 +351,10 @@ class Cluster:
         if str(results) == broker:
             self.app.loader.override_backends = {**self.app.loader.override_backends, **FENCED_BACKENDS}
         elif str(results).partition("://")[0] in BROKER_SCHEMES:
-            logger.warning("results live in another Redis than jobs: a result and its delivery are not one commit")
+            logger.warning(
+                "results live in another Redis than jobs, so the end of a job cannot be one step with its delivery: of two nodes "
+                "that run a job, as when one was taken for dead, the first that succeeds has its result kept"
+            )
 
 
 def _seen_by_the_broker(node: Node, queue: str, lists: Lists) -> Node:

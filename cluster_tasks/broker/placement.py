@@ -75,7 +75,7 @@ class Placer:
         """Place a sequel, ``due`` or (None) now, unless it was placed before; False if the delivery does not stand."""
         keys = self._keys
         names = [*self.index, keys.delayed, keys.unacked(sequel.node_id, sequel.epoch)]
-        names += [keys.followed(sequel.scope), keys.terminal(placement.job_id)]
+        names += [keys.followed(sequel.scope), keys.terminal(placement.job_id), keys.counters]
         when = "" if due is None else due
         arguments: list[Any] = [keys.bell_prefix, sequel.tag, sequel.attempt, FOLLOWED_LIVES_S, when, longest_wait_s]
         return cast(int, self._follow(names, [*arguments, *placement.arguments()])) >= 0

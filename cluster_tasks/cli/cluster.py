@@ -153,6 +153,7 @@ def _status_cells(summary: Summary) -> Iterator[tuple[str, str]]:
     yield "in flight", str(summary.in_flight)
     yield "last node lost", f"{lost.facts['node']} at {moment(lost.timestamp)}" if lost else ""
     yield "health checks", str(summary.checks)
+    yield "stale commits", str(summary.stale_commits)
 
 
 def _counts(counts: Mapping[str, int]) -> str:

@@ -37,6 +37,8 @@ class Summary:
     last_node_lost: ClusterEvent | None
     checks: int
     """Health checks that coordinators have run."""
+    stale_commits: int
+    """Ends of jobs that were refused, for the node was taken for dead or another one had ended the job."""
 
 
 def summarize(cluster: Cluster) -> Summary:
@@ -58,6 +60,7 @@ def summarize(cluster: Cluster) -> Summary:
         in_flight=held + sum(lists.values()),
         last_node_lost=_last(cluster.events.latest(MAX_EVENTS), "node lost"),
         checks=cluster.checks_done(),
+        stale_commits=cluster.stale_commits(),
     )
 
 

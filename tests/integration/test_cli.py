@@ -226,7 +226,7 @@ def test_the_status_of_a_healthy_cluster_sums_it_up(jobs: Jobs) -> None:
     assert summary == {
         "healthy": True, "problems": [], "cluster": "cluster", "broker": str(jobs.cluster.settings.broker_url),
         "nodes": {"online": 1}, "coordinators": ["master@host"], "waiting": {"node.a@host": len(results)},
-        "held": 0, "in_flight": len(results), "checks": 0,
+        "held": 0, "in_flight": len(results), "checks": 0, "stale_commits": 0,
     }  # fmt: skip
 
 
