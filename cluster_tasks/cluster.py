@@ -352,8 +352,8 @@ class Cluster:
             self.app.loader.override_backends = {**self.app.loader.override_backends, **FENCED_BACKENDS}
         elif str(results).partition("://")[0] in BROKER_SCHEMES:
             logger.warning(
-                "results live in another Redis than jobs, so the end of a job cannot be one step with its delivery: of two nodes "
-                "that run a job, as when one was taken for dead, the first that succeeds has its result kept"
+                "results live in another Redis than jobs, so the end of a job is not one step with its delivery: "
+                "of two nodes that run a job, as when one was taken for dead, the first that succeeds is believed"
             )
 
 
