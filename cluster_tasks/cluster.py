@@ -33,12 +33,12 @@ from cluster_tasks.failover.quarantine import Quarantine
 from cluster_tasks.failover.release import Release
 from cluster_tasks.keys import DEFAULT_NAME, Keys
 from cluster_tasks.model import Node, NodeEvent, NodeFilter, NodeStatus, check_node_id
-from cluster_tasks.redis_store import connect, foreign_errors
+from cluster_tasks.redis_store import connect, foreign_errors, is_same_server
 from cluster_tasks.registry import create_registry
 from cluster_tasks.registry.base import ALL, Registry
 from cluster_tasks.router import ClusterRouter, ClusterView
 from cluster_tasks.runtime import check_runtime
-from cluster_tasks.settings import BROKER_SCHEMES, CONF_PREFIX, ClusterSettings, SecretUrl, load_settings
+from cluster_tasks.settings import CONF_PREFIX, ClusterSettings, SecretUrl, load_settings
 from cluster_tasks.tasks import apps
 from cluster_tasks.tasks.base import ClusterTask
 from cluster_tasks.tasks.control import register_control_tasks
@@ -348,11 +348,11 @@ class Cluster:
             conf.result_backend_transport_options = {
                 "master_name": self.settings.sentinel_master, **conf.result_backend_transport_options,
             }  # fmt: skip
-        if str(results) == broker:
+        if is_same_server(str(results), broker):
             self.app.loader.override_backends = {**self.app.loader.override_backends, **FENCED_BACKENDS}
-        elif str(results).partition("://")[0] in BROKER_SCHEMES:
+        elif not str(results).startswith("disabled"):
             logger.warning(
-                "results live in another Redis than jobs, so the end of a job is not one step with its delivery: "
+                "results do not live in the Redis of the jobs, so the end of a job is not one step with its delivery: "
                 "of two nodes that run a job, as when one was taken for dead, the first that succeeds is believed"
             )
 

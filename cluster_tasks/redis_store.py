@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from threading import RLock
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit, urlunsplit
 from weakref import WeakSet
 
 import redis
@@ -83,6 +84,24 @@ def _behind_sentinel(url: str, master: str, settings: dict[str, Any]) -> redis.R
     credentials = {"username": parts[0].username, "password": parts[0].password}
     sentinel = Sentinel(hosts, **settings)
     return sentinel.master_for(master, redis.Redis, db=int(database), **credentials, **settings)  # type: ignore[no-any-return]
+
+
+def database_of(url: str) -> int:
+    """The number of the database that a Redis URL names; 0 if it names none."""
+    first = urlsplit(url.split(";")[0])
+    named = parse_qs(first.query).get("virtual_host") or [first.path.strip("/")]
+    return int(named[0]) if named[0].isdigit() else 0
+
+
+def is_same_server(url: str, other: str) -> bool:
+    """Whether two Redis URLs are of one server, and differ at most by the database."""
+    return _without_database(url) == _without_database(other)
+
+
+def _without_database(url: str) -> str:
+    if url.startswith("redis+socket://"):
+        return re.sub(r"[?&]virtual_host=\d*", "", url)
+    return ";".join(urlunsplit(urlsplit(part)._replace(path="")) for part in url.split(";"))
 
 
 def script_source(package: str, name: str) -> str:

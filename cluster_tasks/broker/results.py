@@ -1,7 +1,7 @@
 """The result backend that ends a job in one step: its result is written and its delivery removed, or neither.
 
-It stands in for Celery's Redis backend under the same URL, and only where results live in the broker's Redis: a script
-cannot span two servers.
+It stands in for Celery's Redis backend under the same URL, and only where results live in the broker's Redis, in
+whatever database of it: a script cannot span two servers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from cluster_tasks.broker.message import Delivery
 from cluster_tasks.broker.sequels import being_ended, ending
 from cluster_tasks.errors import StaleCommit
 from cluster_tasks.keys import DEFAULT_NAME, Keys
-from cluster_tasks.redis_store import load_script, refusals_as_outages, run_script, script_source
+from cluster_tasks.redis_store import database_of, refusals_as_outages, run_script, script_source
 
 ENDED_LIVES_S = 300
 """How long it is remembered that a job without a result has ended."""
@@ -44,15 +44,26 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
 
     @cached_property
     def _note_script(self) -> redis.commands.core.Script:
-        return load_script(self.client, __package__, "note")
+        return self._storing("note")
 
     @cached_property
     def _commit_script(self) -> redis.commands.core.Script:
-        return load_script(self.client, __package__, "commit")
+        return self._storing("commit")
 
     @cached_property
     def _end_unheld_script(self) -> redis.commands.core.Script:
-        return load_script(self.client, __package__, "end_unheld")
+        return self._storing("end_unheld")
+
+    def _storing(self, name: str) -> redis.commands.core.Script:
+        parts = (script_source(__package__, part) for part in ("storing", name))
+        script: redis.commands.core.Script = self.client.register_script("\n".join((self._databases, *parts)))
+        return script
+
+    @cached_property
+    def _databases(self) -> str:
+        """The line of Lua that names the databases of jobs and of results."""
+        jobs, results = self.app.conf.broker_url, self.app.conf.result_backend
+        return f"local jobs_db, results_db = {database_of(jobs)}, {database_of(results)}"
 
     # Celery asks for these endings only where a result is to be stored; here each one is a commit.
 
@@ -82,17 +93,13 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
                 self._end_without_result(task_id, state, request)
             super().mark_as_revoked(task_id, reason, request, store_result, state)
 
-    def has_ended(self, task_id: str) -> bool:
-        """Whether a job came to its end already. Raises redis.RedisError."""
-        return bool(self.client.exists(self._keys.terminal(task_id)))
-
     # Celery's scripts for chords take a claim, random characters, that its holder alone may use. Here it also says
     # whose delivery holds it.
 
     @cached_property
     def _chord_part_return_script(self) -> Callable[..., Any]:
-        source = script_source(__package__, "void_claim") + CHORD_PART_RETURN_LUA
-        return self._claiming(self.client.register_script(source), -1)
+        source = self._databases, script_source(__package__, "void_claim"), CHORD_PART_RETURN_LUA
+        return self._claiming(self.client.register_script("\n".join(source)), -1)
 
     @cached_property
     def _chord_claim_extend_script(self) -> Callable[..., Any]:

@@ -15,9 +15,10 @@ from cluster_tasks.errors import StaleCommit
 from tests.broker import Broker
 
 
-@pytest.fixture
-def app(redis_url: str) -> Iterator[Celery]:
-    with Celery("ends", set_as_current=False, broker=redis_url) as app:
+@pytest.fixture(params=[0, 5], ids=["results beside jobs", "results in another database"])
+def app(redis_url: str, request: pytest.FixtureRequest) -> Iterator[Celery]:
+    backend = redis_url.removesuffix("/0") + f"/{request.param}"
+    with Celery("ends", set_as_current=False, broker=redis_url, backend=backend) as app:
         Cluster(app)
         yield app
         app.backend.client.connection_pool.disconnect()

@@ -19,9 +19,10 @@ SEQUELS = ("step", "link", "errback", "body", "errback of a body", "retry")
 
 
 @pytest.fixture
-def jobs(redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Jobs]:
-    """The app of breaking_off as its producers see it."""
+def jobs(redis_server: RedisServer, database: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Jobs]:
+    """The app of breaking_off as its producers see it, with its results in some database of the broker's Redis."""
     monkeypatch.setenv("CLUSTER_BROKER_URL", redis_server.url)
+    monkeypatch.setenv("CLUSTER_RESULT_BACKEND", f"redis://127.0.0.1:{redis_server.port}/{database}")
     made = make_breaking_off()
     yield made
     made.app.close()
@@ -39,7 +40,7 @@ def send_all(jobs: Jobs) -> None:
     tasks["jobs.again"].delay(name="retry")
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(("when", "database"), [("before", 1), ("after", 0)])
 def test_a_sequel_comes_once_when_the_process_dies_that_publishes_it(
     when: str, jobs: Jobs, new_worker: NewWorker
 ) -> None:

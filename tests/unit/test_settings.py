@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from cluster_tasks.errors import ClusterError, ConfigurationError
 from cluster_tasks.model import NodeRole
+from cluster_tasks.redis_store import database_of, is_same_server
 from cluster_tasks.settings import ClusterSettings, SecretUrl, load_settings
 
 SECRET = "s3cret"
@@ -285,3 +286,30 @@ def test_no_error_about_a_variable_shows_a_secret(monkeypatch: pytest.MonkeyPatc
 
 def test_json_of_the_settings_can_be_read() -> None:
     assert json.loads(with_secrets().model_dump_json())["name"] == "cluster"
+
+
+@pytest.mark.parametrize(
+    ("url", "other", "same"),
+    [
+        ("redis://host/0", "redis://host/1", True),
+        ("redis://host", "redis://host/1", True),
+        ("redis://:secret@host:6380/0?x=1", "redis://:secret@host:6380/3?x=1", True),
+        ("sentinel://a:1/0;sentinel://b:1/0", "sentinel://a:1/2;sentinel://b:1/2", True),
+        ("redis+socket:///run/redis.sock", "redis+socket:///run/redis.sock?virtual_host=2", True),
+        ("redis://host/0", "redis://other/0", False),
+        ("redis://host:6380/0", "redis://host:6379/0", False),
+        ("redis://host/0", "rediss://host/0", False),
+        ("redis://host/0", "db+sqlite:///results", False),
+    ],
+)
+def test_two_urls_are_of_one_redis_whatever_databases_they_name(url: str, other: str, same: bool) -> None:
+    assert is_same_server(url, other) is same
+
+
+@pytest.mark.parametrize(
+    ("url", "database"),
+    [("redis://host", 0), ("redis://host/", 0), ("redis://host/3", 3), ("sentinel://a:1/2;sentinel://b:1/2", 2)]
+    + [("redis+socket:///run/redis.sock", 0), ("redis+socket:///run/redis.sock?virtual_host=4", 4)],
+)
+def test_a_url_names_its_database(url: str, database: int) -> None:
+    assert database_of(url) == database

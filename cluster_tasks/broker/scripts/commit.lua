@@ -11,12 +11,9 @@
 local ended_by = redis.call('GET', KEYS[2])
 local stands = redis.call('HEXISTS', KEYS[1], ARGV[1]) == 1
 if not ended_by and stands then
-  local ttl = tonumber(ARGV[3])
-  for key, value in pairs({ [KEYS[2]] = ARGV[1], [KEYS[3]] = ARGV[2] }) do
-    if value ~= '' then redis.call('SET', key, value) end
-    if value ~= '' and ttl > 0 then redis.call('EXPIRE', key, ttl) end
-  end
-  if ARGV[2] ~= '' then redis.call('PUBLISH', KEYS[3], ARGV[2]) end
+  redis.call('SET', KEYS[2], ARGV[1])
+  if tonumber(ARGV[3]) > 0 then redis.call('EXPIRE', KEYS[2], ARGV[3]) end
+  if ARGV[2] ~= '' then store(KEYS[3], ARGV[2], ARGV[3]) end
   redis.call('DEL', KEYS[5])
 elseif ended_by ~= ARGV[1] and (not stands or ended_by ~= ARGV[5]) then
   redis.call('HINCRBY', KEYS[4], 'stale_commits', 1)

@@ -5,10 +5,6 @@
 -- Returns  1 ended, 0 it had ended
 
 if not redis.call('SET', KEYS[1], ARGV[1], 'NX') then return 0 end
-redis.call('SET', KEYS[2], ARGV[2])
-if tonumber(ARGV[3]) > 0 then
-  redis.call('EXPIRE', KEYS[1], ARGV[3])
-  redis.call('EXPIRE', KEYS[2], ARGV[3])
-end
-redis.call('PUBLISH', KEYS[2], ARGV[2])
+if tonumber(ARGV[3]) > 0 then redis.call('EXPIRE', KEYS[1], ARGV[3]) end
+store(KEYS[2], ARGV[2], ARGV[3])
 return 1

@@ -5,7 +5,5 @@
 -- Returns  1 written, 0 passed over
 
 if redis.call('EXISTS', KEYS[2]) == 1 or redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then return 0 end
-redis.call('SET', KEYS[3], ARGV[2])
-if tonumber(ARGV[3]) > 0 then redis.call('EXPIRE', KEYS[3], ARGV[3]) end
-redis.call('PUBLISH', KEYS[3], ARGV[2])
+store(KEYS[3], ARGV[2], ARGV[3])
 return 1
