@@ -24,6 +24,10 @@ cluster_strategy_llm = "consistent_hash"
 cluster_heartbeat_s = 1.0
 cluster_lease_s = 3.0
 # cluster_health_check_s = 0.5
+# A job that killed so many processes is kept in quarantine: for how long, and how many of them.
+# cluster_max_crash_deliveries = 3
+# cluster_quarantine_ttl_s = 2592000.0
+# cluster_quarantine_max = 1000
 # How long running jobs may take to end after SIGTERM. Whatever stops a node must wait longer than this.
 cluster_drain_timeout_s = 30.0
 

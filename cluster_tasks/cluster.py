@@ -140,7 +140,8 @@ class Cluster:
     @cached_property
     def quarantine(self) -> Quarantine:
         """Jobs that are not run any more, for too many processes died of them."""
-        return Quarantine(self.client, self.keys, self.clock)
+        settings = self.settings
+        return Quarantine(self.client, self.keys, self.clock, settings.quarantine_ttl_s, settings.quarantine_max)
 
     @cached_property
     def health(self) -> HealthCheck:

@@ -178,6 +178,11 @@ class Keys:
         return f"{self.name}:quarantine"
 
     @property
+    def quarantined(self) -> str:
+        """Sorted set of the job ids in quarantine, by the second since 1970 when each came."""
+        return f"{self.name}:quarantined"
+
+    @property
     def revoked(self) -> str:
         """Sorted set of revoked job ids, by the second since 1970."""
         return f"{self.name}:revoked"

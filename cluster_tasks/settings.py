@@ -130,6 +130,10 @@ class ClusterSettings(BaseSettings):
     """Checks in a row that must find a node still."""
     max_crash_deliveries: Annotated[int, Field(ge=1)] = 3
     """A job that was running when so many processes died is put into quarantine."""
+    quarantine_ttl_s: Annotated[float, Field(ge=1)] = 30 * 24 * 3600.0
+    """How long a job stays in quarantine with its arguments, which may be private."""
+    quarantine_max: Annotated[int, Field(ge=1)] = 1_000
+    """How many jobs quarantine keeps, each as large as its message; beyond, the oldest go."""
     drain_timeout_s: Seconds = 30.0
     """How long running jobs may take to finish after SIGTERM."""
 

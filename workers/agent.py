@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 SURE_SHARE = 0.8
 """Of the lease: for so long after a beat was sent, nobody can have given this node's jobs to others."""
 RESYNC_S = 10.0
+PRUNE_EVERY_S = 60.0
 UNCHECKED_S = 1.0
 """After so long without a health check by a coordinator, the agents act on what they see."""
 
@@ -50,6 +51,7 @@ class NodeAgent:
             Periodic("load report", self._settings.heartbeat_s, self._report),
             Periodic("watch", self._settings.health_check_s, self._watch),
         ]
+        self._duties.append(Periodic("pruning", PRUNE_EVERY_S, cluster.quarantine.prune))
         if deliveries is not None:
             self._duties.append(Periodic("revocations", self._settings.heartbeat_s, self._learn_revocations))
 
@@ -77,8 +79,11 @@ class NodeAgent:
         except NodeNotFound:
             logger.warning("this node was fenced: others have its list already")
 
-    def stop(self) -> None:
-        """Leave: end the epoch, give back what is still held, uncharged. Safe to repeat, and before ``start``."""
+    def stop(self, *, in_good_order: bool = True) -> None:
+        """Leave: end the epoch, give back what is still held, uncharged. Safe to repeat, and before ``start``.
+
+        Not in good order: fall silent, so that the others take it for the death that it is, and charge what it held.
+        """
         for duty in self._duties:
             duty.stop()
         if self._helper is not None:
@@ -88,7 +93,8 @@ class NodeAgent:
             return
         if self._deliveries is not None:
             self._deliveries.flush()
-        self._cluster.retire(self._node.id, epoch)
+        if in_good_order:
+            self._cluster.retire(self._node.id, epoch)
 
     def _open(self) -> tuple[str, float]:
         """Return a new epoch, and when it was asked for."""

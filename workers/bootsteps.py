@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import socket
+import sys
 import time
 from typing import Any
 
+import redis
 from celery import Task, bootsteps, signals
 from celery.concurrency.prefork import TaskPool as PreforkPool
-from celery.exceptions import WorkerShutdown
+from celery.exceptions import WorkerShutdown, WorkerTerminate
 from celery.platforms import EX_FAILURE
 from celery.worker import state
+from kombu.exceptions import OperationalError
 
 from cluster_tasks.broker import deliveries
 from cluster_tasks.broker.deliveries import Deliveries
@@ -96,8 +99,10 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
         # By signal and not in stop(): Celery stops this step before the pool, whose jobs must end under our epoch.
         agent, self._agent = self._agent, None
         if agent is not None:
+            if (error := _unasked_end()) is not None:
+                logger.error("this node ends by an error, what it still holds is charged with that: %r", error)
             try:
-                agent.stop()
+                agent.stop(in_good_order=error is None)
             except UnavailableError as exc:
                 logger.warning("leaving without a word, the others will notice: %s", exc)
 
@@ -121,6 +126,18 @@ class ResyncStep(bootsteps.StartStopStep):  # type: ignore[misc]
         again = node.resync({request.message.delivery_tag for request in state.active_requests})
         if again:
             logger.warning("%d jobs that the broken connection had dropped are delivered again", again)
+
+
+def _unasked_end() -> BaseException | None:
+    """The error by which the worker comes to its end, if nobody told it to end.
+
+    A message that breaks the consumer would otherwise go from node to node, and end all of them uncounted. The loss of
+    the broker is no job's fault.
+    """
+    error = sys.exception()
+    # These two are how Celery ends a worker that was told to.
+    asked = WorkerShutdown, WorkerTerminate, KeyboardInterrupt, OperationalError, redis.ConnectionError
+    return None if isinstance(error, asked) else error
 
 
 def join(agent: NodeAgent) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from functools import cache, partial
+from traceback import format_exception
 from typing import Any
 
 import redis
@@ -15,6 +16,7 @@ from billiard.exceptions import WorkerLostError
 from celery import states
 from celery.app.trace import TraceInfo, report_internal_error, trace_ok_t
 from celery.exceptions import Ignore, Reject, Retry
+from celery.worker import state
 from celery.worker.request import Request
 from celery.worker.state import revoked as revoked_jobs
 from celery.worker.state import task_ready
@@ -145,9 +147,8 @@ class ClusterRequest(Request):  # type: ignore[misc]
             self._on_end_not_stored(exc)
             return None
         self._failed = not isinstance(exc, Retry | Ignore)
-        lost = isinstance(exc, WorkerLostError | SystemExit | KeyboardInterrupt)
-        if lost and self.time_start and self._delivery is not None and (node := deliveries.current()) is not None:
-            node.blame(self._delivery.tag, str(exc) or repr(exc))
+        if isinstance(exc, WorkerLostError | SystemExit | KeyboardInterrupt):
+            self._charge(str(exc) or repr(exc), exc_info.traceback or "")
         with self._letting_go_last():
             return super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
 
@@ -157,6 +158,16 @@ class ClusterRequest(Request):  # type: ignore[misc]
             # Celery takes the job for done, but its process may have died before it told its chord.
             complete(self._task.backend, self._context)
         return stored
+
+    def _charge(self, reason: str, traceback: str) -> None:
+        # A service manager sends its SIGTERM to the processes of the pool as well: they do not die of their jobs.
+        # (What is set is the exit code, and 0 is one.)
+        is_ending = any(
+            asked is not None and asked is not False for asked in (state.should_stop, state.should_terminate)
+        )
+        node = deliveries.current()
+        if self.time_start and not is_ending and self._delivery is not None and node is not None:
+            node.blame(self._delivery.tag, reason, traceback)
 
     def _on_end_not_stored(self, exc: Exception) -> None:
         """Its end was refused, or could not be stored: then it must be delivered again."""
@@ -171,7 +182,8 @@ class ClusterRequest(Request):  # type: ignore[misc]
             self._let_lie(node, self._delivery.tag)
         else:
             # Nothing that passes: it would be run again without end, if that were not counted.
-            node.blame(self._delivery.tag, f"its end could not be stored: {exc!r}")
+            told = "".join(format_exception(exc))
+            node.blame(self._delivery.tag, f"its end could not be stored: {exc!r}", told)
             self.reject(requeue=True)
 
     def on_timeout(self, soft: bool, timeout: float) -> None:

@@ -26,6 +26,9 @@ from cluster_tasks.redis_store import text
 
 logger = logging.getLogger(__name__)
 
+TRACEBACK = 4_000
+"""Characters of a traceback that are kept."""
+
 
 @dataclass(frozen=True, slots=True)
 class Past:
@@ -169,10 +172,10 @@ class Deliveries:
         if self.at_bell:
             self.flush()
 
-    def blame(self, tag: str, reason: str) -> None:
+    def blame(self, tag: str, reason: str, traceback: str = "") -> None:
         """Charge a job with the death of its process when it is given back."""
         with self._lock:
-            self._blamed[tag] = Crash(self.node_id, self.epoch, reason, self._clock.time())
+            self._blamed[tag] = Crash(self.node_id, self.epoch, reason, self._clock.time(), traceback[-TRACEBACK:])
 
     def requeue(self, tag: str, queue: str = "") -> None:
         """Give a delivery back, to be placed anew in front of the others, or on the list ``queue`` of a node.

@@ -36,6 +36,8 @@ class Crash:
     reason: str
     at: float
     """Seconds since 1970, by the clock of whoever noticed it."""
+    traceback: str = ""
+    """Of the error that ended the process, where one is known; its end, if it is long."""
 
     @classmethod
     def read(cls, record: bytes | str) -> Crash:
@@ -98,7 +100,7 @@ class Placer:
     def unquarantine(self, job_id: str, placement: Placement) -> bool:
         """Place a job that is in quarantine, and forget it there; False if it is not any more."""
         arguments = [self._keys.bell_prefix, job_id, *placement.arguments()]
-        return bool(self._unquarantine([*self.index, self._keys.quarantine], arguments))
+        return bool(self._unquarantine([*self.index, self._keys.quarantine, self._keys.quarantined], arguments))
 
     def move_listed(self, source: str, queue: str, listed: Sequence[Placement]) -> int:
         """Move the head of the list ``source``, part of ``queue`` in the index; return how many were moved."""

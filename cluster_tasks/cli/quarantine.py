@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
 import click
 
 from cluster_tasks.cli.group import ClusterGroup, json_option, pass_cluster
-from cluster_tasks.cli.tables import Column, moment, print_json, print_rows
+from cluster_tasks.cli.tables import Column, moment, print_json, print_rows, printable
 from cluster_tasks.cluster import Cluster
+from cluster_tasks.errors import JobNotFound
 from cluster_tasks.failover.quarantine import RETRY_OF, Quarantined
 
 LIST_COLUMNS = (
@@ -24,7 +27,7 @@ def quarantine() -> None:
     """Look at the jobs that are not run any more, and send them again or drop them.
 
     A job comes here when cluster_max_crash_deliveries processes or nodes have died while it ran. For its caller it has
-    failed with QuarantinedError.
+    failed with QuarantinedError. It stays for cluster_quarantine_ttl_s; beyond cluster_quarantine_max the oldest go.
 
     \b
     Example: celery -A cluster_tasks cluster quarantine list
@@ -40,7 +43,7 @@ def list_jobs(cluster: Cluster, as_json: bool) -> None:
     \b
     Example: celery -A cluster_tasks cluster quarantine list --json
     """
-    kept = cluster.quarantine.jobs()
+    kept = cluster.quarantine.each()
     if as_json:
         print_json([_facts(job) for job in kept])
         return
@@ -63,44 +66,75 @@ def show(cluster: Cluster, job_id: str, as_json: bool) -> None:
         print_json({**_facts(job), "message": job.message})
         return
     click.echo(f"{job.id} {job.task}: {job.reason}")
+    if job.retry_of:
+        click.echo(f"It was in quarantine before as {job.retry_of}.")
     print_rows(CRASH_COLUMNS, [(moment(crash.at), crash.node, crash.epoch, crash.reason) for crash in job.crashes])
+    if job.traceback:
+        click.echo("\n" + "\n".join(map(printable, job.traceback.splitlines())))
+
+
+def _for_each(cluster: Cluster, job_ids: tuple[str, ...], every: bool, task: str, do: Callable[[str], None]) -> None:
+    if sum((bool(job_ids), every, bool(task))) != 1:
+        raise click.UsageError("give ids, or --task NAME, or --all")
+    for job_id in job_ids:
+        do(job_id)
+    for job_id in [] if job_ids else [job.id for job in cluster.quarantine.each(task)]:
+        with suppress(JobNotFound):  # Somebody else was faster.
+            do(job_id)
+
+
+def _choosing(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the jobs that it is for: ids, --all, or --task."""
+    command = click.option("--task", default="", metavar="NAME", help="All jobs of one task.")(command)
+    command = click.option("--all", "every", is_flag=True, help="All jobs in quarantine.")(command)
+    return click.argument("job_ids", metavar="[ID]...", nargs=-1)(command)
 
 
 @quarantine.command()
-@click.argument("job_id", metavar="ID")
+@_choosing
 @json_option
 @pass_cluster
-def retry(cluster: Cluster, job_id: str, as_json: bool) -> None:
-    """Send job ID again, as a new job whose id is printed.
+def retry(cluster: Cluster, job_ids: tuple[str, ...], every: bool, task: str, as_json: bool) -> None:
+    """Send jobs again, each as a new one whose id is printed.
+
+    The new job tells in its header retry_of which one it was. With --json an object a line.
 
     \b
     Example: celery -A cluster_tasks cluster quarantine retry 5f9d1c3e-…
     """
-    new_id = cluster.quarantine.retry(job_id)
-    if as_json:
-        print_json({"id": new_id, RETRY_OF: job_id})
-    else:
-        click.echo(f"{job_id} is sent again as {new_id}")
+
+    def send_again(job_id: str) -> None:
+        new_id = cluster.quarantine.retry(job_id)
+        if as_json:
+            print_json({"id": new_id, RETRY_OF: job_id}, one_line=True)
+        else:
+            click.echo(f"{job_id} is sent again as {new_id}")
+
+    _for_each(cluster, job_ids, every, task, send_again)
 
 
 @quarantine.command()
-@click.argument("job_id", metavar="ID")
+@_choosing
 @json_option
 @pass_cluster
-def drop(cluster: Cluster, job_id: str, as_json: bool) -> None:
-    """Forget job ID.
+def drop(cluster: Cluster, job_ids: tuple[str, ...], every: bool, task: str, as_json: bool) -> None:
+    """Forget jobs; with --json an object a line.
 
     \b
     Example: celery -A cluster_tasks cluster quarantine drop 5f9d1c3e-…
     """
-    cluster.quarantine.drop(job_id)
-    if as_json:
-        print_json({"id": job_id, "dropped": True})
-    else:
-        click.echo(f"{job_id} is dropped")
+
+    def forget(job_id: str) -> None:
+        cluster.quarantine.drop(job_id)
+        if as_json:
+            print_json({"id": job_id, "dropped": True}, one_line=True)
+        else:
+            click.echo(f"{job_id} is dropped")
+
+    _for_each(cluster, job_ids, every, task, forget)
 
 
 def _facts(job: Quarantined) -> dict[str, Any]:
     facts = asdict(job)
     del facts["message"]
-    return {**facts, "reason": job.reason}
+    return {**facts, "reason": job.reason, RETRY_OF: job.retry_of}

@@ -82,7 +82,14 @@ def _table(columns: Sequence[Column], rows: Sequence[Sequence[Cell]], header: bo
 
 
 def _joined(cell: Cell, separator: str) -> str:
-    return (cell if isinstance(cell, str) else separator.join(cell)) or NOTHING
+    return printable((cell if isinstance(cell, str) else separator.join(cell)) or NOTHING)
+
+
+def printable(words: str) -> str:
+    """Return ``words`` with what could steer a terminal, a tab and an escape code among it, written as in a program."""
+    if words.isprintable():
+        return words
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in words)
 
 
 def moment(timestamp: float) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -15,7 +16,9 @@ from cluster_tasks.broker.placement import Crash, Placer
 from cluster_tasks.clock import Clock
 from cluster_tasks.errors import BrokerUnavailable, JobNotFound
 from cluster_tasks.keys import Keys
-from cluster_tasks.redis_store import foreign_errors, text
+from cluster_tasks.redis_store import foreign_errors, load_script, text
+
+logger = logging.getLogger(__name__)
 
 RETRY_OF = "retry_of"
 """The header of a job that was released from quarantine: the id under which it had failed."""
@@ -40,13 +43,27 @@ class Quarantined:
         last = self.crashes[-1]
         return f"{len(self.crashes)} processes died while it ran, the last on {last.node}: {last.reason}"
 
+    @property
+    def traceback(self) -> str:
+        """The last one that is known, or nothing."""
+        return next((crash.traceback for crash in reversed(self.crashes) if crash.traceback), "")
+
+    @property
+    def retry_of(self) -> str:
+        """The id under which the job was in quarantine before, if it was."""
+        return str(json.loads(self.message)["headers"].get(RETRY_OF) or "")
+
 
 class Quarantine:
-    """Keeps jobs until people decide. Raises BrokerUnavailable when Redis does not answer."""
+    """Keeps jobs until people decide, for ``ttl_s`` and not more than ``most``, of which the oldest go.
 
-    def __init__(self, client: redis.Redis, keys: Keys, clock: Clock) -> None:
-        self._client, self._keys, self._clock = client, keys, clock
+    Raises BrokerUnavailable when Redis does not answer.
+    """
+
+    def __init__(self, client: redis.Redis, keys: Keys, clock: Clock, ttl_s: float, most: int) -> None:
+        self._client, self._keys, self._clock, self._ttl_s, self._most = client, keys, clock, ttl_s, most
         self._placer = Placer(client, keys)
+        self._keep = load_script(client, "cluster_tasks.broker", "quarantine")
 
     def put(self, job_id: str, task: str, message: bytes, crashes: Sequence[Crash]) -> Quarantined:
         """Keep a job. Safe to repeat."""
@@ -55,21 +72,44 @@ class Quarantine:
             job_id, task, placement.request_type, crashes, self._clock.time(), message.decode(errors="replace")
         )
         with foreign_errors(BrokerUnavailable, f"keeping job {job_id} in quarantine"):
-            self._client.hset(self._keys.quarantine, job_id, json.dumps(asdict(kept)))
+            self._prune(job_id, json.dumps(asdict(kept)))
         return kept
 
-    def jobs(self) -> list[Quarantined]:
-        """Return all jobs in quarantine, the first that came first."""
+    def prune(self) -> None:
+        """Forget the jobs that have been here for too long."""
+        with foreign_errors(BrokerUnavailable, "pruning the quarantine"):
+            self._prune("", "")
+
+    def _prune(self, job_id: str, record: str) -> None:
+        arguments: list[Any] = [int(self._ttl_s), self._most, job_id, record]
+        if forgotten := self._keep([self._keys.quarantine, self._keys.quarantined], arguments):
+            logger.warning("the quarantine has forgotten its %d oldest jobs", forgotten)
+
+    def jobs(self, task: str = "") -> list[Quarantined]:
+        """Return the jobs in quarantine, of one task if it is named, the first that came first."""
+        return list(self.each(task))
+
+    def each(self, task: str = "") -> Iterator[Quarantined]:
+        """The same, read one by one: together their arguments may be more than the memory holds."""
+        self.prune()
+        for job_id in self._ids():
+            with foreign_errors(BrokerUnavailable, "reading the quarantine"):
+                record: Any = self._client.hget(self._keys.quarantine, job_id)
+            if record is not None and (kept := _read(record)) and task in ("", kept.task):
+                yield kept
+
+    def _ids(self) -> list[str]:
         with foreign_errors(BrokerUnavailable, "listing the quarantine"):
-            records: Any = self._client.hvals(self._keys.quarantine)
-        return sorted(map(_read, records), key=lambda kept: (kept.quarantined_at, kept.id))
+            found: Any = self._client.zrange(self._keys.quarantined, 0, -1)
+        return [text(job_id) for job_id in found]
 
     def get(self, job_id: str) -> Quarantined:
         """Return one job. Raises JobNotFound."""
+        self.prune()
         with foreign_errors(BrokerUnavailable, f"reading job {job_id} in quarantine"):
             record: Any = self._client.hget(self._keys.quarantine, job_id)
         if record is None:
-            raise self._not_found(job_id)
+            raise JobNotFound(job_id, self._ids())
         return _read(record)
 
     def retry(self, job_id: str) -> str:
@@ -88,17 +128,18 @@ class Quarantine:
         placement = replace(place_message(payload, json.dumps(payload), self._keys), job_id=new_id)
         with foreign_errors(BrokerUnavailable, f"sending job {job_id} again"):
             if not self._placer.unquarantine(job_id, placement):
-                raise self._not_found(job_id)
+                raise JobNotFound(job_id, self._ids())
         return new_id
 
     def drop(self, job_id: str) -> None:
         """Forget a job. Raises JobNotFound."""
         with foreign_errors(BrokerUnavailable, f"dropping job {job_id} from quarantine"):
-            if not self._client.hdel(self._keys.quarantine, job_id):
-                raise self._not_found(job_id)
-
-    def _not_found(self, job_id: str) -> JobNotFound:
-        return JobNotFound(job_id, [text(kept) for kept in self._client.hkeys(self._keys.quarantine)])
+            with self._client.pipeline() as pipe:
+                pipe.hdel(self._keys.quarantine, job_id)
+                pipe.zrem(self._keys.quarantined, job_id)
+                dropped, _ = pipe.execute()
+            if not dropped:
+                raise JobNotFound(job_id, self._ids())
 
 
 def _read(record: bytes) -> Quarantined:

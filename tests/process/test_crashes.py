@@ -8,10 +8,12 @@ import subprocess
 import sys
 from typing import Any
 
+import psutil
 import pytest
 from celery import chain
 
 from cluster_tasks.errors import NodeLost, QuarantinedError
+from tests.broker import make_message
 from tests.process.accounts import END_S, finish, held_key, starts_of, wait_until_nothing_is_left
 from tests.process.conftest import NewWorker
 from tests.process.jobs import Jobs
@@ -153,6 +155,51 @@ def test_a_drained_nodes_running_job_is_given_back_uncharged(jobs: Jobs, new_wor
         assert crashes_of(jobs, job.id) == 0
 
 
+def test_no_ordinary_end_of_a_job_or_a_node_is_a_crash(jobs: Jobs, new_worker: NewWorker) -> None:
+    client, keys = jobs.cluster.client, jobs.cluster.keys
+    with running(new_worker("a", slots=4)) as (node,):
+        limited = jobs.work.apply_async((60,), soft_time_limit=1)
+        revoked, drained, long = (jobs.work.delay(seconds) for seconds in (2, 2, 60))
+        wait_until(lambda: sum(starts_of(jobs, [limited, revoked, drained, long]).values()) == 4, END_S, "all run")
+        jobs.cluster.drain(node.id)
+        revoked.revoke()
+        with pytest.raises(Exception, match="SoftTimeLimitExceeded"):
+            limited.get(timeout=END_S)
+        assert drained.get(timeout=END_S) == node.id
+        # As systemd does it: each process of the node is told to end.
+        family = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
+        for member in family:
+            member.terminate()
+        wait_until(lambda: node.exit_code() is not None, END_S, "it ends")
+        # A charge is forgotten with the end of its job, but it comes with another start.
+        assert set(starts_of(jobs, [limited, revoked, drained, long]).values()) == {1}
+        assert not list(client.scan_iter(keys.crashes("*")))
+        assert jobs.cluster.release() == 1
+        assert not list(client.scan_iter(keys.crashes("*")))
+        assert client.llen("celery") == 1
+        assert not jobs.cluster.quarantine.jobs()
+
+
+def test_a_node_that_ends_by_an_error_of_its_own_is_a_lost_one(jobs: Jobs, new_worker: NewWorker) -> None:
+    client, keys = jobs.cluster.client, jobs.cluster.keys
+    with running(new_worker("a", app="tests.process.failing"), new_worker("b")) as (failing, _):
+        jobs.cluster.drain("b@test")
+        job = jobs.work.delay(2)
+        wait_until(lambda: starts_of(jobs, [job])[job.id], END_S, "it runs")
+        # What breaks the consumer is held, and has not come to the pool.
+        epoch = jobs.cluster.epochs.beats()[failing.id].epoch
+        client.hset(keys.unacked(failing.id, epoch), f"{epoch}.9999.1", make_message("culprit", "llm"))
+        failing.signal(signal.SIGUSR2)
+        assert job.get(timeout=END_S) == failing.id
+        wait_until(lambda: failing.exit_code() is not None, END_S, "it ends")
+        assert failing.exit_code() != 0
+        wait_until(lambda: crashes_of(jobs, "culprit"), END_S, "it is charged")
+        assert starts_of(jobs, [job]) == {job.id: 1}
+        assert [event.facts["node"] for event in jobs.cluster.events.latest() if event.kind == "node lost"] == [
+            "a@test"
+        ]
+
+
 def quarantine(*words: str) -> Any:
     command = [sys.executable, "-m", "celery", "-A", "tests.process.jobs", "cluster", "quarantine", *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=END_S, check=False)
@@ -171,11 +218,19 @@ def test_the_quarantine_is_looked_at_retried_and_dropped_from_the_command_line(
         assert (code, {kept["id"] for kept in listed}) == (0, {poison.id for poison in poisons})
         code, shown = quarantine("show", poisons[0].id, "--json")
         assert (code, shown["task"], len(shown["crashes"])) == (0, "jobs.fatal", 3)
+        assert "WorkerLostError: Worker exited prematurely: signal 9" in shown["crashes"][-1]["traceback"]
         code, retried = quarantine("retry", poisons[0].id, "--json")
         assert (code, retried["retry_of"]) == (0, poisons[0].id)
         # Under its first id it has died three times, as it wanted.
         assert jobs.app.AsyncResult(retried["id"]).get(timeout=END_S) == "a@test"
-        assert quarantine("drop", poisons[1].id, "--json")[0] == 0
+        code, retried = quarantine("retry", "--task", "jobs.fatal", "--json")
+        assert (code, retried["retry_of"]) == (0, poisons[1].id)
+        with pytest.raises(QuarantinedError):
+            jobs.app.AsyncResult(retried["id"]).get(timeout=END_S)
+        (again,) = jobs.cluster.quarantine.jobs()
+        assert (again.id, again.retry_of) == (retried["id"], poisons[1].id)
+        assert f"in quarantine before as {poisons[1].id}" in quarantine("show", again.id)[1]
+        assert quarantine("drop", "--all", "--json")[0] == 0
         assert quarantine("list", "--json") == (0, [])
         code, told = quarantine("drop", "nonsense")
         assert code == 1

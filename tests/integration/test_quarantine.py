@@ -1,0 +1,114 @@
+"""What quarantine keeps, for how long, how much, and what leaves it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from cluster_tasks.broker.placement import Crash
+from cluster_tasks.clock import SystemClock
+from cluster_tasks.errors import JobNotFound
+from cluster_tasks.failover.quarantine import Quarantine
+from tests.broker import Broker, make_message
+from tests.waiting import wait_until
+
+CRASHES = [Crash("a@test", "1-abc", "it was killed", 1.0, "Traceback: …"), Crash("b@test", "2-def", "it exited", 2.0)]
+NewQuarantine = Callable[..., Quarantine]
+
+
+@pytest.fixture
+def broker(redis_url: str) -> Iterator[Broker]:
+    broker = Broker(redis_url)
+    yield broker
+    broker.close()
+
+
+@pytest.fixture
+def new_quarantine(broker: Broker) -> NewQuarantine:
+    return lambda ttl_s=3600.0, most=100: Quarantine(broker.client, broker.keys, SystemClock(), ttl_s, most)
+
+
+def put(quarantine: Quarantine, *job_ids: str) -> None:
+    for job_id in job_ids:
+        quarantine.put(job_id, "jobs.work", make_message(job_id, "llm"), CRASHES)
+
+
+def ids(quarantine: Quarantine) -> list[str]:
+    return [kept.id for kept in quarantine.jobs()]
+
+
+def test_a_record_holds_reason_traceback_and_the_history_of_nodes(new_quarantine: NewQuarantine) -> None:
+    quarantine = new_quarantine()
+    put(quarantine, "one")
+    kept = quarantine.get("one")
+    assert kept.reason == "2 processes died while it ran, the last on b@test: it exited"
+    assert kept.traceback == "Traceback: …"
+    assert list(kept.crashes) == CRASHES
+    assert kept.retry_of == ""
+
+
+def test_beyond_its_size_the_oldest_go(new_quarantine: NewQuarantine) -> None:
+    quarantine = new_quarantine(most=2)
+    put(quarantine, "one", "two", "three")
+    assert ids(quarantine) == ["two", "three"]
+    with pytest.raises(JobNotFound):
+        quarantine.retry("one")
+
+
+def test_a_job_that_is_kept_twice_counts_once(new_quarantine: NewQuarantine) -> None:
+    quarantine = new_quarantine(most=2)
+    put(quarantine, "one", "two", "two", "two")
+    assert ids(quarantine) == ["one", "two"]
+
+
+def test_what_was_kept_for_too_long_goes_and_leaves_nothing(broker: Broker, new_quarantine: NewQuarantine) -> None:
+    quarantine = new_quarantine(ttl_s=1.0)
+    put(quarantine, "old")
+    assert ids(quarantine) == ["old"]
+    wait_until(lambda: quarantine.prune() or not broker.client.keys("*"), message="it is forgotten")
+    with pytest.raises(JobNotFound):
+        quarantine.get("old")
+
+
+def test_a_smaller_size_holds_for_what_is_there_already(new_quarantine: NewQuarantine) -> None:
+    put(new_quarantine(), *map(str, range(10)))
+    assert ids(new_quarantine(most=3)) == ["7", "8", "9"]
+
+
+def test_a_retry_is_a_new_job_that_names_the_old(broker: Broker, new_quarantine: NewQuarantine) -> None:
+    quarantine = new_quarantine()
+    put(quarantine, "one", "two")
+    new_id = quarantine.retry("one")
+    message = json.loads(broker.client.lindex(broker.keys.waiting_queue("llm"), 0) or b"")
+    assert (message["headers"]["id"], message["headers"]["retry_of"]) == (new_id, "one")
+    assert message["properties"]["correlation_id"] == new_id
+    assert ids(quarantine) == ["two"]
+    quarantine.put(new_id, "jobs.work", json.dumps(message).encode(), CRASHES)
+    assert quarantine.get(new_id).retry_of == "one"
+
+
+def test_jobs_of_one_task_are_told_apart_from_others(new_quarantine: NewQuarantine) -> None:
+    quarantine = new_quarantine()
+    put(quarantine, "one")
+    quarantine.put("other", "jobs.other", make_message("other"), CRASHES)
+    assert [kept.id for kept in quarantine.jobs("jobs.other")] == ["other"]
+
+
+def test_what_was_dropped_leaves_nothing(broker: Broker, new_quarantine: NewQuarantine) -> None:
+    quarantine = new_quarantine()
+    put(quarantine, "one")
+    quarantine.drop("one")
+    assert not broker.client.keys("*")
+    with pytest.raises(JobNotFound):
+        quarantine.drop("one")
+
+
+@pytest.mark.parametrize("job_id", ["*", "a\nb", "[x]{y}", "%s%%", "'; return 1 --", "żółw 🐢", "a/b:c\x06\x163"])
+def test_an_id_may_hold_any_character(job_id: str, new_quarantine: NewQuarantine) -> None:
+    quarantine = new_quarantine()
+    put(quarantine, "innocent", job_id)
+    assert quarantine.get(job_id).id == job_id
+    quarantine.drop(job_id)
+    assert ids(quarantine) == ["innocent"]
