@@ -4,11 +4,13 @@ DEMO_ARGS ?=
 PYTEST_ARGS ?=
 # Tests of real processes wait a lot: more of them run at a time than there are cores.
 PYTEST_PROCESSES ?= 3
+CHAOS_ARGS ?=
+CHAOS_SEED ?= $(shell python3 -c 'import random; print(random.randrange(10**9))')
 
 bin := $(VENV)/bin
 pip := $(bin)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint clean venv
+.PHONY: chaos demo test lint clean venv
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -16,6 +18,13 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	@$(bin)/python -m pytest --numprocesses $(PYTEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
+
+# What measures times runs first and alone.
+chaos: $(VENV)/.installed-dev
+	@seed=$(CHAOS_SEED); status=0; \
+	for part in "-m timed" "-m 'not timed' --numprocesses $(PYTEST_PROCESSES) --dist loadfile"; do \
+		eval "$(bin)/python -m pytest tests/chaos --chaos full --chaos-seed $$seed $$part $(CHAOS_ARGS)" || status=1; \
+	done; exit $$status
 
 lint: $(VENV)/.installed-dev
 	@$(bin)/ruff check

@@ -12,6 +12,7 @@ import pytest
 
 from cluster_tasks.errors import ConfigurationError
 from cluster_tasks.redis_store import connect
+from tests.chaos import levels
 from tests.servers import missing, redis_for_results
 from workers.redis_server import RedisServer, find_redis_server
 
@@ -21,8 +22,19 @@ LEFT_BEHIND = pytest.StashKey[list[str]]()
 DIRECTORY = pytest.StashKey[Path]()
 
 
-def pytest_configure() -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Take the options of the chaos suite, here because they must be known before that is looked at."""
+    levels.add_options(parser)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    """Say how to have a run again."""
+    return levels.header(config)
+
+
+def pytest_configure(config: pytest.Config) -> None:
     """Nothing of the caller's cluster may reach the tests, nor the tests his cluster."""
+    levels.configure(config)
     for variable in [name for name in os.environ if name.startswith("CLUSTER_")]:
         del os.environ[variable]
     os.environ[MARK] = uuid.uuid4().hex
@@ -42,7 +54,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Name the processes that were left behind."""
+    """Tell how long failovers took, and name the processes that were left behind."""
+    levels.tell_recoveries(terminalreporter)
     names = config.stash.get(LEFT_BEHIND, [])
     if names:
         terminalreporter.section("processes left behind by the tests", red=True)

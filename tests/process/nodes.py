@@ -33,6 +33,7 @@ class WorkerProcess:
         ]
         self._environ = {**os.environ, "CLUSTER_BROKER_URL": broker_url, **(environ or {})}
         self._process: subprocess.Popen[bytes] | None = None
+        self._has_been_ready = False
 
     @property
     def pid(self) -> int:
@@ -48,7 +49,9 @@ class WorkerProcess:
 
     def is_ready(self) -> bool:
         """Whether it has said that it consumes."""
-        return " ready." in self.read_log()
+        # A log grows long under load.
+        self._has_been_ready = self._has_been_ready or " ready." in self.read_log()
+        return self._has_been_ready
 
     def wait_ready(self) -> WorkerProcess:
         """Wait until it consumes."""

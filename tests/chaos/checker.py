@@ -1,0 +1,192 @@
+"""One checker for all scenarios.
+
+I1  every accepted job ends, once, and as it should
+I2  at most one end of a job is committed, and at most one success of it is told
+I3  nothing is committed under an epoch after its fence
+I4  at every instant a job is in one place or has ended; at the end no key holds one, and none is left that nobody knows
+I5  whoever was killed is noticed, once, and nobody else is; how long that took is collected
+I6  a cluster without jobs is quiet
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable
+
+from celery import states
+
+from cluster_tasks.redis_store import text
+from tests.chaos.census import take_census
+from tests.chaos.history import History
+from tests.chaos.jobs import ChaosJobs
+from tests.chaos.load import Load
+from tests.chaos.nodes import Kill
+from tests.process.accounts import left_over
+from tests.waiting import wait_until
+
+STANDSTILL_S = 60.0
+"""With no job ending for so long, those that have not ended never will."""
+IDLE_COMMANDS_PER_S = 100.0
+"""Of one node without work: beats, reports, watching, and looking for work once a second."""
+KEPT = re.compile(
+    r"{name}(:(epochs|beats|serves|draining|epoch_counter|tasks|backlog|idle|bell:.*|terminal:.*|suspects_held|quarantine.*"
+    r"|revoked|revoked_stamps|followed:.*|fencing_token|nodes|loads|node_events|events|checks|queued:.*|counters)|\.control)"
+    r"|_kombu\.binding.*|celery-task-meta-.*|celery-taskset-meta-.*|unacked(_index|_mutex)?|test:.*|.*\.reply\.celery\.pidbox"
+)
+"""What may be in Redis when no job is left: the state of living nodes, ends that expire, and what people look at."""
+
+
+class Breach(AssertionError):
+    """A promise was broken; the message begins with which."""
+
+
+class Checker:
+    """Holds the accounts of a scenario against the promises."""
+
+    def __init__(self, jobs: ChaosJobs, history: History, standstill_s: float = STANDSTILL_S) -> None:
+        self._jobs, self._history, self._standstill_s = jobs, history, standstill_s
+        self._client, self._keys = jobs.cluster.client, jobs.cluster.keys
+
+    def check(self, load: Load, kills: Collection[Kill] = (), *, also_lost: Collection[str] = ()) -> None:
+        """Stop the load, wait for the end of it, and check all but I6.
+
+        ``also_lost`` are the ids of nodes that may have been taken for dead, because they were stopped or cut off.
+        """
+        load.stop()
+        self.every_job_ends(load)
+        self.nothing_is_committed_twice()
+        self.no_fenced_epoch_commits()
+        self.nothing_is_left()
+        self.only_the_killed_are_lost(kills, also_lost)
+
+    def every_job_ends(self, load: Load) -> None:
+        """I1. Waits for the ends."""
+        self._wait_for_ends(load)
+        told = {states.SUCCESS: set(self._noted("succeeded")), states.FAILURE: set(self._noted("failed"))}
+        for job_id, state in load.expected.items():
+            # A node may die between the commit and what it tells of it, but not tell the contrary.
+            others = [other for other, ids in told.items() if other != state and job_id in ids]
+            if others:
+                raise Breach(f"I1: job {job_id} was to end as {state}, a node told of {others[0]}")
+        with_result = [job_id for job_id in load.expected if job_id not in load.silent]
+        for job_id, state in zip(with_result, self._states(with_result), strict=True):
+            if state != load.expected[job_id]:
+                raise Breach(f"I1: job {job_id} was to end as {load.expected[job_id]}, its result says {state}")
+
+    def nothing_is_committed_twice(self) -> None:
+        """I2."""
+        self._history.catch_up(self._client)
+        commits = Counter(commit.job_id for commit in self._history.commits)
+        successes = Counter(self._noted("succeeded"))
+        for what, counts in (("committed", commits), ("told to have succeeded", successes)):
+            twice = {job_id: times for job_id, times in counts.items() if times > 1}
+            if twice:
+                raise Breach(f"I2: {what} more than once: {twice}")
+
+    def no_fenced_epoch_commits(self) -> None:
+        """I3."""
+        self._history.catch_up(self._client)
+        for commit in self._history.commits:
+            fence = self._history.fences.get(commit.epoch)
+            if fence is not None and commit.order > fence.order:
+                raise Breach(
+                    f"I3: job {commit.job_id} was committed by {fence.node_id} after the fence of {fence.epoch}"
+                )
+
+    def every_job_is_somewhere(self, load: Load) -> Counter[str]:
+        """I4, now: no accepted job is nowhere, none in two places. Returns how many are in each place."""
+        accepted = list(load.expected)
+        census = take_census(self._jobs)
+        for job_id in accepted:
+            places = census.places.get(job_id, [])
+            ended = job_id in census.ended
+            # The tail of a chain and the body of a chord are sent by the job before.
+            if not places and not ended and job_id in load.first:
+                raise Breach(f"I4: job {job_id} is nowhere and has not ended")
+            if len(places) > 1 and not ended and job_id not in load.retrying:
+                raise Breach(f"I4: job {job_id} is in {places}")
+        return census.count()
+
+    def nothing_is_left(self) -> None:
+        """I4, at the end."""
+        left: list[str] = ["?"]
+
+        def nothing_is_left() -> bool:
+            left[:] = left_over(self._jobs)
+            return not left
+
+        self._wait(nothing_is_left, "I4: the lists and records of jobs are empty", left)
+        kept = re.compile(KEPT.pattern.format(name=re.escape(self._keys.name)))
+        strange = [name for key in self._client.scan_iter(count=1000) if not kept.fullmatch(name := text(key))]
+        if strange:
+            raise Breach(f"I4: keys that nobody knows: {sorted(strange)[:20]}")
+
+    def only_the_killed_are_lost(self, kills: Collection[Kill], also_lost: Collection[str] = ()) -> None:
+        """I5: each once. A node that had no work when it died may be noticed after the last job: waits for that."""
+        lost: set[str] = set()
+
+        def all_are_noticed() -> bool:
+            lost.update(self.lost())
+            return all(kill.epoch in self._history.moved for kill in kills)
+
+        self._wait(all_are_noticed, "I5: every killed node is noticed, and its work moved", lost)
+        false = self.lost() - {kill.node_id for kill in kills} - set(also_lost)
+        if false:
+            raise Breach(f"I5: nodes were taken for dead that lived: {sorted(false)}")
+
+    def lost(self) -> set[str]:
+        """The ids of the nodes that were taken for dead so far."""
+        return {fence.node_id for fence in self._history.fences.values() if fence.ending == "lost"}
+
+    def recovery(self, kills: Iterable[Kill]) -> list[tuple[float, float]]:
+        """Seconds from each kill to the fence, and to when all of the node's work waited for living nodes."""
+        history = self._history
+        return [
+            (history.fences[kill.epoch].at - kill.at, history.moved[kill.epoch] - kill.at)
+            for kill in kills
+            if kill.epoch in history.fences and kill.epoch in history.moved
+        ]
+
+    def the_cluster_is_quiet(self, nodes: int, within_s: float = 3.0) -> None:
+        """I6: for so long, Redis has little to do for so many nodes that have no work."""
+        client = self._client
+        before, began_s = int(client.info("stats")["total_commands_processed"]), time.monotonic()
+        time.sleep(within_s)  # What is measured is a rate.
+        commands = int(client.info("stats")["total_commands_processed"]) - before
+        rate = commands / (time.monotonic() - began_s) / nodes
+        if rate > IDLE_COMMANDS_PER_S:
+            raise Breach(f"I6: {rate:.0f} commands a second for each idle node")
+
+    def _wait_for_ends(self, load: Load) -> None:
+        open_jobs = load.open_jobs
+        moved_s = time.monotonic()
+        while open_jobs:
+            if time.monotonic() - moved_s > self._standstill_s:
+                raise Breach(f"I1: {len(open_jobs)} jobs came to no end: {self._whereabouts(load, open_jobs)}")
+            time.sleep(0.1)
+            left = load.open_jobs
+            if self._history.holes:
+                left = [job_id for job_id in left if not self._client.exists(self._keys.terminal(job_id))]
+            if len(left) != len(open_jobs):
+                moved_s = time.monotonic()
+            open_jobs = left
+
+    def _whereabouts(self, load: Load, job_ids: list[str]) -> list[str]:
+        places = take_census(self._jobs).places
+        return [f"{load.kinds[job_id]} {job_id}: {places.get(job_id, 'nowhere')}" for job_id in job_ids[:10]]
+
+    def _states(self, job_ids: list[str]) -> list[str]:
+        backend = self._jobs.app.backend
+        return [backend.get_task_meta(job_id)["status"] for job_id in job_ids]
+
+    def _noted(self, note: str) -> list[str]:
+        noted = self._client.lrange(f"test:{note}", 0, -1)
+        return [text(item) for item in noted]
+
+    def _wait(self, condition: Callable[[], bool], what: str, seen: Collection[str]) -> None:
+        try:
+            wait_until(condition, self._standstill_s)
+        except AssertionError:
+            raise Breach(f"{what}: not within {self._standstill_s:g} s: {sorted(seen)}") from None

@@ -1,0 +1,67 @@
+"""The fixtures of the scenarios; levels and seeds are options of the run (``levels.py``)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.chaos.harness import Chaos, chaos_on
+from tests.chaos.levels import RECOVERY, at_level, is_left_out
+from tests.chaos.nodes import Kill
+from workers.redis_server import RedisServer
+
+ByLevel = Callable[..., Any]
+Report = Callable[[Chaos, Collection[Kill]], list[tuple[float, float]]]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the scenarios of higher levels."""
+    left_out = [item for item in items if is_left_out(item, config.option.chaos)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Say with each failure how to have it again."""
+    report: Any = yield
+    if report.failed:
+        option = item.config.option
+        command = f"python -m pytest '{item.nodeid}' --chaos {option.chaos} --chaos-seed {option.chaos_seed}"
+        report.sections.append(("to have this again", command))
+    return report
+
+
+@pytest.fixture
+def by_level(pytestconfig: pytest.Config) -> ByLevel:
+    """Choose a length: ``by_level(core=5, full=100)`` is 5 at the levels core and short."""
+    return lambda **values: at_level(pytestconfig.option.chaos, values)
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> random.Random:
+    """The random choices of this scenario, which only the seed of the run and its own name decide."""
+    return random.Random(f"{request.config.option.chaos_seed} {request.node.nodeid}")
+
+
+@pytest.fixture
+def chaos(redis_server: RedisServer, tmp_path: Path, rng: random.Random) -> Iterator[Chaos]:
+    """A scenario on an empty Redis."""
+    with chaos_on(redis_server.url, tmp_path, rng) as made:
+        yield made
+
+
+@pytest.fixture
+def report_recovery(record_property: Callable[[str, object], None]) -> Report:
+    """Report the recoveries of a scenario, for the summary at the end of the run; return them."""
+
+    def report(chaos: Chaos, kills: Collection[Kill]) -> list[tuple[float, float]]:
+        times = chaos.checker.recovery(kills)
+        record_property(RECOVERY, times)
+        return times
+
+    return report

@@ -1,0 +1,74 @@
+"""How much of the suite runs, and from which seed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+import pytest
+
+LEVELS = ("core", "short", "full")
+RECOVERY = "chaos recovery"
+"""Name of the property under which a scenario reports how long the failovers took."""
+
+T = TypeVar("T")
+
+
+def add_options(parser: pytest.Parser) -> None:
+    """Add the options of the suite to pytest's."""
+    group = parser.getgroup("chaos")
+    group.addoption("--chaos", choices=LEVELS, default="core", help="how much of the chaos suite runs (default: core)")
+    group.addoption("--chaos-seed", type=int, help="what its random choices are drawn from (default: at random)")
+
+
+def configure(config: pytest.Config) -> None:
+    """Choose the seed, once for all processes of a run."""
+    config.addinivalue_line("markers", "chaos(level): a scenario of the chaos suite, and the least level that runs it")
+    config.addinivalue_line("markers", "timed: it measures times, so that nothing may run beside it")
+    if config.option.chaos_seed is None:
+        config.option.chaos_seed = random.SystemRandom().randrange(10**9)
+
+
+def header(config: pytest.Config) -> str:
+    """What a run says of itself at its start."""
+    return f"chaos: level {config.option.chaos}, --chaos-seed {config.option.chaos_seed}"
+
+
+def is_left_out(item: pytest.Item, level: str) -> bool:
+    """Whether a test is a scenario of a level above ``level``."""
+    mark = item.get_closest_marker("chaos")
+    return mark is not None and LEVELS.index(mark.args[0]) > LEVELS.index(level)
+
+
+def at_level(level: str, values: dict[str, T]) -> T:
+    """Return the value given for a level, else that of the next lower one that was given."""
+    return [values[name] for name in LEVELS[: LEVELS.index(level) + 1] if name in values][-1]
+
+
+def tell_recoveries(reporter: pytest.TerminalReporter) -> None:
+    """Print what the scenarios of the run reported of their failovers."""
+    reports = [report for kind in ("passed", "failed") for report in reporter.stats.get(kind, [])]
+    told = [(report.nodeid, times) for report in reports for name, times in report.user_properties if name == RECOVERY]
+    if not told:
+        return
+    reporter.section("failovers, in seconds after the kill")
+    everything = [time for _, times in told for time in times]
+    for name, times in [*told, ("all", everything)]:
+        if times:
+            reporter.line(f"{name}: {summary(times)}")
+
+
+def summary(times: Sequence[tuple[float, float]]) -> str:
+    """Say how long kills took to be noticed, and the work to be moved."""
+    told = [
+        f"{what} p50 {percentile(values, 0.5):.2f} p99 {percentile(values, 0.99):.2f} most {max(values):.2f}"
+        for what, values in zip(("detected:", "re-owned:"), zip(*times, strict=True), strict=True)
+    ]
+    return ", ".join([f"{len(times)} kills", *told])
+
+
+def percentile(values: Iterable[float], share: float) -> float:
+    """The smallest value that at least this share of the values does not exceed."""
+    ordered = sorted(values)
+    return ordered[max(0, -int(-share * len(ordered) // 1) - 1)]
