@@ -31,9 +31,10 @@ STANDSTILL_S = 60.0
 IDLE_COMMANDS_PER_S = 100.0
 """Of one node without work: beats, reports, watching, and looking for work once a second."""
 KEPT = re.compile(
-    r"{name}(:(epochs|beats|serves|draining|epoch_counter|tasks|backlog|idle|bell:.*|terminal:.*|suspects_held|quarantine.*"
-    r"|revoked|revoked_stamps|followed:.*|fencing_token|nodes|loads|node_events|events|checks|queued:.*|counters)|\.control)"
-    r"|_kombu\.binding.*|celery-task-meta-.*|celery-taskset-meta-.*|unacked(_index|_mutex)?|test:.*|.*\.reply\.celery\.pidbox"
+    r"{name}(:(epochs|beats|serves|draining|epoch_counter|fencing_token|tasks|backlog|idle|bell:.*|suspects_held"
+    r"|terminal:.*|followed:.*|quarantine.*|revoked|revoked_stamps|nodes|loads|node_events|events|checks|queued:.*"
+    r"|counters)|\.control)|_kombu\.binding.*|unacked(_index|_mutex)?|.*\.reply\.celery\.pidbox"
+    r"|celery-task-meta-.*|celery-taskset-meta-.*|test:.*"
 )
 """What may be in Redis when no job is left: the state of living nodes, ends that expire, and what people look at."""
 
