@@ -24,12 +24,20 @@ cluster_strategy_llm = "consistent_hash"
 cluster_heartbeat_s = 1.0
 cluster_lease_s = 3.0
 # cluster_health_check_s = 0.5
+# cluster_failure_threshold = 1  # checks in a row that must find a node still
+# cluster_recovery_threshold = 2  # beats before a node that was lost and came back gets jobs
 # A job that killed so many processes is kept in quarantine: for how long, and how many of them.
 # cluster_max_crash_deliveries = 3
 # cluster_quarantine_ttl_s = 2592000.0
 # cluster_quarantine_max = 1000
 # How long running jobs may take to end after SIGTERM. Whatever stops a node must wait longer than this.
 cluster_drain_timeout_s = 30.0
+
+# --- Balance of the lists --------------------------------------------------------------------------------------------
+
+# Waiting jobs move from a list above 1.2 of its node's share to shorter ones: when a node joins, and every rebalance_s.
+# cluster_auto_rebalance = True
+# cluster_rebalance_s = 10.0
 
 # --- What this node is: usually set by variables, per machine --------------------------------------------------------
 

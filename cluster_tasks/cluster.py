@@ -30,6 +30,7 @@ from cluster_tasks.failover.evacuation import Evacuation, Moved
 from cluster_tasks.failover.events import EventLog
 from cluster_tasks.failover.health import HealthCheck
 from cluster_tasks.failover.quarantine import Quarantine
+from cluster_tasks.failover.rebalance import Rebalance, Rebalanced
 from cluster_tasks.failover.release import Release
 from cluster_tasks.keys import DEFAULT_NAME, Keys
 from cluster_tasks.model import Node, NodeEvent, NodeFilter, NodeStatus, check_node_id
@@ -41,9 +42,12 @@ from cluster_tasks.runtime import check_runtime
 from cluster_tasks.settings import CONF_PREFIX, ClusterSettings, SecretUrl, load_settings
 from cluster_tasks.tasks import apps
 from cluster_tasks.tasks.base import ClusterTask
-from cluster_tasks.tasks.control import register_control_tasks
+from cluster_tasks.tasks.control import CHECK_HEALTH, REBALANCE, register_control_tasks
 
 logger = logging.getLogger(__name__)
+
+REBALANCED_AT_ONCE = 2_000
+"""Jobs that are moved from one list on a beat."""
 
 
 def cluster_of(app: Celery) -> Cluster:
@@ -76,7 +80,7 @@ class Cluster:
             app.__dict__.pop(used, None)
         app.steps["worker"].add("workers.bootsteps:NodeStep")
         app.steps["consumer"].add("workers.bootsteps:ResyncStep")
-        register_control_tasks(app, self._check_health)
+        register_control_tasks(app, {CHECK_HEALTH: self._check_health, REBALANCE: self._rebalance_a_little})
         signals.worker_init.connect(self._check_runtime, weak=False)
         if app.configured:
             self._configure()
@@ -182,6 +186,20 @@ class Cluster:
         self._set_draining(node_id, False)
         self.events.add("node resumed", node=node_id)
 
+    def rebalance(self, most: int | None = None) -> Rebalanced:
+        """Move waiting jobs from lists that are too long to nodes with room; see ``Rebalance.run``.
+
+        ``most`` from each list, None: all that is too much. Raises UnavailableError.
+        """
+        return Rebalance(self.client, self.keys, self.epochs, self.events).run(self._read_nodes(), most)
+
+    def rebalance_in_turn(self) -> None:
+        """Rebalance, unless another process has within ``rebalance_s``. Raises UnavailableError."""
+        with foreign_errors(BrokerUnavailable, "claiming the rebalance"):
+            ours = self.client.set(self.keys.rebalanced, 1, nx=True, px=int(self.settings.rebalance_s * 1000))
+        if ours:
+            self._rebalance_a_little()
+
     def retire(self, node_id: str, epoch: str) -> None:
         """End the epoch of a node that leaves in good order, and give back what it holds."""
         if not self.epochs.close(node_id, epoch):
@@ -282,6 +300,10 @@ class Cluster:
         with foreign_errors(BrokerUnavailable, "counting a check"):
             self.client.incr(self.keys.checks)
 
+    def _rebalance_a_little(self) -> None:
+        # More would keep a coordinator from its checks; what is left is moved the next time.
+        self.rebalance(most=REBALANCED_AT_ONCE)
+
     def _check_runtime(self, sender: Any, **_: Any) -> None:
         """Refuse to start a worker with wrong settings, a wrong name, or another package for the node's runtime."""
         if sender.app is not self.app:
@@ -363,6 +385,8 @@ def _seen_by_the_broker(node: Node, queue: str, lists: Lists) -> Node:
     changed: dict[str, Any] = {}
     if length := lists.lengths.get(queue, 0):
         changed["load"] = node.load.model_copy(update={"queue_length": length})
+    if limit := lists.limits.get(queue):
+        changed["limit"] = limit.phase
     # The node itself reports this with its next load only, and until then what it had been before.
     if queue in lists.draining:
         changed["status"] = NodeStatus.DRAINING

@@ -99,6 +99,20 @@ class Keys:
         return f"{self.name}:fenced"
 
     @property
+    def slot_limits(self) -> str:
+        """Hash queue → how many jobs a node may hold, and why; of nodes that may not hold what their pool can run."""
+        return f"{self.name}:slot_limits"
+
+    def lost(self, node_id: str) -> str:
+        """Set while a node that was lost has not come back."""
+        return f"{self.name}:lost:{check_node_id(node_id)}"
+
+    @property
+    def rebalanced(self) -> str:
+        """Set for as long as the agents leave the lists as they are."""
+        return f"{self.name}:rebalanced"
+
+    @property
     def tasks(self) -> str:
         """Hash node queue → names of the tasks that the node knows, one a line."""
         return f"{self.name}:tasks"

@@ -98,6 +98,10 @@ class Load(_Record):
     """Share of its last jobs that did not fail; 1 while it has no history."""
 
 
+GIVEN_JOBS = ("", "ramping")
+"""Limits of nodes under which jobs are placed on them."""
+
+
 class Node(_Record):
     """One Celery worker that consumes its own queue."""
 
@@ -112,6 +116,8 @@ class Node(_Record):
     load: Load = Load()
     metadata: Mapping[str, str] = Field(default_factory=dict)
     serves: frozenset[RequestType] = frozenset()
+    limit: str = ""
+    """Why it is given fewer jobs than its pool can run, such as ``recovering``; empty: it is not."""
     epoch: str = ""
     registered_at: float = 0.0
     """Seconds since 1970, by the node's own clock."""
@@ -129,6 +135,7 @@ class Node(_Record):
         return (
             self.status in (NodeStatus.ONLINE, NodeStatus.BUSY)
             and request_type in self.serves
+            and self.limit in GIVEN_JOBS
             and NodeRole.WORKER in self.roles
             and (not limit or self.load.current_qps < limit)
         )

@@ -128,6 +128,11 @@ class ClusterSettings(BaseSettings):
     health_check_s: Seconds = 0.5
     failure_threshold: Annotated[int, Field(ge=1)] = 1
     """Checks in a row that must find a node still."""
+    recovery_threshold: Annotated[int, Field(ge=1)] = 2
+    """Beats in a row before a node that was lost and came back gets jobs."""
+    auto_rebalance: bool = True
+    """Whether waiting jobs are moved to nodes with shorter lists: when a node joins, and every ``rebalance_s``."""
+    rebalance_s: Seconds = 10.0
     max_crash_deliveries: Annotated[int, Field(ge=1)] = 3
     """A job that was running when so many processes died is put into quarantine."""
     quarantine_ttl_s: Annotated[float, Field(ge=1)] = 30 * 24 * 3600.0

@@ -72,9 +72,9 @@ class Broker:
         self._fetch = self.client.register_script(placing_script("fetch"))
         self._fetches = 0
 
-    def open(self, node_id: str, *serves: str) -> str:
+    def open(self, node_id: str, *serves: str, recovery_threshold: int = 0) -> str:
         """Begin an epoch, which must not be refused."""
-        epoch = self.epochs.open(node_id, serves)
+        epoch = self.epochs.open(node_id, serves, recovery_threshold=recovery_threshold)
         assert isinstance(epoch, str)
         return epoch
 
@@ -94,8 +94,8 @@ class Broker:
         keys, types = self.keys, sorted({*serves, ANY_TYPE})
         self._fetches += 1
         status, _, *items = self._fetch(
-            [keys.epochs, keys.draining, keys.backlog, keys.idle, keys.serves, keys.unacked(node_id, epoch)]
-            + [keys.delayed, keys.suspects_held, keys.fencing_token],
+            [keys.epochs, keys.draining, keys.backlog, keys.idle, keys.serves, keys.slot_limits]
+            + [keys.unacked(node_id, epoch), keys.delayed, keys.suspects_held, keys.fencing_token],
             [keys.bell_prefix, keys.node_queue(node_id), epoch, want, first_tag or f"{epoch}.{self._fetches}."]
             + [
                 len(SUFFIXES),

@@ -44,6 +44,7 @@ class NodeAgent:
         self._settings = cluster.settings
         self._standing = Standing.OK
         self._checks = (-1, 0.0)
+        self._wants_its_share = False
         self._resynced_s = cluster.clock.monotonic()
         self._revoked_since_s = 0.0
         self._duties = [
@@ -54,6 +55,8 @@ class NodeAgent:
         self._duties.append(Periodic("pruning", PRUNE_EVERY_S, cluster.quarantine.prune))
         if deliveries is not None:
             self._duties.append(Periodic("revocations", self._settings.heartbeat_s, self._learn_revocations))
+            if self._settings.auto_rebalance:
+                self._duties.append(Periodic("rebalance", self._settings.heartbeat_s, self._rebalance))
 
     @property
     def node(self) -> Node:
@@ -101,7 +104,7 @@ class NodeAgent:
         epochs, node = self._cluster.epochs, self._node
         while True:
             asked_at_s = self._cluster.clock.monotonic()
-            opened = epochs.open(node.id, node.serves, self._cluster.app.tasks)
+            opened = epochs.open(node.id, node.serves, self._cluster.app.tasks, self._settings.recovery_threshold)
             if not isinstance(opened, Predecessor):
                 return opened, asked_at_s
             logger.warning("waiting whether an earlier %s still lives", node.id)
@@ -124,7 +127,7 @@ class NodeAgent:
 
     def _begin(self, epoch: str, asked_at_s: float) -> None:
         self._node = self._node.model_copy(update={"epoch": epoch, "registered_at": self._cluster.clock.time()})
-        self._standing = Standing.OK
+        self._standing, self._wants_its_share = Standing.OK, True
         if self._deliveries is not None:
             self._deliveries.begin(epoch)
             self._deliveries.renew(asked_at_s + SURE_SHARE * self._settings.lease_s)
@@ -168,7 +171,9 @@ class NodeAgent:
     def _rejoin(self) -> None:
         logger.error("this node was fenced: what it runs will not be committed; it joins anew")
         asked_at_s = self._cluster.clock.monotonic()
-        opened = self._cluster.epochs.open(self._node.id, self._node.serves, self._cluster.app.tasks)
+        opened = self._cluster.epochs.open(
+            self._node.id, self._node.serves, self._cluster.app.tasks, self._settings.recovery_threshold
+        )
         if isinstance(opened, Predecessor):
             logger.error("another worker has taken the name %s: this one takes no more jobs", self._node.id)
             return
@@ -202,5 +207,17 @@ class NodeAgent:
         checks = self._cluster.checks_done()
         if checks != self._checks[0]:
             self._checks = (checks, clock.monotonic())
-        elif clock.monotonic() - self._checks[1] >= UNCHECKED_S:
+        elif self._is_unchecked():
             health.act(silent)
+
+    def _is_unchecked(self) -> bool:
+        """Whether no coordinator is at work."""
+        return self._cluster.clock.monotonic() - self._checks[1] >= UNCHECKED_S
+
+    def _rebalance(self) -> None:
+        if self._wants_its_share:
+            if self._cluster.epochs.lists().may_get(self._cluster.keys.node_queue(self._node.id)):
+                self._wants_its_share = False
+                self._cluster.rebalance()
+        elif self._is_unchecked():
+            self._cluster.rebalance_in_turn()

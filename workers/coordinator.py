@@ -9,7 +9,7 @@ from celery import Celery, beat, bootsteps
 
 from cluster_tasks.cluster import cluster_of
 from cluster_tasks.router import cluster_queue
-from cluster_tasks.tasks.control import CHECK_HEALTH
+from cluster_tasks.tasks.control import CHECK_HEALTH, REBALANCE
 from workers.agent import NodeAgent
 from workers.bootsteps import NodeStep, ResyncStep, describe_coordinator, join
 from workers.load import measure
@@ -48,12 +48,16 @@ def coordinator(app: Celery, hostname: str, loglevel: str) -> Any:
     # What it sends are checks: see the control tasks for why they make no events.
     app.conf.task_send_sent_event = False
     # Beat entries of the users are sent by their own beat.
+    settings, every = cluster.settings, {CHECK_HEALTH: cluster.settings.health_check_s}
+    if settings.auto_rebalance:
+        every[REBALANCE] = settings.rebalance_s
     app.conf.beat_schedule = {
-        CHECK_HEALTH: {
-            "task": CHECK_HEALTH,
-            "schedule": timedelta(seconds=cluster.settings.health_check_s),
+        name: {
+            "task": name,
+            "schedule": timedelta(seconds=interval_s),
             "options": {"queue": cluster.keys.control_queue},
         }
+        for name, interval_s in every.items()
     }
     return app.Worker(
         hostname=hostname, pool="solo", concurrency=1, queues=[cluster.keys.control_queue], loglevel=loglevel,

@@ -158,7 +158,7 @@ class ClusterChannel(stock.Channel):
             self._placer.place([placement])
         else:
             arguments = [self.keys.bell_prefix, *placement.arguments()]
-            batch.add("eval", placing_script("place"), 5, *self._placer.index, *arguments)
+            batch.add("eval", placing_script("place"), len(self._placer.index), *self._placer.index, *arguments)
 
     def _put_control(self, queue: str, message: dict[str, Any]) -> None:
         last = self.keys.queued_control(message["headers"].get("task", ""))
@@ -218,8 +218,8 @@ class ClusterChannel(stock.Channel):
     def _fetch(self, node: Deliveries) -> None:
         keys = self.keys
         epoch, first_tag, acked = node.next_fetch()
-        names = [keys.epochs, keys.draining, keys.backlog, keys.idle, keys.serves, node.unacked_of(epoch)]
-        names += [keys.delayed, keys.suspects_held, keys.fencing_token]
+        names = [keys.epochs, keys.draining, keys.backlog, keys.idle, keys.serves, keys.slot_limits]
+        names += [node.unacked_of(epoch), keys.delayed, keys.suspects_held, keys.fencing_token]
         script = ("EVAL", _FETCH) if self._fetch_by_text else ("EVALSHA", _FETCH_SHA)
         self._carried, self._asked = acked, self._wanted(node)
         self._send(

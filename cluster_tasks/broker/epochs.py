@@ -15,6 +15,8 @@ from cluster_tasks.keys import ANY_TYPE, Keys, node_suffixes
 from cluster_tasks.redis_store import foreign_errors, load_script, text
 
 _PACKAGE = "cluster_tasks.broker"
+LOST_LIVES_S = 24 * 3600
+"""For so long it is remembered that a node was lost."""
 
 
 class Standing(StrEnum):
@@ -50,6 +52,22 @@ class Predecessor:
 
 
 @dataclass(frozen=True, slots=True)
+class Limit:
+    """How many jobs a node may hold, and why no more."""
+
+    slots: int
+    phase: str
+    """``recovering``: it was lost and came back; it has to beat a few times."""
+    fact: str = ""
+
+    @classmethod
+    def read(cls, value: bytes | str) -> Limit:
+        """Read what stands in the hash of limits."""
+        slots, phase, *facts = text(value).split(" ", 2)
+        return cls(int(slots), phase, *facts)
+
+
+@dataclass(frozen=True, slots=True)
 class Lists:
     """How the lists of the cluster stand, by list name."""
 
@@ -57,6 +75,12 @@ class Lists:
     """Jobs that wait, those of nodes and the waiting lists. Empty lists are left out."""
     draining: Collection[str]
     """Lists of nodes on which nothing new is placed."""
+    limits: Mapping[str, Limit]
+    """Of nodes that may not hold what their pool can run, by list."""
+
+    def may_get(self, queue: str) -> bool:
+        """Whether jobs may be placed on the list of a node that stands."""
+        return queue not in self.draining and (queue not in self.limits or self.limits[queue].slots > 0)
 
 
 class EpochTable:
@@ -69,17 +93,21 @@ class EpochTable:
         self._fence = load_script(client, _PACKAGE, "fence")
         self._drain = load_script(client, _PACKAGE, "set_draining")
 
-    def open(self, node_id: str, serves: Iterable[str], tasks: Iterable[str] = ()) -> str | Predecessor:
+    def open(
+        self, node_id: str, serves: Iterable[str], tasks: Iterable[str] = (), recovery_threshold: int = 0
+    ) -> str | Predecessor:
         """Begin an epoch and return it, or return the predecessor that stands under this name.
 
-        ``tasks`` are the names of those that the node knows.
+        ``tasks`` are the names of those that the node knows. One that was lost gets no jobs before it has beaten
+        ``recovery_threshold`` times.
         """
         keys = self._keys
         types = "," + ",".join(sorted({*serves, ANY_TYPE})) + ","
         with foreign_errors(BrokerUnavailable, f"registering {node_id}"):
             status, epoch, *counter = self._open(
-                [keys.epochs, keys.beats, keys.serves, keys.draining, keys.epoch_counter, keys.tasks],
-                [keys.node_queue(node_id), secrets.token_hex(6), types, "\n".join(sorted(tasks))],
+                [keys.epochs, keys.beats, keys.serves, keys.draining, keys.epoch_counter, keys.tasks, keys.slot_limits]
+                + [keys.lost(node_id)],
+                [keys.node_queue(node_id), secrets.token_hex(6), types, "\n".join(sorted(tasks)), recovery_threshold],
             )
         if text(status) == "opened":
             return text(epoch)
@@ -89,7 +117,9 @@ class EpochTable:
         """Raise the beat counter; tells how the epoch stands."""
         keys = self._keys
         with foreign_errors(BrokerUnavailable, f"heartbeat of {node_id}"):
-            reply = self._beat([keys.epochs, keys.beats, keys.draining], [keys.node_queue(node_id), epoch])
+            reply = self._beat(
+                [keys.epochs, keys.beats, keys.draining, keys.slot_limits], [keys.node_queue(node_id), epoch]
+            )
         return Standing(text(reply))
 
     def beats(self) -> dict[str, Beat]:
@@ -119,8 +149,9 @@ class EpochTable:
             ended = self._fence(
                 [keys.epochs, keys.beats, keys.serves, keys.draining, keys.backlog, keys.idle, keys.fenced]
                 + [keys.unacked(node_id, epoch), keys.remains_unacked(node_id, epoch), keys.bell(node_id)]
-                + [keys.tasks, keys.suspects_held],
-                [queue, epoch, counter, f"{node_id}/{epoch}", ending, keys.remains(node_id, epoch), *node_suffixes()],
+                + [keys.tasks, keys.suspects_held, keys.slot_limits, keys.lost(node_id)],
+                [queue, epoch, counter, f"{node_id}/{epoch}", ending, keys.remains(node_id, epoch)]
+                + [LOST_LIVES_S if ending is Ending.LOST else 0, *node_suffixes()],
             )
         return bool(ended)
 
@@ -156,13 +187,18 @@ class EpochTable:
             raise NodeNotFound(node_id, self.beats())
 
     def lists(self) -> Lists:
-        """Return how long the lists are and which take nothing new, in one round trip."""
+        """Return how long the lists are and which take nothing new, or not all they could, in one round trip."""
         with foreign_errors(BrokerUnavailable, "reading queue lengths"), self._client.pipeline() as pipe:
             pipe.zrange(self._keys.backlog, 0, -1, withscores=True)
             pipe.smembers(self._keys.draining)
-            listed, draining = pipe.execute()
+            pipe.hgetall(self._keys.slot_limits)
+            listed, draining, limits = pipe.execute()
         lengths = {text(queue): int(length) for queue, length in listed}
-        return Lists(lengths, frozenset(map(text, draining)))
+        return Lists(
+            lengths,
+            frozenset(map(text, draining)),
+            {text(queue): Limit.read(value) for queue, value in limits.items()},
+        )
 
     def lengths(self) -> Mapping[str, int]:
         """Return how many jobs wait, by list name."""

@@ -58,9 +58,10 @@ class Placer:
         self._follow = client.register_script(placing_script("follow"))
         self._move_held = client.register_script(placing_script("move_held"))
         self._move_listed = client.register_script(placing_script("move_listed"))
+        self._move_newest = client.register_script(placing_script("move_newest"))
         self._unquarantine = client.register_script(placing_script("unquarantine"))
         self._set_aside = load_script(client, _PACKAGE, "set_aside")
-        self.index = [keys.epochs, keys.draining, keys.backlog, keys.idle, keys.serves]
+        self.index = [keys.epochs, keys.draining, keys.backlog, keys.idle, keys.serves, keys.slot_limits]
         """The keys that every placing script begins with."""
 
     def place(self, placements: Iterable[Placement]) -> list[str]:
@@ -106,6 +107,15 @@ class Placer:
         """Move the head of the list ``source``, part of ``queue`` in the index; return how many were moved."""
         arguments = [part for placement in listed for part in placement.arguments()]
         return cast(int, self._move_listed([*self.index, source], [self._keys.bell_prefix, queue, *arguments]))
+
+    def move_newest(self, source: str, queue: str, first: int, listed: Sequence[Placement]) -> list[str]:
+        """Move messages out of the list ``source``, part of ``queue`` in the index; return where those went that were.
+
+        They come in the order in which they would be fetched; the last one was at the index ``first`` when it was read.
+        """
+        arguments = [part for placement in listed for part in placement.arguments()]
+        targets: Any = self._move_newest([*self.index, source], [self._keys.bell_prefix, queue, first, *arguments])
+        return [text(target) for target in targets]
 
     def set_aside_held(self, source: str, tag: str | bytes, message: bytes) -> None:
         """Keep a message of the hash ``source`` that cannot be decoded for inspection, if it is still there."""

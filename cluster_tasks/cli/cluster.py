@@ -88,8 +88,9 @@ def nodes(
 ) -> None:
     """List the nodes and what they carry.
 
-    Held are the jobs a node runs or has reserved, of so many slots; queue, the jobs in its list; last seen, the
-    seconds since its last report. A terminal of fewer than 120 columns shows the most telling ones.
+    Beside the status stands why a node is given fewer jobs than it could run: recovering, after it was lost, until it
+    has beaten a few times. Held are the jobs a node runs or has reserved, of so many slots; queue, those in its list;
+    last seen, the seconds since its last report. A terminal of fewer than 120 columns shows the most telling ones.
 
     \b
     Example: celery -A cluster_tasks cluster nodes --status online --type llm
@@ -106,7 +107,7 @@ def _node_cells(node: Node, now: float) -> tuple[Cell, ...]:
     load = node.load
     return (
         node.id,
-        node.status,
+        [node.status, node.limit] if node.limit else node.status,
         sorted(node.roles),
         sorted(node.serves),
         f"{load.current_connections}/{node.capacity.max_connections}",
@@ -245,6 +246,24 @@ def resume(cluster: Cluster, node: str, as_json: bool) -> None:
         print_json({"node": node_id, "status": NodeStatus.ONLINE})
     else:
         click.echo(f"{node_id} takes jobs again")
+
+
+@cluster.command()
+@json_option
+@pass_cluster
+def rebalance(cluster: Cluster, as_json: bool) -> None:
+    """Move waiting jobs from lists that are too long to nodes whose lists are shorter than their share.
+
+    A list is too long above 1.2 of its node's share of the capacity. What runs, and what is bound to a node, stays.
+
+    \b
+    Example: celery -A cluster_tasks cluster rebalance
+    """
+    done = cluster.rebalance()
+    if as_json:
+        print_json({"moved": done.moved, "taken": dict(done.taken), "given": dict(done.given)})
+    else:
+        click.echo(f"jobs moved: {done.moved}" + "".join(f"; {count} to {node}" for node, count in done.given.items()))
 
 
 @cluster.command()

@@ -357,12 +357,32 @@ def test_a_coordinator_checks_the_nodes_until_it_is_told_to_stop(jobs: Jobs) -> 
     assert jobs.cluster.nodes() == []
 
 
+def test_waiting_jobs_are_moved_on_demand(jobs: Jobs) -> None:
+    for name in "ab":
+        join(jobs, node_of(name))
+    for _ in range(5):
+        jobs.work.apply_async(queue="node.a@host")
+    assert told(ask(jobs.app, "rebalance", "--json")) == {"moved": 2, "taken": {"a@host": 2}, "given": {"b@host": 2}}
+    assert ask(jobs.app, "rebalance").stdout == "jobs moved: 0\n"
+    assert [event.kind for event in jobs.cluster.events.latest()] == ["rebalanced"]
+
+
+def test_the_limit_of_a_node_that_came_back_is_shown(jobs: Jobs) -> None:
+    lost = join(jobs, node_of("a"))
+    jobs.cluster.health.fail_over(lost.id, jobs.cluster.epochs.beats()[lost.id], 3.0)
+    jobs.cluster.registry.register(lost)
+    jobs.cluster.epochs.open(lost.id, lost.serves, recovery_threshold=2)
+    header, cells = lines_of(ask(jobs.app, "nodes"))
+    assert dict(zip(header, cells, strict=True))["status"] == "online,recovering"
+    assert not jobs.cluster.nodes()[0].accepts("llm")
+
+
 # What goes wrong
 
 
 @pytest.mark.parametrize(
     "words",
-    [["nodes"], ["status", "--json"], ["events"], ["drain", "a"], ["resume", "a"], ["coordinator"]],
+    [["nodes"], ["status", "--json"], ["events"], ["drain", "a"], ["resume", "a"], ["rebalance"], ["coordinator"]],
     ids=" ".join,
 )
 def test_a_redis_that_is_down_is_told_in_one_line(words: list[str]) -> None:

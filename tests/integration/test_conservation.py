@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import chain
 
 from hypothesis import HealthCheck, settings
@@ -24,7 +25,7 @@ from cluster_tasks.broker.epochs import Predecessor
 from cluster_tasks.broker.message import Placement, priority_suffix, replace_message
 from cluster_tasks.keys import ANY_TYPE
 from cluster_tasks.redis_store import load_script
-from tests.broker import SUFFIXES, Broker
+from tests.broker import SUFFIXES, Broker, job_of
 
 SERVES = {"a": {"llm"}, "b": {"llm"}, "c": {"llm", "embedding"}, "d": {"embedding"}}
 TYPES = ["llm", "embedding", "retrieval", ANY_TYPE]
@@ -239,6 +240,30 @@ class Conservation(RuleBasedStateMachine):
         expected = sum(job in self.kinds for jobs in self.lists.get(f"node.{node}", {}).values() for job in jobs)
         assert self.broker.evacuation.hand_over(node).listed == expected
         self.evacuate(self.lists.pop(f"node.{node}", {}))
+
+    @some_node_stands
+    @rule(taker=TARGETS, first=st.integers(0, 3), count=st.integers(1, 4), data=st.data())
+    def move_newest(self, taker: str, first: int, count: int, data: st.DataObject) -> None:
+        node, suffix = self.draw_standing(data), data.draw(st.sampled_from(SUFFIXES))
+        source = f"node.{node}"
+        read = self.broker.client.lrange(source + suffix, first, first + count - 1)
+        known = [message for message in reversed(read) if job_of(message) in self.kinds]
+        placements = [
+            replace(replace_message(message, self.broker.keys, delivered=False), queue=f"node.{taker}")
+            for message in known
+        ]
+        moved = self.broker.placer.move_newest(source + suffix, source, first, placements)
+        if taker not in self.epochs or taker in self.draining:
+            assert moved == []
+            return
+        jobs = [job_of(message) for message in known]
+        for job in jobs:
+            self.lists[source][suffix].remove(job)
+        expected = []
+        for job in jobs:
+            expected.append(self.foretell_place(taker, self.kinds[job]))
+            self.push(expected[-1], job)
+        assert moved == expected
 
     @precondition(lambda self: len(self.epochs) > 1)
     @rule(data=st.data())

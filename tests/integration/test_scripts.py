@@ -343,7 +343,36 @@ def test_a_beat_tells_how_the_epoch_stands(broker: Broker) -> None:
     assert broker.epochs.beats() == {}
 
 
-def test_a_fence_puts_all_away_and_leaves_no_trace_of_the_node(broker: Broker) -> None:
+def test_a_node_that_was_lost_gets_jobs_when_it_has_beaten_as_often_as_it_must(broker: Broker) -> None:
+    broker.epochs.fence("a", Beat(broker.open("a", "llm"), 0))
+    epoch = broker.open("a", "llm", recovery_threshold=2)
+    assert broker.publish("1", "a", "llm") == "waiting.llm"
+    assert broker.fetch("a", epoch, serves=["llm"]).status == "limited"
+    assert not broker.epochs.lists().may_get("node.a")
+    broker.epochs.beat("a", epoch)
+    assert broker.fetch("a", epoch, serves=["llm"]).status == "limited"
+    broker.epochs.beat("a", epoch)
+    assert broker.fetch("a", epoch, serves=["llm"]).jobs == ["1"]
+    assert broker.publish("2", "a", "llm") == "node.a"
+    assert broker.epochs.lists().limits == {}
+
+
+def test_a_node_that_left_in_good_order_gets_jobs_at_once_when_it_comes_back(broker: Broker) -> None:
+    broker.epochs.close("a", broker.open("a", "llm"))
+    broker.open("a", "llm", recovery_threshold=2)
+    assert broker.publish("1", "a", "llm") == "node.a"
+
+
+def test_what_is_bound_to_a_node_waits_there_until_it_has_recovered(broker: Broker) -> None:
+    broker.epochs.fence("a", Beat(broker.open("a", "llm"), 0))
+    epoch = broker.open("a", "llm", recovery_threshold=1)
+    assert broker.put(make_message("1", "llm"), "node.a.bound") == "node.a.bound"
+    assert broker.fetch("a", epoch, serves=["llm"]).jobs == []
+    broker.epochs.beat("a", epoch)
+    assert broker.fetch("a", epoch, serves=["llm"]).jobs == ["1"]
+
+
+def test_a_fence_puts_all_away_and_leaves_no_trace_of_the_node_but_that_it_was_lost(broker: Broker) -> None:
     epoch = broker.open("a", "llm")
     for priority in (0, 3, 6, 9):
         broker.publish(f"held {priority}", "a", "llm", priority)
@@ -359,6 +388,7 @@ def test_a_fence_puts_all_away_and_leaves_no_trace_of_the_node(broker: Broker) -
         broker.keys.epoch_counter,
         broker.keys.fencing_token,
         broker.keys.fenced,
+        broker.keys.lost("a"),
         broker.keys.remains_unacked("a", epoch),
         *(remains + suffix for suffix in SUFFIXES),
     }

@@ -2,9 +2,11 @@
 -- renamed away, so that every later fetch, acknowledgement or commit of that epoch finds nothing.
 --
 -- KEYS     1 epochs, 2 beats, 3 serves, 4 draining, 5 backlog, 6 idle, 7 fenced epochs, 8 hash of its deliveries,
---          9 new name of that hash, 10 its doorbell, 11 names of tasks, 12 suspects that nodes hold
+--          9 new name of that hash, 10 its doorbell, 11 names of tasks, 12 suspects that nodes hold, 13 limits,
+--          14 mark that it was lost
 -- ARGV     1 list of the node, 2 epoch, 3 beat counter seen ('' for any), 4 field for the fenced epochs, 5 how it
---          ends, 6 new name of the list; then the suffixes of all its lists
+--          ends, 6 new name of the list, 7 seconds that the mark lives ('0': it was not lost); then the
+--          suffixes of all its lists
 -- Returns  1 fenced, 0 it beats or had ended already
 
 local own = ARGV[1]
@@ -13,12 +15,13 @@ if ARGV[3] ~= '' and redis.call('HGET', KEYS[2], own) ~= ARGV[3] then return 0 e
 
 redis.call('HSET', KEYS[7], ARGV[4], ARGV[5])
 if redis.call('EXISTS', KEYS[8]) == 1 then redis.call('RENAME', KEYS[8], KEYS[9]) end
-for i = 7, #ARGV do
+for i = 8, #ARGV do
   if redis.call('EXISTS', own .. ARGV[i]) == 1 then redis.call('RENAME', own .. ARGV[i], ARGV[6] .. ARGV[i]) end
 end
-for _, hash in ipairs({ KEYS[1], KEYS[2], KEYS[3], KEYS[11], KEYS[12] }) do redis.call('HDEL', hash, own) end
+for _, hash in ipairs({ KEYS[1], KEYS[2], KEYS[3], KEYS[11], KEYS[12], KEYS[13] }) do redis.call('HDEL', hash, own) end
 redis.call('SREM', KEYS[4], own)
 redis.call('ZREM', KEYS[5], own, own .. '.bound')
 redis.call('ZREM', KEYS[6], own)
 redis.call('DEL', KEYS[10])
+if ARGV[7] ~= '0' then redis.call('SET', KEYS[14], ARGV[2], 'EX', ARGV[7]) end
 return 1

@@ -2,15 +2,17 @@
 -- it serves, from its own lists, and from the longest lists of nodes that serve nothing it does not serve. What is
 -- given is recorded as held in the same step. A node that gets less than it asked for counts as idle.
 --
--- KEYS     1 epochs, 2 draining, 3 backlog, 4 idle, 5 serves, 6 hash of its deliveries, 7 delayed jobs,
---          8 suspects that nodes hold, 9 last fencing token
+-- KEYS     1 epochs, 2 draining, 3 backlog, 4 idle, 5 serves, 6 limits, 7 hash of its deliveries,
+--          8 delayed jobs, 9 suspects that nodes hold, 10 last fencing token
 -- ARGV     1 prefix of the doorbells, 2 its list, 3 its epoch, 4 how many jobs, 5 first part of the tags, which end
 --          with a fencing token, 6 number of priority suffixes, 7 number of waiting lists; then the suffixes (most
 --          urgent first), the waiting lists, the waiting lists of suspects (as many), acknowledged tags
--- Returns  {'ok' | 'fenced' | 'draining', milliseconds until the next delayed job or '', tag, message, tag, message, …}
+-- Returns  {'ok' | 'fenced' | 'draining' | 'limited', milliseconds until the next delayed job or '', tag, message, tag,
+--          message, …}
 
 local keys = {
-  epochs = KEYS[1], draining = KEYS[2], backlog = KEYS[3], idle = KEYS[4], serves = KEYS[5], bells = ARGV[1],
+  epochs = KEYS[1], draining = KEYS[2], backlog = KEYS[3], idle = KEYS[4], serves = KEYS[5], limits = KEYS[6],
+  bells = ARGV[1],
 }
 local own, epoch, want = ARGV[2], ARGV[3], tonumber(ARGV[4])
 local first_waiting = 8 + tonumber(ARGV[6])
@@ -18,23 +20,31 @@ local first_suspect = first_waiting + tonumber(ARGV[7])
 local first_acked = first_suspect + tonumber(ARGV[7])
 
 for i = first_acked, #ARGV, 1000 do
-  redis.call('HDEL', KEYS[6], unpack(ARGV, i, math.min(i + 999, #ARGV)))
+  redis.call('HDEL', KEYS[7], unpack(ARGV, i, math.min(i + 999, #ARGV)))
 end
 if redis.call('HGET', keys.epochs, own) ~= epoch then return { 'fenced', '' } end
 if redis.call('SISMEMBER', keys.draining, own) == 1 then
   redis.call('ZREM', keys.idle, own)
   return { 'draining', '' }
 end
+local limit = redis.call('HGET', keys.limits, own)
+if limit then
+  want = math.min(want, tonumber(string.match(limit, '^%d+')) - redis.call('HLEN', KEYS[7]))
+  if want <= 0 then
+    redis.call('ZREM', keys.idle, own)
+    return { 'limited', '' }
+  end
+end
 
-promote(keys, KEYS[7], 100)
-local reply, given, token = { 'ok', next_due_ms(KEYS[7]) }, 0, nil
+promote(keys, KEYS[8], 100)
+local reply, given, token = { 'ok', next_due_ms(KEYS[8]) }, 0, nil
 
 -- Microseconds since 1970, but always more than the one before: neither a clock that is set back nor a Redis that lost
 -- its last second makes it fall.
 local function next_tag()
   if not token then
     local now = redis.call('TIME')
-    token = math.max(tonumber(redis.call('GET', KEYS[9]) or 0), now[1] * 1000000 + now[2])
+    token = math.max(tonumber(redis.call('GET', KEYS[10]) or 0), now[1] * 1000000 + now[2])
   end
   token = token + 1
   return ARGV[5] .. string.format('%.0f', token)
@@ -50,7 +60,7 @@ local function take(list, most)
       local tag = next_tag()
       reply[#reply + 1] = tag
       reply[#reply + 1] = message
-      redis.call('HSET', KEYS[6], tag, message)
+      redis.call('HSET', KEYS[7], tag, message)
     end
   end
   local counted = redis.call('ZSCORE', keys.backlog, list)
@@ -69,11 +79,11 @@ local function longest_peer(types)
   end
 end
 
-local suspect = redis.call('HGET', KEYS[8], own)
-if not suspect or redis.call('HEXISTS', KEYS[6], suspect) == 0 then
+local suspect = redis.call('HGET', KEYS[9], own)
+if not suspect or redis.call('HEXISTS', KEYS[7], suspect) == 0 then
   for i = first_suspect, first_acked - 1 do
     if given < want and redis.call('ZSCORE', keys.backlog, ARGV[i]) and take(ARGV[i], 1) == 1 then
-      redis.call('HSET', KEYS[8], own, reply[#reply - 1])
+      redis.call('HSET', KEYS[9], own, reply[#reply - 1])
       break
     end
   end
@@ -90,7 +100,7 @@ while given < want do
   take(peer, 1)
 end
 
-if token then redis.call('SET', KEYS[9], string.format('%.0f', token)) end
+if token then redis.call('SET', KEYS[10], string.format('%.0f', token)) end
 if given < want then
   redis.call('ZADD', keys.idle, 'NX', redis.call('TIME')[1], own)
 else

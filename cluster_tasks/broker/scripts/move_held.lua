@@ -2,20 +2,22 @@
 -- a crash; a job that was ever charged waits among the suspects. Safe to repeat and to run twice at once: a delivery
 -- that is gone is passed over.
 --
--- KEYS     1 epochs, 2 draining, 3 backlog, 4 idle, 5 serves, 6 hash of deliveries, 7 tags of those not started
+-- KEYS     1 epochs, 2 draining, 3 backlog, 4 idle, 5 serves, 6 limits, 7 hash of deliveries, 8 tags of those not
+--          started
 -- ARGV     1 prefix of the doorbells, 2 record of the crash ('' charges nobody), 3 seconds that records live; then
 --          eight a message: tag, node list ('' for none), waiting list, that of suspects, list of the job's crashes,
 --          request type, priority suffix, message
 -- Returns  how many were moved
 
 local keys = {
-  epochs = KEYS[1], draining = KEYS[2], backlog = KEYS[3], idle = KEYS[4], serves = KEYS[5], bells = ARGV[1],
+  epochs = KEYS[1], draining = KEYS[2], backlog = KEYS[3], idle = KEYS[4], serves = KEYS[5], limits = KEYS[6],
+  bells = ARGV[1],
 }
 local moved = 0
 for i = 4, #ARGV, 8 do
   local tag, queue, waiting, suspects, crashes = unpack(ARGV, i, i + 4)
-  if redis.call('HDEL', KEYS[6], tag) == 1 then
-    if redis.call('SREM', KEYS[7], tag) == 0 and ARGV[2] ~= '' then
+  if redis.call('HDEL', KEYS[7], tag) == 1 then
+    if redis.call('SREM', KEYS[8], tag) == 0 and ARGV[2] ~= '' then
       redis.call('RPUSH', crashes, ARGV[2])
       redis.call('EXPIRE', crashes, ARGV[3])
     end

@@ -1,9 +1,10 @@
 -- Shared by every script that puts a message on a list; it is prepended to them and returns nothing itself.
 --
 -- place() pushes a message to the list of a node that may work, else to the waiting list that is named with it, keeps
--- the index of non-empty lists, and rings one doorbell. A node that may not work has no epoch or is draining.
+-- the index of non-empty lists, and rings one doorbell. A node that may not work has no epoch, is draining, or is limited
+-- to nothing; a limit is a number of jobs, and the reason for it.
 --
--- keys   epochs, draining, backlog, idle, serves, bells (prefix of the doorbells)
+-- keys   epochs, draining, backlog, idle, serves, limits, bells (prefix of the doorbells)
 -- queue  list of the node that was chosen, '' for none; from one that ends with .bound no other node takes
 -- push   'LPUSH' behind the others, 'RPUSH' before them
 
@@ -42,11 +43,17 @@ local function ring(keys, queue)
   redis.call('EXPIRE', keys.bells .. queue, 60)
 end
 
+local function may_get(keys, queue, node)
+  if redis.call('HEXISTS', keys.epochs, node) == 0 or redis.call('SISMEMBER', keys.draining, node) == 1 then
+    return false
+  end
+  -- What is bound to a node runs nowhere else, so it waits there.
+  return queue ~= node or string.sub(redis.call('HGET', keys.limits, node) or '', 1, 2) ~= '0 '
+end
+
 local function place(keys, queue, waiting, kind, suffix, message, push)
   local node = string.gsub(queue, '%.bound$', '')
-  if redis.call('HEXISTS', keys.epochs, node) == 0 or redis.call('SISMEMBER', keys.draining, node) == 1 then
-    queue = ''
-  end
+  if not may_get(keys, queue, node) then queue = '' end
   local target, listener = queue, node
   if queue == '' then
     target, listener = waiting, (idle_node(keys, kind, ''))

@@ -1,0 +1,128 @@
+"""Where jobs move when lists are out of balance."""
+
+from __future__ import annotations
+
+from collections import Counter
+from math import ceil
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster_tasks.failover.rebalance import ACT_ABOVE, NodeList, make_plan
+from cluster_tasks.keys import ANY_TYPE
+
+TYPES = ["embedding", "llm", "retrieval"]
+LLM = frozenset({"llm"})
+
+Jobs = dict[str, list[str]]
+"""The types of the jobs of each node, those that came last first."""
+
+
+@st.composite
+def clusters(draw: st.DrawFn, types: list[str] = TYPES) -> tuple[list[NodeList], Jobs]:
+    """Lists of nodes, and what is in them: a node has jobs of types that it serves, and of any."""
+    lists, jobs = [], {}
+    for number in range(draw(st.integers(1, 6))):
+        serves = draw(st.frozensets(st.sampled_from(types), min_size=1))
+        node_id = f"node{number}"
+        jobs[node_id] = draw(st.lists(st.sampled_from([*sorted(serves), ANY_TYPE]), max_size=40))
+        lists.append(NodeList(node_id, serves, draw(st.integers(0, 8)), len(jobs[node_id])))
+    return lists, jobs
+
+
+def apply(lists: list[NodeList], jobs: Jobs) -> tuple[list[NodeList], Jobs, list[tuple[str, str, str]]]:
+    """Do what the plan says; return the cluster as it is then, and source, target and type of what was moved."""
+    plan = make_plan(lists)
+    after = {node_id: list(listed) for node_id, listed in jobs.items()}
+    moved = []
+    for source, surplus in plan.surplus.items():
+        for index in reversed(range(surplus)):
+            kind = after[source][index]
+            if target := plan.assign(source, kind):
+                del after[source][index]
+                after[target].insert(0, kind)
+                moved.append((source, target, kind))
+    return (
+        [NodeList(each.node_id, each.serves, each.capacity, len(after[each.node_id])) for each in lists],
+        after,
+        moved,
+    )
+
+
+def share_of(node: NodeList, lists: list[NodeList]) -> float:
+    """Of a cluster in which all nodes serve the same."""
+    return sum(each.length for each in lists) * node.capacity / sum(each.capacity for each in lists)
+
+
+@given(clusters())
+def test_no_plan_makes_or_loses_a_job(cluster: tuple[list[NodeList], Jobs]) -> None:
+    _, after, _ = apply(*cluster)
+    before = Counter(kind for listed in cluster[1].values() for kind in listed)
+    assert Counter(kind for listed in after.values() for kind in listed) == before
+
+
+@given(clusters())
+def test_a_job_only_goes_to_a_node_that_serves_it_and_may_be_given_jobs(cluster: tuple[list[NodeList], Jobs]) -> None:
+    lists, jobs = cluster
+    by_id = {each.node_id: each for each in lists}
+    for source, target, kind in apply(lists, jobs)[2]:
+        assert kind in by_id[target].serves or (kind == ANY_TYPE and by_id[target].serves & by_id[source].serves)
+        assert by_id[target].capacity > 0
+        assert target != source
+
+
+@given(clusters(["llm"]))
+def test_nobody_gets_more_than_his_share_and_nobody_gives_below_it(cluster: tuple[list[NodeList], Jobs]) -> None:
+    lists, jobs = cluster
+    after, _, moved = apply(lists, jobs)
+    for old, new in zip(lists, after, strict=True):
+        if new.length > old.length:
+            assert new.length <= ceil(share_of(old, lists))
+        elif new.length < old.length:
+            assert old.length > ACT_ABOVE * share_of(old, lists)
+            assert new.length >= ceil(share_of(old, lists))
+    assert not {source for source, _, _ in moved} & {target for _, target, _ in moved}
+
+
+@given(clusters(["llm"]))
+def test_no_list_stays_above_its_share_by_more_than_the_factor(cluster: tuple[list[NodeList], Jobs]) -> None:
+    after, _, _ = apply(*cluster)
+    if any(each.capacity for each in after):
+        for each in after:
+            assert each.length <= max(ceil(share_of(each, after)), ACT_ABOVE * share_of(each, after))
+
+
+@given(clusters())
+def test_what_is_balanced_stays_as_it_is(cluster: tuple[list[NodeList], Jobs]) -> None:
+    lists, jobs = cluster
+    givers: set[str] = set()
+    # Where types differ, jobs that nobody else may take can hide others for a while.
+    for _ in range(100):
+        lists, jobs, moved = apply(lists, jobs)
+        if not moved:
+            break
+        givers |= {source for source, _, _ in moved}
+        assert not givers & {target for _, target, _ in moved}
+    assert apply(lists, jobs)[2] == []
+
+
+@given(st.integers(1, 8), st.integers(1, 8), st.integers(0, 200))
+def test_two_nodes_share_by_their_capacity(mine: int, yours: int, length: int) -> None:
+    lists = [NodeList("a", LLM, mine, length), NodeList("b", LLM, yours, 0)]
+    after, _, _ = apply(lists, {"a": ["llm"] * length, "b": []})
+    assert abs(after[0].length - share_of(lists[0], lists)) <= max(1, (ACT_ABOVE - 1) * share_of(lists[0], lists))
+
+
+def test_nodes_without_a_type_in_common_do_not_count_for_each_other() -> None:
+    lists = [NodeList("a", LLM, 2, 30), NodeList("b", LLM, 2, 30), NodeList("c", frozenset({"embedding"}), 2, 0)]
+    assert not make_plan(lists).surplus
+
+
+def test_a_list_that_is_little_too_long_is_left_alone() -> None:
+    assert not make_plan([NodeList("a", LLM, 1, 60), NodeList("b", LLM, 1, 40)]).surplus
+    assert make_plan([NodeList("a", LLM, 1, 61), NodeList("b", LLM, 1, 40)]).surplus == {"a": 10}
+
+
+def test_a_node_that_may_not_be_given_jobs_gives_all_it_has() -> None:
+    plan = make_plan([NodeList("a", LLM, 0, 3), NodeList("b", LLM, 2, 10)])
+    assert (plan.surplus, plan.room) == ({"a": 3}, {"b": 3})
