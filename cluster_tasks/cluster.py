@@ -18,14 +18,23 @@ from kombu.utils.imports import symbol_by_name
 from pydantic import SecretStr
 
 from cluster_tasks.balancing import create_balancer
+from cluster_tasks.breaker import BreakerPolicy
 from cluster_tasks.broker.amqp import ClusterAMQP, ClusterQueues
 from cluster_tasks.broker.delays import DelayedJob, delayed_jobs
 from cluster_tasks.broker.epochs import EpochTable, Lists
 from cluster_tasks.broker.results import FENCED_BACKENDS
 from cluster_tasks.broker.revocations import ClusterControl, Revocations
 from cluster_tasks.clock import SystemClock
-from cluster_tasks.errors import BrokerUnavailable, ClusterError, ConfigurationError, NodeNotFound, UnavailableError
+from cluster_tasks.errors import (
+    BrokerUnavailable,
+    ClusterError,
+    ConfigurationError,
+    NodeNotFound,
+    RegistryUnavailable,
+    UnavailableError,
+)
 from cluster_tasks.failover.detector import Detector
+from cluster_tasks.failover.ejection import Ejection
 from cluster_tasks.failover.evacuation import Evacuation, Moved
 from cluster_tasks.failover.events import EventLog
 from cluster_tasks.failover.health import HealthCheck
@@ -154,6 +163,19 @@ class Cluster:
         return HealthCheck(self.epochs, detector, self.evacuation, self.registry, self.events, self.clock)
 
     @cached_property
+    def ejection(self) -> Ejection:
+        """This process as judge of the others."""
+        settings = self.settings
+        policy = BreakerPolicy(
+            success_threshold=settings.breaker_success_threshold, timeout_s=settings.breaker_timeout_s,
+            probe_lease_s=settings.breaker_timeout_s,
+        )  # fmt: skip
+        return Ejection(
+            self.epochs, self.evacuation, self.events, self.keys, self.clock, policy, settings.ejection_slow_factor,
+            self.registry.list,
+        )  # fmt: skip
+
+    @cached_property
     def router(self) -> ClusterRouter:
         """What Celery asks for the queue of each job."""
         view = ClusterView(self._read_nodes, self.clock, self.settings.snapshot_s)
@@ -199,6 +221,21 @@ class Cluster:
             ours = self.client.set(self.keys.rebalanced, 1, nx=True, px=int(self.settings.rebalance_s * 1000))
         if ours:
             self._rebalance_a_little()
+
+    def eject_outliers(self, *, at_once: bool = False) -> None:
+        """Take out nodes that do their jobs worse than the others; ``at_once``, or when that was not done lately.
+
+        Raises BrokerUnavailable. While the registry is away nobody is judged.
+        """
+        if not self.settings.ejection:
+            return
+        try:
+            if at_once:
+                self.ejection.check()
+            else:
+                self.ejection.check_in_turn()
+        except RegistryUnavailable as exc:
+            logger.debug("nobody is judged: %s", exc)
 
     def retire(self, node_id: str, epoch: str) -> None:
         """End the epoch of a node that leaves in good order, and give back what it holds."""
@@ -296,6 +333,7 @@ class Cluster:
 
     def _check_health(self) -> None:
         self.health.act(self.health.observe())
+        self.eject_outliers()
         # Counted when it is done: checks that fail must not keep the agents from acting.
         with foreign_errors(BrokerUnavailable, "counting a check"):
             self.client.incr(self.keys.checks)

@@ -81,6 +81,16 @@ class Capacity(_Record):
     max_threads: int = Field(default=1, ge=0)
 
 
+class Recent(_Record):
+    """How the last jobs of one request type ended on a node."""
+
+    jobs: int = Field(default=0, ge=0)
+    failures: int = Field(default=0, ge=0)
+    """Those that raised an error; one that is to be tried again counts as well."""
+    latency_s: float = Field(default=0.0, ge=0)
+    """Median of the time that those ran which did not fail; 0 while there are none."""
+
+
 class Load(_Record):
     """What a node carries, as it reported it last."""
 
@@ -96,6 +106,10 @@ class Load(_Record):
     """Jobs in its list, all priorities."""
     success_rate: float = Field(default=1.0, ge=0, le=1)
     """Share of its last jobs that did not fail; 1 while it has no history."""
+    recent: Mapping[RequestType, Recent] = Field(default_factory=dict)
+    """How its last jobs of each type ended, none of them long ago."""
+    trial: str = ""
+    """The trial of the broker that they were part of; empty: none, as for all healthy nodes."""
 
 
 GIVEN_JOBS = ("", "ramping")
@@ -117,7 +131,7 @@ class Node(_Record):
     metadata: Mapping[str, str] = Field(default_factory=dict)
     serves: frozenset[RequestType] = frozenset()
     limit: str = ""
-    """Why it is given fewer jobs than its pool can run, such as ``recovering``; empty: it is not."""
+    """Why it is given fewer jobs than its pool can run: the ``phase`` of its limit; empty: it is not."""
     epoch: str = ""
     registered_at: float = 0.0
     """Seconds since 1970, by the node's own clock."""

@@ -133,6 +133,14 @@ class ClusterSettings(BaseSettings):
     auto_rebalance: bool = True
     """Whether waiting jobs are moved to nodes with shorter lists: when a node joins, and every ``rebalance_s``."""
     rebalance_s: Seconds = 10.0
+    ejection: bool = True
+    """Whether nodes that do their jobs worse than the others are taken out, probed and let in again."""
+    ejection_slow_factor: Annotated[float, Field(ge=0)] = 10.0
+    """A node that takes so many times as long as the others is taken out; 0: none is for that."""
+    breaker_success_threshold: Annotated[int, Field(ge=1)] = 2
+    """So many probes must succeed before all calls go to it again."""
+    breaker_timeout_s: Seconds = 30.0
+    """How long it is left alone before the first probe."""
     max_crash_deliveries: Annotated[int, Field(ge=1)] = 3
     """A job that was running when so many processes died is put into quarantine."""
     quarantine_ttl_s: Annotated[float, Field(ge=1)] = 30 * 24 * 3600.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable
 
@@ -15,6 +16,7 @@ from cluster_tasks.errors import BrokerUnavailable, NodeNameTaken, NodeNotFound,
 from cluster_tasks.model import Load, Node, NodeStatus
 from cluster_tasks.redis_store import foreign_errors
 from workers.heartbeat import HeartbeatProcess
+from workers.load import outcomes
 from workers.periodic import Periodic
 
 logger = logging.getLogger(__name__)
@@ -47,13 +49,16 @@ class NodeAgent:
         self._wants_its_share = False
         self._resynced_s = cluster.clock.monotonic()
         self._revoked_since_s = 0.0
+        self._alarmed = threading.Event()
+        self._load_report = Periodic("load report", self._settings.heartbeat_s, self._report)
         self._duties = [
             Periodic("heartbeat", self._settings.heartbeat_s, self._beat),
-            Periodic("load report", self._settings.heartbeat_s, self._report),
+            self._load_report,
             Periodic("watch", self._settings.health_check_s, self._watch),
         ]
         self._duties.append(Periodic("pruning", PRUNE_EVERY_S, cluster.quarantine.prune))
         if deliveries is not None:
+            outcomes.alarm = self._alarm
             self._duties.append(Periodic("revocations", self._settings.heartbeat_s, self._learn_revocations))
             if self._settings.auto_rebalance:
                 self._duties.append(Periodic("rebalance", self._settings.heartbeat_s, self._rebalance))
@@ -193,6 +198,14 @@ class NodeAgent:
         except NodeNotFound:
             node = self._node.model_copy(update={"load": load, "status": status})
             self._cluster.registry.register(node)
+        if self._alarmed.is_set():
+            self._alarmed.clear()
+            self._cluster.eject_outliers(at_once=True)
+
+    def _alarm(self) -> None:
+        # A node whose jobs fail at once has fetched hundreds more before the next check.
+        self._alarmed.set()
+        self._load_report.hurry()
 
     def _status(self) -> NodeStatus:
         if self._standing is Standing.DRAINING:
@@ -209,6 +222,7 @@ class NodeAgent:
             self._checks = (checks, clock.monotonic())
         elif self._is_unchecked():
             health.act(silent)
+            self._cluster.eject_outliers()
 
     def _is_unchecked(self) -> bool:
         """Whether no coordinator is at work."""

@@ -69,7 +69,7 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
         )
         # Children of prefork have a GIL of their own; tasks of the other pools share the agent's.
         helper = None if isinstance(worker.pool, PreforkPool) else HeartbeatProcess(cluster.settings, node.id)
-        self._agent = NodeAgent(cluster, node, register, lambda: measure(register.held()), helper)
+        self._agent = NodeAgent(cluster, node, register, lambda: measure(register.held(), register.trial), helper)
         join(self._agent)
         deliveries.install(register)
         control.install()

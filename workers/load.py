@@ -6,14 +6,29 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
 
 import psutil
 
-from cluster_tasks.model import Load
+from cluster_tasks.model import Load, Recent
 
 QPS_WINDOW_S = 10.0
 HISTORY = 200
 """Jobs that the success rate looks back on."""
+RECENT = 100
+"""Jobs that are compared with those of other nodes."""
+RECENT_S = 300.0
+ALARMING = 10
+"""So many failures in a row are told at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    ended_s: float
+    request_type: str
+    success: bool
+    seconds: float
 
 
 class Outcomes:
@@ -24,12 +39,38 @@ class Outcomes:
         self._lock = threading.Lock()
         self._ended_s: deque[float] = deque()
         self._successes: deque[bool] = deque(maxlen=HISTORY)
+        self._runs: deque[_Run] = deque(maxlen=RECENT)
+        self._trial = ""
+        self._failed_in_a_row = 0
+        self.alarm: Callable[[], None] = lambda: None
+        """Called after so many failures in a row that others should know of it soon."""
 
     def record(self, success: bool) -> None:
         """Count a job that ended now."""
         with self._lock:
             self._ended_s.append(self._now())
             self._successes.append(success)
+
+    def record_run(self, request_type: str, success: bool, seconds: float, trial: str) -> None:
+        """Count a job that ran and ended now, of a trial or ("") of none, to be compared with those of other nodes."""
+        with self._lock:
+            self._begin(trial)
+            self._runs.append(_Run(self._now(), request_type, success, seconds))
+            self._failed_in_a_row = 0 if success else self._failed_in_a_row + 1
+            alarming = self._failed_in_a_row and self._failed_in_a_row % ALARMING == 0
+        if alarming:
+            self.alarm()
+
+    def recent(self, trial: str) -> dict[str, Recent]:
+        """How the last jobs of a trial ended, by request type."""
+        with self._lock:
+            self._begin(trial)
+            oldest_s = self._now() - RECENT_S
+            runs = [run for run in self._runs if run.ended_s >= oldest_s]
+        by_type: dict[str, list[_Run]] = {}
+        for run in runs:
+            by_type.setdefault(run.request_type, []).append(run)
+        return {request_type: _summary(its) for request_type, its in by_type.items()}
 
     def qps(self) -> float:
         """Jobs that ended per second, over the last ten seconds."""
@@ -44,12 +85,24 @@ class Outcomes:
         with self._lock:
             return sum(self._successes) / len(self._successes) if self._successes else 1.0
 
+    def _begin(self, trial: str) -> None:
+        if trial != self._trial:
+            self._trial = trial
+            self._runs.clear()
+
+
+def _summary(runs: list[_Run]) -> Recent:
+    seconds = [run.seconds for run in runs if run.success]
+    return Recent(
+        jobs=len(runs), failures=len(runs) - len(seconds), latency_s=round(median(seconds), 6) if seconds else 0.0
+    )
+
 
 outcomes = Outcomes()
 """Of this process: Celery builds its requests itself, so they have to find it by name."""
 
 
-def measure(held: int) -> Load:
+def measure(held: int, trial: str = "") -> Load:
     """Return the load of this process and its children now, with ``held`` jobs."""
     process = psutil.Process()
     memory, threads = 0, 0
@@ -67,4 +120,6 @@ def measure(held: int) -> Load:
         cpu_usage_percent=psutil.cpu_percent(interval=None),
         thread_count=threads,
         success_rate=outcomes.success_rate(),
+        recent=outcomes.recent(trial),
+        trial=trial,
     )

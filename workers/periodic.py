@@ -16,7 +16,7 @@ class Periodic:
 
     def __init__(self, name: str, interval_s: float, duty: Callable[[], None]) -> None:
         self._name, self._interval_s, self._duty = name, interval_s, duty
-        self._stopping = threading.Event()
+        self._stopping, self._woken = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
         self._healthy = True
 
@@ -25,9 +25,14 @@ class Periodic:
         self._thread = threading.Thread(target=self._run, name=f"cluster-{self._name}", daemon=True)
         self._thread.start()
 
+    def hurry(self) -> None:
+        """Call the duty now, or once more if it is under way."""
+        self._woken.set()
+
     def stop(self) -> None:
         """End, and wait for a call under way. Safe to repeat, and before ``start``."""
         self._stopping.set()
+        self._woken.set()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
 
@@ -46,4 +51,5 @@ class Periodic:
                 if not self._healthy:
                     logger.warning("%s goes on", self._name)
                 self._healthy = True
-            self._stopping.wait(self._interval_s)
+            self._woken.wait(self._interval_s)
+            self._woken.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
@@ -28,6 +29,7 @@ from cluster_tasks.broker.message import Delivery
 from cluster_tasks.broker.sequels import attempt_of, complete
 from cluster_tasks.cluster import Cluster, cluster_of
 from cluster_tasks.errors import ClusterError, NodeLost, OutOfMemory, QuarantinedError, StaleCommit, UnavailableError
+from cluster_tasks.keys import ANY_TYPE
 from workers.load import outcomes
 
 logger = logging.getLogger(__name__)
@@ -41,6 +43,8 @@ class ClusterRequest(Request):  # type: ignore[misc]
     _delivery: Delivery | None = None
     _was_delayed = _is_held_back = _is_let_go_here = _failed = _is_ending = False
     _letting_go: Callable[[], None] | None = None
+    _accepted_s: float | None = None
+    _erred = False
 
     def __init__(self, message: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(message, *args, **kwargs)
@@ -132,6 +136,10 @@ class ClusterRequest(Request):  # type: ignore[misc]
                 info = TraceInfo(states.FAILURE, error).handle_error_state(self._task, self._context)
             self.send_event("task-failed", exception=repr(error), traceback=info.traceback)
 
+    def on_accepted(self, pid: int, time_accepted: float) -> None:
+        self._accepted_s = time_accepted
+        super().on_accepted(pid, time_accepted)
+
     # How it ends.
 
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> Any:
@@ -146,7 +154,7 @@ class ClusterRequest(Request):  # type: ignore[misc]
         if exc_info.internal and not isinstance(exc, Reject | Ignore):
             self._on_end_not_stored(exc)
             return None
-        self._failed = not isinstance(exc, Retry | Ignore)
+        self._failed, self._erred = not isinstance(exc, Retry | Ignore), not isinstance(exc, Ignore)
         if isinstance(exc, WorkerLostError | SystemExit | KeyboardInterrupt):
             self._charge(str(exc) or repr(exc), exc_info.traceback or "")
         with self._letting_go_last():
@@ -187,6 +195,7 @@ class ClusterRequest(Request):  # type: ignore[misc]
             self.reject(requeue=True)
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
+        self._failed = self._erred = not soft
         with self._letting_go_last():
             super().on_timeout(soft, timeout)
 
@@ -237,7 +246,15 @@ class ClusterRequest(Request):  # type: ignore[misc]
             return
         if not self.acknowledged:
             outcomes.record(not self._failed)
+            self._record_run()
         super().acknowledge()
+
+    def _record_run(self) -> None:
+        node, delivery = deliveries.current(), self._delivery
+        if self._accepted_s is None or delivery is None or node is None or not node.is_of_trial(delivery.tag):
+            return
+        request_type = getattr(self._task, "request_type", None) or ANY_TYPE
+        outcomes.record_run(request_type, not self._erred, time.monotonic() - self._accepted_s, node.trial)
 
     def reject(self, requeue: bool = False) -> None:
         if self._is_ending:

@@ -280,9 +280,10 @@ class ClusterChannel(stock.Channel):
             # The consumer was cancelled meanwhile: what was given stays recorded, and the end of the epoch moves it.
             raise Empty
         given = [(text(tag), message) for tag, message in zip(items[::2], items[1::2], strict=True)]
-        node.receive(given, self._carried)
+        standing, _, trial = text(status).partition(" ")
+        node.receive(given, self._carried, trial)
         # Not "whether slots are free now": one that was freed meanwhile must not send us to wait beside a full list.
-        if text(status) != "ok" or len(given) < self._asked:
+        if standing in ("fenced", "draining") or len(given) < self._asked:
             self._next = "bell"
         elif len(self.active_queues) > 1 and stock.monotonic() - self._glanced_s > GLANCE_EVERY_S:
             # Queues that are not ours are read at the bell, which a busy node does not reach.

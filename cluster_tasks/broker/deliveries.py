@@ -71,6 +71,10 @@ class Deliveries:
         self._unreadable: dict[str, bytes] = {}
         self._blamed: dict[str, Crash] = {}
         self._fetches = 0
+        self.trial = ""
+        """The trial under which this node is given jobs; empty: none."""
+        self._trial_since = 0
+        """The fetch from which on jobs belong to it."""
         self._answered = 0
         """The last fetch whose answer has come, or never will."""
         self._sure_until_s = float("-inf")
@@ -91,7 +95,7 @@ class Deliveries:
     def begin(self, epoch: str) -> None:
         """Work under a new epoch. What the old one holds still fills its slots until it ends, and is not committed."""
         with self._lock:
-            self.epoch = epoch
+            self.epoch, self.trial, self._trial_since = epoch, "", self._fetches
             for tag, *_ in self._inbox:
                 self._held.pop(tag, None)
             self._inbox.clear()
@@ -139,9 +143,11 @@ class Deliveries:
             # Random through the epoch: a Redis that lost its last second must not see a tag twice.
             return self.epoch, f"{self.epoch}.{self._fetches}.", list(self._acked)
 
-    def receive(self, deliveries: Collection[tuple[str, bytes]], acked: Collection[str]) -> None:
+    def receive(self, deliveries: Collection[tuple[str, bytes]], acked: Collection[str], trial: str = "") -> None:
         """Take what a fetch returned; ``acked`` went with it. What an epoch was given that has ended is others'."""
         with self._lock:
+            if trial != self.trial:
+                self.trial, self._trial_since = trial, self._fetches
             self._answered = self._fetches
             self._acked.difference_update(acked)
             fresh = [(tag, message) for tag, message in deliveries if self._is_current(tag) and tag not in self._held]
@@ -155,6 +161,10 @@ class Deliveries:
                 return None
             tag, message, again = self._inbox.popleft()
             return Delivery(self.node_id, self.epoch, tag), message, again
+
+    def is_of_trial(self, tag: str) -> bool:
+        """Whether a delivery was given under the trial of now, or, without one, since the last."""
+        return self._is_current(tag) and _fetch_of(tag) >= self._trial_since
 
     def holds(self, tag: str) -> bool:
         """Whether this process holds the delivery, under whatever epoch."""

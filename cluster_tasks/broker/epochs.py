@@ -51,20 +51,40 @@ class Predecessor:
     beat: Beat
 
 
+class Phase(StrEnum):
+    """Why a node has a limit."""
+
+    RECOVERING = "recovering"
+    """It was lost and came back: it has to beat a few times."""
+    EJECTED = "ejected"
+    """It does its jobs worse than the others."""
+    HALF_OPEN = "half-open"
+    """It was ejected, and its next job is a probe."""
+    PROBING = "probing"
+    """It was given a probe."""
+    RAMPING = "ramping"
+    """It has passed its probes, and is given more and more."""
+
+
 @dataclass(frozen=True, slots=True)
 class Limit:
     """How many jobs a node may hold, and why no more."""
 
     slots: int
-    phase: str
-    """``recovering``: it was lost and came back; it has to beat a few times."""
-    fact: str = ""
+    phase: Phase
+    trial: str = ""
+    """What tells the jobs that are given under it, and its successors, from those before."""
+    probes: int = 0
+    """How many jobs were given as probes."""
 
     @classmethod
     def read(cls, value: bytes | str) -> Limit:
         """Read what stands in the hash of limits."""
-        slots, phase, *facts = text(value).split(" ", 2)
-        return cls(int(slots), phase, *facts)
+        slots, phase, trial, *probes = text(value).split(" ")
+        return cls(int(slots), Phase(phase), trial, *map(int, probes))
+
+    def __str__(self) -> str:
+        return f"{self.slots} {self.phase} {self.trial} {self.probes}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +100,8 @@ class Lists:
 
     def may_get(self, queue: str) -> bool:
         """Whether jobs may be placed on the list of a node that stands."""
-        return queue not in self.draining and (queue not in self.limits or self.limits[queue].slots > 0)
+        limit = self.limits.get(queue)
+        return queue not in self.draining and (limit is None or limit.phase is Phase.RAMPING)
 
 
 class EpochTable:
@@ -92,6 +113,7 @@ class EpochTable:
         self._beat = load_script(client, _PACKAGE, "beat")
         self._fence = load_script(client, _PACKAGE, "fence")
         self._drain = load_script(client, _PACKAGE, "set_draining")
+        self._limit = load_script(client, _PACKAGE, "limit")
 
     def open(
         self, node_id: str, serves: Iterable[str], tasks: Iterable[str] = (), recovery_threshold: int = 0
@@ -185,6 +207,21 @@ class EpochTable:
             done = self._drain([keys.epochs, keys.draining], [keys.node_queue(node_id), epoch, int(draining)])
         if not done:
             raise NodeNotFound(node_id, self.beats())
+
+    def limit(
+        self, node_id: str, epoch: str, seen: Limit | None, wanted: Limit | None, *, if_half_stay: bool = False
+    ) -> bool:
+        """Set, change or (None) lift the limit of a node; False if its epoch or its limit is not as ``seen`` any more.
+
+        ``if_half_stay`` of all nodes, and of those of each type, without a limit that takes them out; else False, too.
+        """
+        keys = self._keys
+        with foreign_errors(BrokerUnavailable, f"limiting {node_id}"):
+            done = self._limit(
+                [keys.epochs, keys.draining, keys.idle, keys.serves, keys.slot_limits],
+                [keys.node_queue(node_id), epoch, str(seen or ""), str(wanted or ""), int(if_half_stay)],
+            )
+        return int(done) == 1
 
     def lists(self) -> Lists:
         """Return how long the lists are and which take nothing new, or not all they could, in one round trip."""

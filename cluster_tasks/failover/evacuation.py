@@ -12,7 +12,7 @@ import redis
 from cluster_tasks.broker.message import Placement, replace_message
 from cluster_tasks.broker.placement import Crash, Placer
 from cluster_tasks.errors import BrokerUnavailable
-from cluster_tasks.keys import BOUND, Keys, node_suffixes
+from cluster_tasks.keys import BOUND, Keys, node_suffixes, priority_suffixes
 from cluster_tasks.redis_store import foreign_errors, text
 
 CHUNK = 100
@@ -58,6 +58,12 @@ class Evacuation:
         """Move the list of a node that drains; what it holds stays with it."""
         with foreign_errors(BrokerUnavailable, f"handing over the list of {node_id}"):
             return Moved(listed=self._move_lists(self._keys.node_queue(node_id)))
+
+    def hand_over_unbound(self, node_id: str) -> Moved:
+        """Move the list of a node that may not take from it; what no other node can run stays."""
+        with foreign_errors(BrokerUnavailable, f"handing over the list of {node_id}"):
+            queue = self._keys.node_queue(node_id)
+            return Moved(listed=sum(self._move_list(queue, suffix) for suffix in priority_suffixes()))
 
     def move_orphans(self) -> Moved:
         """Move what belongs to no epoch that stands: a Redis that lost its last second leaves such things."""

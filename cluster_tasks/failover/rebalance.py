@@ -10,7 +10,7 @@ from typing import Any
 
 import redis
 
-from cluster_tasks.broker.epochs import EpochTable
+from cluster_tasks.broker.epochs import EpochTable, Lists
 from cluster_tasks.broker.message import Placement, replace_message
 from cluster_tasks.broker.placement import Placer
 from cluster_tasks.errors import BrokerUnavailable
@@ -120,9 +120,9 @@ class Rebalance:
     def run(self, nodes: Sequence[Node], most: int | None = None) -> Rebalanced:
         """Move jobs of ``nodes`` towards their shares, each priority by itself; ``most`` for each list, None: all.
 
-        Running jobs and those that are bound to a node stay. Nodes that drain or are limited to nothing give all they
-        have and get nothing. The jobs that came last are moved, and those of a node keep their order. Safe to repeat,
-        to run twice at once and beside everything that nodes and producers do.
+        Running jobs and those that are bound to a node stay. Nodes on which nothing is placed, because they drain or
+        have such a limit, give all they have. The jobs that came last are moved, and those of a node keep their order.
+        Safe to repeat, to run twice at once and beside everything that nodes and producers do.
         """
         taken: Counter[str] = Counter()
         given: Counter[str] = Counter()
@@ -149,7 +149,7 @@ class Rebalance:
                     pipe.llen(queue + suffix)
                 lengths = pipe.execute()
             lists = [
-                NodeList(node.id, node.serves, _capacity(node) if known.may_get(queues[node.id]) else 0, length)
+                NodeList(node.id, node.serves, _capacity(node, queues[node.id], known), length)
                 for node, length in zip(able, lengths, strict=True)
             ]
             if any(lengths):
@@ -178,5 +178,8 @@ class Rebalance:
                 yield replace(placement, queue=self._keys.node_queue(target))
 
 
-def _capacity(node: Node) -> int:
-    return node.capacity.max_connections if node.status in (NodeStatus.ONLINE, NodeStatus.BUSY) else 0
+def _capacity(node: Node, queue: str, known: Lists) -> int:
+    if node.status not in (NodeStatus.ONLINE, NodeStatus.BUSY) or not known.may_get(queue):
+        return 0
+    limit = known.limits.get(queue)
+    return min(node.capacity.max_connections, limit.slots if limit else node.capacity.max_connections)

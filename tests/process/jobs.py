@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import redis
@@ -31,6 +32,7 @@ class Jobs:
     huge: Any
     limited: Any
     leave: Any
+    frail: Any
 
 
 def make_jobs() -> Jobs:
@@ -102,7 +104,17 @@ def make_jobs() -> Jobs:
         note(f"started:{self.request.id}", self.request.hostname)
         raise SystemExit(3)
 
-    return Jobs(app, cluster, work, flaky, plain, hog, fatal, once, silent, huge, limited, leave)
+    @app.task(base=ClusterTask, bind=True, shared=False, name="jobs.frail", request_type="llm")
+    def frail(self: Any, seconds: float) -> str:
+        """Take some time; as the file of ``TEST_ILLNESS`` of its node says, raise an error at once, or take longer."""
+        file = Path(os.environ["TEST_ILLNESS"])
+        illness = file.read_text() if file.exists() else ""
+        if illness == "fails":
+            raise RuntimeError(f"{self.request.hostname} is ill")
+        time.sleep(seconds * (int(illness) if illness else 1))
+        return str(self.request.hostname)
+
+    return Jobs(app, cluster, work, flaky, plain, hog, fatal, once, silent, huge, limited, leave, frail)
 
 
 def note(key: str, value: str) -> list[str]:

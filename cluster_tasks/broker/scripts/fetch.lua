@@ -7,7 +7,7 @@
 -- ARGV     1 prefix of the doorbells, 2 its list, 3 its epoch, 4 how many jobs, 5 first part of the tags, which end
 --          with a fencing token, 6 number of priority suffixes, 7 number of waiting lists; then the suffixes (most
 --          urgent first), the waiting lists, the waiting lists of suspects (as many), acknowledged tags
--- Returns  {'ok' | 'fenced' | 'draining' | 'limited', milliseconds until the next delayed job or '', tag, message, tag,
+-- Returns  {'ok' | 'fenced' | 'draining' | 'limited' and its trial, milliseconds until the next delayed job or '', tag, message, tag,
 --          message, …}
 
 local keys = {
@@ -27,17 +27,21 @@ if redis.call('SISMEMBER', keys.draining, own) == 1 then
   redis.call('ZREM', keys.idle, own)
   return { 'draining', '' }
 end
-local limit = redis.call('HGET', keys.limits, own)
+local status, limit, probe = 'ok', redis.call('HGET', keys.limits, own), nil
 if limit then
-  want = math.min(want, tonumber(string.match(limit, '^%d+')) - redis.call('HLEN', KEYS[7]))
+  local slots, phase, trial, probes = string.match(limit, '^(%d+) (%S+) (%S+) ?(%d*)')
+  status = phase == 'recovering' and 'limited' or 'limited ' .. trial
+  probe = phase == 'half-open' and '0 probing ' .. trial .. ' ' .. probes + 1
+  -- What it holds from before, and may never end, keeps no probe from it.
+  want = math.min(want, probe and 1 or slots - redis.call('HLEN', KEYS[7]))
   if want <= 0 then
     redis.call('ZREM', keys.idle, own)
-    return { 'limited', '' }
+    return { status, '' }
   end
 end
 
 promote(keys, KEYS[8], 100)
-local reply, given, token = { 'ok', next_due_ms(KEYS[8]) }, 0, nil
+local reply, given, token = { status, next_due_ms(KEYS[8]) }, 0, nil
 
 -- Microseconds since 1970, but always more than the one before: neither a clock that is set back nor a Redis that lost
 -- its last second makes it fall.
@@ -80,7 +84,7 @@ local function longest_peer(types)
 end
 
 local suspect = redis.call('HGET', KEYS[9], own)
-if not suspect or redis.call('HEXISTS', KEYS[7], suspect) == 0 then
+if not probe and (not suspect or redis.call('HEXISTS', KEYS[7], suspect) == 0) then
   for i = first_suspect, first_acked - 1 do
     if given < want and redis.call('ZSCORE', keys.backlog, ARGV[i]) and take(ARGV[i], 1) == 1 then
       redis.call('HSET', KEYS[9], own, reply[#reply - 1])
@@ -101,7 +105,8 @@ while given < want do
 end
 
 if token then redis.call('SET', KEYS[10], string.format('%.0f', token)) end
-if given < want then
+if probe and given > 0 then redis.call('HSET', keys.limits, own, probe) end
+if given < want and not probe then
   redis.call('ZADD', keys.idle, 'NX', redis.call('TIME')[1], own)
 else
   redis.call('ZREM', keys.idle, own)

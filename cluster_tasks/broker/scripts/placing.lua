@@ -1,8 +1,8 @@
 -- Shared by every script that puts a message on a list; it is prepended to them and returns nothing itself.
 --
 -- place() pushes a message to the list of a node that may work, else to the waiting list that is named with it, keeps
--- the index of non-empty lists, and rings one doorbell. A node that may not work has no epoch, is draining, or is limited
--- to nothing; a limit is a number of jobs, and the reason for it.
+-- the index of non-empty lists, and rings one doorbell. A node that may not work has no epoch, is draining, or has a
+-- limit under which nothing is placed on it: all but that of a node which ramps up.
 --
 -- keys   epochs, draining, backlog, idle, serves, limits, bells (prefix of the doorbells)
 -- queue  list of the node that was chosen, '' for none; from one that ends with .bound no other node takes
@@ -48,7 +48,8 @@ local function may_get(keys, queue, node)
     return false
   end
   -- What is bound to a node runs nowhere else, so it waits there.
-  return queue ~= node or string.sub(redis.call('HGET', keys.limits, node) or '', 1, 2) ~= '0 '
+  local limit = queue == node and redis.call('HGET', keys.limits, node)
+  return not limit or string.match(limit, '^%d+ ramping ') ~= nil
 end
 
 local function place(keys, queue, waiting, kind, suffix, message, push)
