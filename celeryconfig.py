@@ -52,6 +52,16 @@ cluster_drain_timeout_s = 30.0
 # cluster_llm_model = "name-of-the-model"
 # cluster_embedding_base_url = "http://127.0.0.1:8000/v1"
 # cluster_embedding_model = "name-of-the-model"
+# Who answers when that one is unavailable, in this order; without base_url another model of the same endpoint.
+# cluster_llm_fallbacks = [{"model": "a-smaller-one"}, {"base_url": "http://backup:8000/v1", "model": "name"}]
+# What an endpoint may be asked by the whole cluster in a minute; 0: no limit. Fallbacks have keys of the same names.
+# cluster_llm_requests_per_minute = 0
+# cluster_llm_tokens_per_minute = 0
+# cluster_embedding_requests_per_minute = 0
+# cluster_embedding_tokens_per_minute = 0
+# cluster_breaker_failure_threshold = 5
+# cluster_breaker_success_threshold = 2
+# cluster_breaker_timeout_s = 30.0
 
 # Where collections live: every node that serves retrieval must reach it.
 # cluster_data_dir = "cluster-data"

@@ -41,6 +41,7 @@ from cluster_tasks.failover.health import HealthCheck
 from cluster_tasks.failover.quarantine import Quarantine
 from cluster_tasks.failover.rebalance import Rebalance, Rebalanced
 from cluster_tasks.failover.release import Release
+from cluster_tasks.gateway.guard import Neighbourhood
 from cluster_tasks.keys import DEFAULT_NAME, Keys
 from cluster_tasks.model import Node, NodeEvent, NodeFilter, NodeStatus, check_node_id
 from cluster_tasks.redis_store import connect, foreign_errors, is_same_server
@@ -57,6 +58,8 @@ logger = logging.getLogger(__name__)
 
 REBALANCED_AT_ONCE = 2_000
 """Jobs that are moved from one list on a beat."""
+PROVIDER_TIMEOUT_S = 1.0
+"""The longest that a job waits for what Redis knows of its provider."""
 
 
 def cluster_of(app: Celery) -> Cluster:
@@ -139,6 +142,24 @@ class Cluster:
     def events(self) -> EventLog:
         """What happened."""
         return EventLog(self.client, self.keys, self.clock)
+
+    @cached_property
+    def neighbourhood(self) -> Neighbourhood:
+        """What the providers of this process share with those of the other nodes."""
+        options = {"socket_timeout": PROVIDER_TIMEOUT_S, "socket_connect_timeout": PROVIDER_TIMEOUT_S}
+        # Without health checks: they would be a second round trip.
+        client = connect(
+            self._broker_url, sentinel_master=self.settings.sentinel_master, health_check_interval=0, **options
+        )
+        events = EventLog(client, self.keys, self.clock)
+
+        def tell(kind: str, **facts: Any) -> None:
+            try:
+                events.add(kind, **facts)
+            except BrokerUnavailable as exc:
+                logger.warning("the event %r could not be written: %s", kind, exc)
+
+        return Neighbourhood(client, self.keys, self.clock, tell)
 
     @cached_property
     def evacuation(self) -> Evacuation:
@@ -375,6 +396,7 @@ class Cluster:
         # Celery shows its configuration in reports and to Flower: what can hold a password shows masked there.
         conf.update(
             {f"{CONF_PREFIX}{name}": value for name, value in settings if isinstance(value, SecretUrl | SecretStr)}
+            | {f"{CONF_PREFIX}{name}": value for name, value in settings if name.endswith("_fallbacks") and value}
         )
         broker = settings.broker_url.get_secret_value()
         conf.broker_url = broker

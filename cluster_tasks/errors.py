@@ -96,6 +96,25 @@ class ProviderUnavailable(ProviderError):
     """A provider did not answer, or kept answering with errors that may pass."""
 
 
+class _NotAsked(ProviderUnavailable):
+    def __init__(self, message: str, retry_after_s: float = 0.0) -> None:
+        # Both are arguments of the exception: so it comes out of a result, or a pickle, as it went in.
+        super().__init__(message, retry_after_s)
+        self.retry_after_s = retry_after_s
+        """When to ask again, in seconds from now."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class CircuitOpen(_NotAsked):
+    """A provider was not asked, because it failed too often; any node may have seen that."""
+
+
+class ProviderLimited(_NotAsked):
+    """A provider was not asked, because the cluster has used up what its limits allow for now."""
+
+
 class CollectionNotFound(ClusterError, LookupError):
     """No collection of that name exists."""
 

@@ -237,6 +237,16 @@ class Keys:
         """The last control task of that name, as queued: one that waits is enough."""
         return f"{self.name}:queued:{task_name}"
 
+    # Providers of models, by their name.
+
+    def breaker(self, provider: str) -> str:
+        """State (JSON) of the breaker of a provider."""
+        return f"{self.name}:breaker:{provider}"
+
+    def limits(self, provider: str) -> str:
+        """List (JSON) of what a provider was asked in each second of the last minute."""
+        return f"{self.name}:limits:{provider}"
+
     @property
     def counters(self) -> str:
         """Hash of counters, such as ``stale_commits``."""

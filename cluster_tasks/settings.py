@@ -5,13 +5,23 @@ Values come from ``cluster_*`` keys of the Celery configuration and from ``CLUST
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any, Self
 from urllib.parse import parse_qsl, urlencode
 
-from pydantic import BeforeValidator, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from cluster_tasks.errors import ConfigurationError
@@ -76,9 +86,41 @@ def _pairs(value: object) -> object:
     return {key.strip(): item.strip() for key, _, item in pairs}
 
 
+def _parsed(value: object) -> object:
+    """Let JSON text stand for what it says."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        raise ValueError('expected JSON such as [{"base_url": "http://host/v1", "model": "name"}]') from None
+
+
+Limit = Annotated[int, Field(ge=0)]
+
+
+class Fallback(BaseModel):
+    """A provider that is asked when those before it are unavailable. What is None is that of the first one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    base_url: SecretUrl | None = None
+    """None: the first provider's, with its key."""
+    model: str | None = None
+    api_key: SecretStr | None = None
+    """None: none is sent to a ``base_url`` of its own."""
+    requests_per_minute: Limit = 0
+    tokens_per_minute: Limit = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not (self.base_url or self.model):
+            raise ValueError("expected a base_url or a model")
+        return self
+
+
 Words = Annotated[frozenset[RequestType], NoDecode, BeforeValidator(_split)]
 Roles = Annotated[frozenset[NodeRole], NoDecode, BeforeValidator(_split)]
 Pairs = Annotated[dict[str, str], NoDecode, BeforeValidator(_pairs)]
+Fallbacks = Annotated[tuple[Fallback, ...], NoDecode, BeforeValidator(_parsed)]
 Seconds = Annotated[float, Field(gt=0)]
 
 
@@ -155,13 +197,30 @@ class ClusterSettings(BaseSettings):
     llm_model: str | None = None
     llm_api_key: SecretStr | None = None
     llm_timeout_s: Seconds = 120.0
+    llm_fallbacks: Fallbacks = ()
+    """Further providers, in their order; in a variable as JSON."""
+    llm_requests_per_minute: Limit = 0
+    """Of the whole cluster; 0: no limit."""
+    llm_tokens_per_minute: Limit = 0
     embedding_base_url: SecretUrl | None = None
     """An OpenAI-compatible endpoint; None: ``local-hash``."""
     embedding_model: str | None = None
     embedding_api_key: SecretStr | None = None
     embedding_timeout_s: Seconds = 30.0
+    embedding_fallbacks: Fallbacks = ()
+    """Other places of the same model: vectors of two models cannot be compared."""
+    embedding_requests_per_minute: Limit = 0
+    embedding_tokens_per_minute: Limit = 0
     provider_max_retries: Annotated[int, Field(ge=0, le=20)] = 4
     """Repeats of a request after 429, 5xx or a broken connection."""
+    provider_wait_s: Annotated[float, Field(ge=0)] = 10.0
+    """How long a request may wait for its turn under a limit before it goes to a fallback or is sent again later."""
+    breaker_failure_threshold: Annotated[int, Field(ge=1)] = 5
+    """A provider that was unavailable for so many of the last calls, twice as many, is not asked any more."""
+    breaker_success_threshold: Annotated[int, Field(ge=1)] = 2
+    """So many probes must succeed before all calls go to it again."""
+    breaker_timeout_s: Seconds = 30.0
+    """How long it is left alone before the first probe."""
     data_dir: str = "cluster-data"
     """Where collections live; every node that serves ``retrieval`` must reach it."""
 
@@ -217,6 +276,19 @@ class ClusterSettings(BaseSettings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_fallbacks(self) -> Self:
+        for purpose, first in (("llm", self.llm_base_url), ("embedding", self.embedding_base_url)):
+            if getattr(self, f"{purpose}_fallbacks") and not first:
+                raise ValueError(f"{purpose}_fallbacks are set but {purpose}_base_url is not: fall back from what?")
+        for fallback in self.embedding_fallbacks:
+            if fallback.base_url is None or fallback.model not in (None, self.embedding_model):
+                raise ValueError(
+                    "embedding_fallbacks: expected another base_url with the same model: vectors of two models "
+                    "cannot be compared"
+                )
+        return self
+
     def strategy_for(self, request_type: str) -> str:
         """The strategy of a request type: its own if one is set, else the common one."""
         own = self.strategies.get(request_type) or getattr(self, f"strategy_{request_type}", None)
@@ -259,6 +331,8 @@ def _explain(exc: ValidationError, given: Mapping[str, Any], environ: Mapping[st
     for error in exc.errors():
         message = re.sub(r"^Value error, ", "", error["msg"])
         key = str(error["loc"][0]) if error["loc"] else ""
+        if len(error["loc"]) > 2:
+            message = f"{'.'.join(map(str, error['loc'][1:]))}: {message}"
         if not key:
             lines.append(message)
             continue
@@ -271,6 +345,6 @@ def _explain(exc: ValidationError, given: Mapping[str, Any], environ: Mapping[st
 
 def _shown(key: str, value: object) -> str:
     # A misspelt key holds what the right one would.
-    if "_key" in key or _nearest(key).endswith("_key"):
+    if "_key" in key or _nearest(key).endswith(("_key", "_fallbacks")):
         return "'**********'"
     return _masked(repr(value))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pydantic import SecretStr
 
 from cluster_tasks.errors import ConfigurationError
@@ -15,8 +17,8 @@ from cluster_tasks.providers.base import (
     Usage,
 )
 from cluster_tasks.providers.local import ExtractiveChat, HashEmbeddings
-from cluster_tasks.providers.openai import Endpoint, OpenAIChat, OpenAIEmbeddings
-from cluster_tasks.settings import ClusterSettings
+from cluster_tasks.providers.openai import Endpoint, OpenAIChat, OpenAIEmbeddings, Purpose
+from cluster_tasks.settings import ClusterSettings, Fallback, SecretUrl
 
 __all__ = [
     "ChatProvider",
@@ -31,7 +33,9 @@ __all__ = [
     "OpenAIChat",
     "OpenAIEmbeddings",
     "Usage",
+    "chat_fallbacks",
     "chat_provider",
+    "embedding_fallbacks",
     "embedding_provider",
 ]
 
@@ -44,16 +48,12 @@ def chat_provider(settings: ClusterSettings) -> ChatProvider:
     if settings.llm_base_url is None:
         _check_no_url("LLM", settings.llm_model, settings.llm_api_key, ExtractiveChat.name)
         return ExtractiveChat()
-    return OpenAIChat(
-        Endpoint(
-            "LLM",
-            settings.llm_base_url,
-            model=settings.llm_model,
-            api_key=settings.llm_api_key,
-            timeout_s=settings.llm_timeout_s,
-            max_retries=settings.provider_max_retries,
-        )
-    )
+    return OpenAIChat(_first_endpoint(settings, "LLM", settings.llm_base_url))
+
+
+def chat_fallbacks(settings: ClusterSettings) -> list[OpenAIChat]:
+    """The providers of ``llm_fallbacks``, in their order. Raises ConfigurationError for a URL or key."""
+    return [OpenAIChat(_endpoint_of(fallback, settings, "LLM")) for fallback in settings.llm_fallbacks]
 
 
 def embedding_provider(settings: ClusterSettings) -> EmbeddingProvider:
@@ -61,16 +61,32 @@ def embedding_provider(settings: ClusterSettings) -> EmbeddingProvider:
     if settings.embedding_base_url is None:
         _check_no_url("EMBEDDING", settings.embedding_model, settings.embedding_api_key, HashEmbeddings.name)
         return HashEmbeddings()
-    return OpenAIEmbeddings(
-        Endpoint(
-            "EMBEDDING",
-            settings.embedding_base_url,
-            model=settings.embedding_model,
-            api_key=settings.embedding_api_key,
-            timeout_s=settings.embedding_timeout_s,
-            max_retries=settings.provider_max_retries,
-        )
+    return OpenAIEmbeddings(_first_endpoint(settings, "EMBEDDING", settings.embedding_base_url))
+
+
+def embedding_fallbacks(settings: ClusterSettings) -> list[OpenAIEmbeddings]:
+    """The providers of ``embedding_fallbacks``. Raises as ``chat_fallbacks`` does."""
+    return [OpenAIEmbeddings(_endpoint_of(each, settings, "EMBEDDING")) for each in settings.embedding_fallbacks]
+
+
+def _first_endpoint(settings: ClusterSettings, purpose: Purpose, base_url: SecretUrl) -> Endpoint:
+    prefix = purpose.lower()
+    return Endpoint(
+        purpose,
+        base_url,
+        model=getattr(settings, f"{prefix}_model"),
+        api_key=getattr(settings, f"{prefix}_api_key"),
+        timeout_s=getattr(settings, f"{prefix}_timeout_s"),
+        max_retries=settings.provider_max_retries,
     )
+
+
+def _endpoint_of(fallback: Fallback, settings: ClusterSettings, purpose: Purpose) -> Endpoint:
+    first_url = getattr(settings, f"{purpose.lower()}_base_url")
+    first = _first_endpoint(settings, purpose, fallback.base_url or first_url)
+    # The key of one provider is none of another's business.
+    inherited = None if fallback.base_url else first.api_key
+    return replace(first, model=fallback.model or first.model, api_key=fallback.api_key or inherited)
 
 
 def _check_no_url(purpose: str, model: str | None, api_key: SecretStr | None, local: str) -> None:

@@ -83,6 +83,10 @@ class ChatResult(_Value):
     finish_reason: str = "stop"
     """``stop``, ``length``, ``tool_calls`` or a word of the provider."""
     provider: str
+    degraded: bool = False
+    """Whether something else answered than the first provider, for that was not to be had."""
+    degraded_reason: str = ""
+    """Why: ``circuit_open``, ``rate_limited`` or ``unavailable``."""
 
 
 class EmbeddingRequest(_Value):

@@ -30,13 +30,14 @@ if TYPE_CHECKING:
 
 CONNECT_TIMEOUT_S = 5.0
 PASSING_STATUSES = frozenset({408, 409, 429})
+Purpose = Literal["LLM", "EMBEDDING"]
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     """Where a provider is and how it is spoken to. Raises ConfigurationError for a URL or key that cannot work."""
 
-    purpose: Literal["LLM", "EMBEDDING"]
+    purpose: Purpose
     """The word in the names of its settings."""
     base_url: SecretUrl
     """A user and password in it are sent as Basic authorization, unless there is a key."""
@@ -82,6 +83,12 @@ class Endpoint:
     def url_without_login(self) -> str:
         """The URL as it is requested. The HTTP client logs it."""
         return self.parts._replace(netloc=self.parts.netloc.rpartition("@")[2]).geturl()
+
+    @property
+    def name(self) -> str:
+        """What tells it from the other endpoints of a cluster, without secrets."""
+        model = f"{self.model}@" if self.model else ""
+        return f"{self.purpose.lower()}:{model}{self.url_without_login()}"
 
     def model_for(self, asked: str | None) -> str:
         """The model of a request, else the configured one. Raises ConfigurationError if there is neither."""
@@ -162,7 +169,7 @@ class OpenAIChat:
     name = "openai"
 
     def __init__(self, endpoint: Endpoint) -> None:
-        self._endpoint = endpoint
+        self.endpoint = endpoint
         self._connection = _Connection(endpoint)
 
     def chat(self, request: ChatRequest) -> ChatResult:
@@ -170,7 +177,7 @@ class OpenAIChat:
         given = request.model_dump(
             include={"messages", "temperature", "max_tokens", "stop", "tools", "response_format"}, exclude_none=True
         )
-        given["model"] = self._endpoint.model_for(request.model)
+        given["model"] = self.endpoint.model_for(request.model)
         with self._connection.errors_mapped():
             reply = self._connection.client.chat.completions.create(
                 **given, extra_body=request.extra, extra_headers=self._connection.headers()
@@ -204,12 +211,12 @@ class OpenAIEmbeddings:
     name = "openai"
 
     def __init__(self, endpoint: Endpoint) -> None:
-        self._endpoint = endpoint
+        self.endpoint = endpoint
         self._connection = _Connection(endpoint)
 
     def embed(self, request: EmbeddingRequest) -> EmbeddingResult:
         """Embed all texts in one request. Raises as ``ChatProvider.chat`` does."""
-        model = self._endpoint.model_for(request.model)
+        model = self.endpoint.model_for(request.model)
         with self._connection.errors_mapped():
             reply = self._connection.client.embeddings.create(
                 input=list(request.texts), model=model, extra_headers=self._connection.headers()

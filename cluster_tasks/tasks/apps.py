@@ -9,6 +9,7 @@ from celery import Celery, current_app
 from kombu.utils.imports import symbol_by_name
 
 from cluster_tasks.errors import ClusterError
+from cluster_tasks.gateway.guard import Neighbourhood
 from cluster_tasks.settings import ClusterSettings
 
 READY_MADE_APP = "cluster_tasks.app:app"
@@ -20,6 +21,10 @@ class Configured(Protocol):
     @property
     def settings(self) -> ClusterSettings:
         """Raises ConfigurationError."""
+
+    @property
+    def neighbourhood(self) -> Neighbourhood:
+        """What providers share. Raises ConfigurationError."""
 
 
 _clusters: WeakKeyDictionary[Celery, Configured] = WeakKeyDictionary()

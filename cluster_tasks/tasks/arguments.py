@@ -78,6 +78,7 @@ class Sampling(_Arguments):
     stop: str | list[str] | None = None
     response_format: dict[str, Any] | None = None
     session_id: str | None = None
+    allow_degraded: bool = True
     extra: Extra = Field(default_factory=dict)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from time import sleep
 from typing import TYPE_CHECKING, Any
 
+from cluster_tasks.errors import ProviderLimited
 from cluster_tasks.tasks.arguments import EmbedArguments
 from cluster_tasks.tasks.base import ClusterTask
 from cluster_tasks.tasks.ready_made import backends_of, ready_made
@@ -39,10 +41,16 @@ def embed_in_batches(provider: EmbeddingProvider, texts: Sequence[str], model: s
 
     from cluster_tasks.providers import EmbeddingRequest, EmbeddingResult, Usage
 
-    results = [
-        provider.embed(EmbeddingRequest(texts=tuple(texts[start : start + BATCH]), model=model))
-        for start in range(0, len(texts), BATCH)
-    ]
+    results: list[EmbeddingResult] = []
+    while len(results) * BATCH < len(texts):
+        start = len(results) * BATCH
+        try:
+            results.append(provider.embed(EmbeddingRequest(texts=tuple(texts[start : start + BATCH]), model=model)))
+        except ProviderLimited as exc:
+            # A job that comes back later begins anew: one of many requests might never get through.
+            if not results:
+                raise
+            sleep(exc.retry_after_s)
     return EmbeddingResult(
         vectors=np.concatenate([result.vectors for result in results]),
         model=results[0].model,

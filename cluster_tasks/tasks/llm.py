@@ -43,6 +43,7 @@ def generate(
     response_format: dict[str, Any] | None = None,
     session_id: str | None = None,
     passages: list[str] | None = None,
+    allow_degraded: bool = True,
     **extra: Any,
 ) -> dict[str, Any]:
     """Answer a prompt or messages; ``extra`` parameters go to the provider as they are.
@@ -50,9 +51,14 @@ def generate(
     ``passages`` are texts to answer a prompt from. Jobs of one ``session_id`` prefer the same node.
 
     Returns ``text``, ``tool_calls``, ``model``, ``usage`` (``prompt_tokens``, ``completion_tokens``,
-    ``total_tokens``), ``finish_reason`` and ``provider``. Fails with ProviderError if the request is refused, with
-    ProviderUnavailable if no useful reply came, and with ConfigurationError if a model must be configured first. The
-    job is not retried: the provider's client has repeated the request already, ``cluster_provider_max_retries`` times.
+    ``total_tokens``), ``finish_reason``, ``provider``, ``degraded`` and ``degraded_reason``: where the provider is
+    unavailable, one of ``cluster_llm_fallbacks`` answers, else sentences of the passages do. ``allow_degraded=False``
+    takes an answer of the provider only.
+
+    Fails with ProviderError if the request is refused, with ProviderUnavailable if no useful reply came from anyone, or
+    with its CircuitOpen if that was known before, and with ConfigurationError if a model must be configured first. The
+    job is not retried then: the provider's client has repeated the request, ``cluster_provider_max_retries`` times. But
+    it is sent again, as often as it takes, while the limits of the provider leave no room for it.
     """
     from cluster_tasks.providers import ChatRequest
 
@@ -67,7 +73,7 @@ def generate(
         extra=extra,
         passages=tuple(passages or ()),
     )
-    return backends_of(task.app).chat.chat(request).model_dump(mode="json")
+    return backends_of(task.app).chat.chat(request, allow_degraded).model_dump(mode="json")
 
 
 def _asked(prompt: str | None, passages: Sequence[str] | None) -> list[dict[str, Any]]:

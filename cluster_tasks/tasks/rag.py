@@ -35,6 +35,7 @@ def answer(
     stop: str | list[str] | None = None,
     response_format: dict[str, Any] | None = None,
     session_id: str | None = None,
+    allow_degraded: bool = True,
     **extra: Any,
 ) -> dict[str, Any]:
     """Answer a question from the ``k`` nearest passages of a collection that match ``where``.
@@ -50,6 +51,7 @@ def answer(
         "stop": stop,
         "response_format": response_format,
         "session_id": session_id,
+        "allow_degraded": allow_degraded,
         **extra,
     }
     steps = task.app.tasks

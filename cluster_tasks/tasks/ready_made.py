@@ -2,35 +2,55 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, wraps
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from celery import Celery, shared_task
 from celery.local import Proxy
 
-from cluster_tasks.settings import ClusterSettings
-from cluster_tasks.tasks.apps import cluster_of, sending_app
+from cluster_tasks.errors import ProviderLimited
+from cluster_tasks.tasks.apps import Configured, cluster_of, sending_app
 from cluster_tasks.tasks.base import ClusterTask
 
 if TYPE_CHECKING:
-    from cluster_tasks.providers import ChatProvider, EmbeddingProvider
+    from cluster_tasks.gateway.fallbacks import ChatGateway
+    from cluster_tasks.providers import EmbeddingProvider
     from cluster_tasks.shards.store import CollectionStore
+
+
+SPREAD_S, WIDEST_SPREAD_S = 5.0, 60.0
+"""Jobs that wait for room under a limit come back spread over so many seconds, and over more each time."""
 
 
 def ready_made(name: str, **options: Any) -> Callable[[Callable[..., Any]], ClusterTask]:
     """Declare a job that every app of the process knows; its function gets the task as first argument.
 
-    What stands for it in this process is the task of the app that ``sending_app`` names.
+    What stands for it in this process is the task of the app that ``sending_app`` names. A job whose provider has no
+    room under its limits is sent again for the time when there is.
     """
 
     def declare(function: Callable[..., Any]) -> ClusterTask:
-        shared_task(name=name, bind=True, base=ClusterTask, **options)(function)
+        shared_task(name=name, bind=True, base=ClusterTask, max_retries=None, **options)(_patient(function))
         task: ClusterTask = Proxy(lambda: sending_app().tasks[name], name=function.__name__, __doc__=function.__doc__)
         return task
 
     return declare
+
+
+def _patient(function: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(function)
+    def run(task: ClusterTask, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(task, *args, **kwargs)
+        except ProviderLimited as exc:
+            # All that are turned away at once would come back at once, and be turned away again.
+            spread_s = min(SPREAD_S * (1 + task.request.retries), WIDEST_SPREAD_S)
+            raise task.retry(exc=exc, countdown=exc.retry_after_s + random.uniform(0, spread_s)) from None
+
+    return run
 
 
 class Backends:
@@ -40,22 +60,22 @@ class Backends:
     the OpenAI SDK would cost a process that only sends jobs more than a second.
     """
 
-    def __init__(self, settings: ClusterSettings) -> None:
-        self._settings = settings
+    def __init__(self, cluster: Configured) -> None:
+        self._settings, self._cluster = cluster.settings, cluster
 
     @cached_property
-    def chat(self) -> ChatProvider:
-        """The language model. Raises ConfigurationError."""
-        from cluster_tasks.providers import chat_provider
+    def chat(self) -> ChatGateway:
+        """The language models. Raises ConfigurationError."""
+        from cluster_tasks.gateway.fallbacks import chat_gateway
 
-        return chat_provider(self._settings)
+        return chat_gateway(self._settings, self._cluster.neighbourhood)
 
     @cached_property
     def embeddings(self) -> EmbeddingProvider:
         """The embedding model. Raises ConfigurationError."""
-        from cluster_tasks.providers import embedding_provider
+        from cluster_tasks.gateway.fallbacks import embedding_gateway
 
-        return embedding_provider(self._settings)
+        return embedding_gateway(self._settings, self._cluster.neighbourhood)
 
     @cached_property
     def store(self) -> CollectionStore:
@@ -70,4 +90,4 @@ _backends: WeakKeyDictionary[Celery, Backends] = WeakKeyDictionary()
 
 def backends_of(app: Celery) -> Backends:
     """Return what the jobs of ``app`` work with. Raises ClusterError if it is in no cluster."""
-    return _backends.setdefault(app, Backends(cluster_of(app).settings))
+    return _backends.setdefault(app, Backends(cluster_of(app)))

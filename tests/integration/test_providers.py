@@ -95,6 +95,8 @@ def test_chat_brings_text_model_usage_and_reason(connect: Callable[..., ChatProv
         "usage": {"prompt_tokens": 2, "completion_tokens": 2, "total_tokens": 4},
         "finish_reason": "stop",
         "provider": "openai",
+        "degraded": False,
+        "degraded_reason": "",
     }
 
 

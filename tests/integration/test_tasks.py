@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ import pytest
 from celery import Celery, chain, group
 
 from cluster_tasks import Cluster
+from cluster_tasks.cluster import cluster_of
 from cluster_tasks.errors import (
+    CircuitOpen,
     CollectionMismatch,
     CollectionNotFound,
     ConfigurationError,
@@ -53,19 +56,36 @@ def broker(directory: Path) -> Iterator[str]:
 
 
 @contextmanager
-def node(broker: str, name: str, directory: Path, **settings: str) -> Iterator[Celery]:
+def node(broker: str, name: str, directory: Path, nodename: str = "a", **settings: str) -> Iterator[Celery]:
     """Run a worker, the plain Celery command, in a cluster of this name. Gives an app that sends it jobs."""
     own = {"CLUSTER_BROKER_URL": broker, "CLUSTER_NAME": name, "CLUSTER_DATA_DIR": str(directory / name)}
-    command = [sys.executable, "-m", "celery", "-A", "cluster_tasks", "worker", "-l", "INFO", "-E", "-n", "a@%h"]
-    with Celery("sender", set_as_current=False, broker=broker) as app, log_of(directory, name).open("wb") as log:
+    command = [
+        sys.executable,
+        "-m",
+        "celery",
+        "-A",
+        "cluster_tasks",
+        "worker",
+        "-l",
+        "INFO",
+        "-E",
+        "-n",
+        f"{nodename}@%h",
+    ]
+    with Celery("sender", set_as_current=False, broker=broker) as app, log_of(directory, name).open("ab") as log:
         app.conf.update(cluster_name=name)
         cluster = Cluster(app)
         environment = {**os.environ, **own, "NO_PROXY": "127.0.0.1", **settings}
         worker = subprocess.Popen(
-            [*command, "-P", "threads", "-c", "2"], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+            [*command, "-P", "threads", "-c", "2", "-n", f"{nodename}@%h"],
+            cwd=ROOT,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
         )
         try:
-            wait_until(cluster.nodes, WITHIN_S, f"the node joins; it says {log.name}")
+            message = f"the node joins; it says {log.name}"
+            wait_until(lambda: nodename in [each.id.partition("@")[0] for each in cluster.nodes()], WITHIN_S, message)
             yield app
         finally:
             stop(worker)
@@ -218,6 +238,7 @@ def test_a_model_gets_every_parameter_and_its_answer_comes_back(remote: Run, pro
     assert result == {
         "text": "Let me see.", "tool_calls": [call], "model": "other", "finish_reason": "tool_calls",
         "usage": {"prompt_tokens": 4, "completion_tokens": 3, "total_tokens": 7}, "provider": "openai",
+        "degraded": False, "degraded_reason": "",
     }  # fmt: skip
 
 
@@ -232,6 +253,56 @@ def test_a_refused_request_fails_the_job_and_so_does_a_silent_provider(remote: R
     # The provider's client repeats requests, the job does not.
     assert provider.counts[CHAT_PATH] - asked == 2
     assert remote("llm.generate", "hello")["text"] == "hello"
+
+
+def test_nodes_share_what_they_know_of_a_provider_and_its_limits(broker: str, directory: Path) -> None:
+    with FakeOpenAI() as model, ExitStack() as stack:
+        settings = {
+            "CLUSTER_LLM_BASE_URL": model.base_url, "CLUSTER_LLM_MODEL": "fake-chat",
+            "CLUSTER_LLM_REQUESTS_PER_MINUTE": "9", "CLUSTER_PROVIDER_WAIT_S": "0",
+            "CLUSTER_PROVIDER_MAX_RETRIES": "0", "CLUSTER_STRATEGY_LLM": "round_robin",
+            "CLUSTER_BREAKER_FAILURE_THRESHOLD": "2", "CLUSTER_BREAKER_TIMEOUT_S": "4",
+        }  # fmt: skip
+        app, _ = (stack.enter_context(node(broker, "shared", directory, name, **settings)) for name in "ab")
+        run, generate = sender(app), app.tasks["llm.generate"]
+        run("retrieval.add_documents", "docs", DOCUMENTS)
+        began = time.monotonic()
+        model.fail(503, times=None)
+        for _ in range(2):
+            with pytest.raises(ProviderUnavailable, match="503"):
+                run("llm.generate", "hello")
+        # The first answer may begin before the provider is tried again, and end after that.
+        degraded = run("rag.answer", "Why is the sky blue?", "docs", k=2)
+        assert (degraded["text"], degraded["degraded"]) == (DOCUMENTS[0]["text"], True)
+        refused = [generate.delay("hello") for _ in range(8)]
+        refused.append(app.tasks["rag.answer"].delay("Why is the sky blue?", "docs", allow_degraded=False))
+        errors = [job.get(timeout=WITHIN_S, propagate=False) for job in refused]
+        if time.monotonic() - began < 4:
+            assert {type(error) for error in errors} == {CircuitOpen}
+            assert {error.retry_after_s > 0 for error in errors} == {True}
+            assert model.counts[CHAT_PATH] == 2
+            assert degraded["degraded_reason"] == "circuit_open"
+        model.recover()
+        kinds = ["breaker open", "breaker closed"]
+        wait_until(lambda: answers(run) and breaker_events(app) == kinds, WITHIN_S, "probes find it is back")
+        jobs = [generate.delay("hello") for _ in range(12)]
+        wait_until(lambda: {job.state for job in jobs} <= {"SUCCESS", "RETRY"}, WITHIN_S)
+        if time.monotonic() - began < 55:
+            assert model.counts[CHAT_PATH] == 9
+            waiting = [job.id for job in jobs if job.state == "RETRY"]
+            delayed = [job.payload["headers"]["id"] for job in cluster_of(app).delayed()]
+            assert sorted(delayed) == sorted(waiting)
+
+
+def answers(run: Run) -> bool:
+    try:
+        return bool(run("llm.generate", "hello")["text"])
+    except CircuitOpen:
+        return False
+
+
+def breaker_events(app: Celery) -> list[str]:
+    return [event.kind for event in cluster_of(app).events.latest(100) if event.kind.startswith("breaker")]
 
 
 # Answers.

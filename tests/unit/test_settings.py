@@ -95,6 +95,19 @@ def test_a_request_type_in_strategies_comes_before_its_named_setting() -> None:
     assert load({"cluster_strategies": {"llm": "round_robin"}}).strategy_for("llm") == "round_robin"
 
 
+def test_fallbacks_are_written_as_json_in_a_variable_and_as_mappings_in_the_configuration(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first = {"cluster_llm_base_url": "http://a/v1"}
+    written = [{"base_url": "http://b/v1", "model": "m", "tokens_per_minute": 9}, {"model": "small"}]
+    from_conf = load({**first, "cluster_llm_fallbacks": written}).llm_fallbacks
+    assert [fallback.model_dump(exclude_defaults=True) for fallback in from_conf] == [
+        {"base_url": SecretUrl("http://b/v1"), "model": "m", "tokens_per_minute": 9}, {"model": "small"},
+    ]  # fmt: skip
+    monkeypatch.setenv("CLUSTER_LLM_FALLBACKS", json.dumps(written))
+    assert load(first).llm_fallbacks == from_conf
+
+
 # What is wrong is refused with the key, the value and what was meant.
 
 
@@ -122,6 +135,19 @@ def test_a_refusal_is_an_error_of_this_package_and_a_value_error() -> None:
         ({"cluster_broker_url": "amqp://host"}, "cluster_broker_url='amqp://host'"),
         ({"cluster_broker_url": "localhost"}, "cluster_broker_url='localhost'"),
         ({"cluster_result_backend": "db+sqlite:///x"}, "cluster_result_backend='db+sqlite:///x'"),
+        ({"cluster_breaker_timeout_s": 0}, "cluster_breaker_timeout_s=0"),
+        ({"cluster_llm_fallbacks": "backup"}, 'expected JSON such as [{"base_url"'),
+        ({"cluster_llm_fallbacks": [{"url": "http://b/v1", "model": "m"}]}, "0.url: Extra inputs are not permitted"),
+        ({"cluster_llm_fallbacks": [{}]}, "expected a base_url or a model"),
+        ({"cluster_llm_fallbacks": [{"model": "m"}]}, "llm_base_url is not"),
+        (
+            {
+                "cluster_embedding_base_url": "http://a/v1",
+                "cluster_embedding_model": "m",
+                "cluster_embedding_fallbacks": [{"base_url": "http://b/v1", "model": "n"}],
+            },
+            "vectors of two models cannot be compared",
+        ),
     ],
 )
 def test_a_value_that_cannot_work_is_named_with_its_key(conf: dict[str, Any], named: str) -> None:
@@ -201,7 +227,8 @@ def test_a_variable_that_a_platform_sets_is_tolerated(monkeypatch: pytest.Monkey
 
 def with_secrets() -> ClusterSettings:
     conf: dict[str, Any] = {f"cluster_{name}": f"redis://user:{SECRET}@host:6379/0" for name in URL_SETTINGS}
-    return load({**conf, "cluster_llm_api_key": SECRET, "cluster_embedding_api_key": SECRET})
+    conf |= {"cluster_llm_api_key": SECRET, "cluster_embedding_api_key": SECRET}
+    return load({**conf, "cluster_llm_fallbacks": [{"base_url": f"http://a:{SECRET}@b/v1", "api_key": SECRET}]})
 
 
 def test_every_url_and_key_is_kept_as_a_secret() -> None:
@@ -269,6 +296,10 @@ def test_no_password_shows_through(password: str) -> None:
         {"cluster_llm_key": SECRET},
         {"cluster_broker_ulr": f"redis://:{SECRET}@host"},
         {"cluster_brokers": {"first": f"redis://:{SECRET}@host"}},
+        {"cluster_llm_fallbacks": f'[{{"api_key": "{SECRET}"'},
+        {"cluster_llm_fallbacks": [{"api_key": SECRET, "modle": "m"}]},
+        {"cluster_llm_fallbacks": [{"api_key": SECRET, "model": "m"}]},
+        {"cluster_llm_falbacks": [{"api_key": SECRET}]},
     ],
 )
 def test_no_error_shows_a_secret_nor_its_traceback(conf: dict[str, Any]) -> None:

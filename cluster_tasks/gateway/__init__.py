@@ -1,0 +1,1 @@
+"""What stands between the jobs and their providers: a breaker and limits that all nodes share, and fallbacks."""

@@ -1,0 +1,220 @@
+"""Who answers when the first provider does not: the next one, then what needs no model, each marked as such."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from cluster_tasks.breaker import BreakerPolicy
+from cluster_tasks.errors import CircuitOpen, ProviderError, ProviderLimited, ProviderUnavailable
+from cluster_tasks.gateway.guard import Guard, Neighbourhood
+from cluster_tasks.gateway.shared import Limits
+from cluster_tasks.providers import (
+    ChatProvider,
+    ChatRequest,
+    ChatResult,
+    EmbeddingProvider,
+    EmbeddingRequest,
+    EmbeddingResult,
+    Endpoint,
+    ExtractiveChat,
+    OpenAIChat,
+    OpenAIEmbeddings,
+    chat_fallbacks,
+    chat_provider,
+    embedding_fallbacks,
+    embedding_provider,
+)
+from cluster_tasks.providers.local import text_of
+from cluster_tasks.settings import ClusterSettings, Fallback
+
+CHARACTERS_A_TOKEN = 4
+ANSWER_TOKENS = 256
+"""What an answer is taken to need, where the request sets no limit; the reply corrects it."""
+SHORTEST_WINDOW_S = 300.0
+
+
+class GuardedChat:
+    """A language model behind its guard."""
+
+    def __init__(self, provider: OpenAIChat, guard: Guard) -> None:
+        self.name, self._provider, self._guard = provider.name, provider, guard
+
+    def chat(self, request: ChatRequest) -> ChatResult:
+        """As ``ChatProvider.chat``. Raises CircuitOpen and ProviderLimited, too."""
+        return self._guard.send(
+            lambda: self._provider.chat(request), chat_tokens(request), lambda reply: reply.usage.total_tokens
+        )
+
+    def close(self) -> None:
+        """Close this process's connections. Safe to repeat."""
+        self._provider.close()
+
+
+class GuardedEmbeddings:
+    """An embedding model behind its guard."""
+
+    def __init__(self, provider: OpenAIEmbeddings, guard: Guard) -> None:
+        self.name, self._provider, self._guard = provider.name, provider, guard
+
+    def embed(self, request: EmbeddingRequest) -> EmbeddingResult:
+        """As ``EmbeddingProvider.embed``. Raises CircuitOpen and ProviderLimited, too."""
+        tokens = sum(map(len, request.texts)) // CHARACTERS_A_TOKEN + 1
+        return self._guard.send(lambda: self._provider.embed(request), tokens, lambda reply: reply.usage.total_tokens)
+
+    def close(self) -> None:
+        """Close this process's connections. Safe to repeat."""
+        self._provider.close()
+
+
+class FromPassages:
+    """The last resort: sentences of the passages. What has none is handed on."""
+
+    name = ExtractiveChat.name
+
+    def __init__(self) -> None:
+        self._extractive = ExtractiveChat()
+
+    def chat(self, request: ChatRequest) -> ChatResult:
+        """Answer from the passages. Raises ProviderUnavailable for what only a language model can answer."""
+        if not request.passages or request.tools or request.response_format:
+            raise ProviderUnavailable("only a language model can answer this")
+        return self._extractive.chat(request)
+
+    def close(self) -> None:
+        """Do nothing: there is nothing to release."""
+
+
+class ChatGateway:
+    """Language models in the order in which they are asked, and stand-ins for all of them."""
+
+    def __init__(self, models: Sequence[ChatProvider], stand_ins: Sequence[ChatProvider] = ()) -> None:
+        self._models, self._stand_ins = models, stand_ins
+
+    def chat(self, request: ChatRequest, allow_degraded: bool = True) -> ChatResult:
+        """Answer as the first model does; if it is unavailable, as the next that is not, and marked ``degraded``.
+
+        A model that the request names is that of the first provider; the others answer with their own. A provider
+        whose limits are used up is passed over for other models, but never for a stand-in: the wait is short.
+        Raises what the first provider raised; ProviderLimited if any of them has to be waited for. If
+        ``allow_degraded`` is false, only the first is asked.
+        """
+        first, *others = self._models
+        try:
+            return first.chat(request)
+        except ProviderUnavailable as exc:
+            if not allow_degraded:
+                raise
+            cause = exc
+        handed_on = request.model_copy(update={"model": None})
+        errors: list[ProviderError] = [cause]
+        if result := _first_answer(others, handed_on, errors):
+            return _degraded(result, cause)
+        for error in errors:
+            if isinstance(error, ProviderLimited):
+                raise error
+        if result := _first_answer(self._stand_ins, handed_on, errors):
+            return _degraded(result, cause)
+        raise cause
+
+    def close(self) -> None:
+        """Close this process's connections. Safe to repeat."""
+        for provider in (*self._models, *self._stand_ins):
+            provider.close()
+
+
+class EmbeddingGateway:
+    """Several places of one embedding model."""
+
+    name = "gateway"
+
+    def __init__(self, places: Sequence[EmbeddingProvider]) -> None:
+        self._places = places
+
+    def embed(self, request: EmbeddingRequest) -> EmbeddingResult:
+        """Embed by the first place that is available. Raises what the first raised, but rather ProviderLimited."""
+        errors: list[ProviderUnavailable] = []
+        for place in self._places:
+            try:
+                return place.embed(request)
+            except ProviderUnavailable as exc:
+                errors.append(exc)
+        raise next((error for error in errors if isinstance(error, ProviderLimited)), errors[0])
+
+    def close(self) -> None:
+        """Close this process's connections. Safe to repeat."""
+        for place in self._places:
+            place.close()
+
+
+def chat_gateway(settings: ClusterSettings, around: Neighbourhood) -> ChatGateway:
+    """The language models of the settings. Raises ConfigurationError as ``chat_provider`` does. No I/O."""
+    first = chat_provider(settings)
+    if not isinstance(first, OpenAIChat):
+        return ChatGateway([first])
+    limits = [Limits(settings.llm_requests_per_minute, settings.llm_tokens_per_minute)]
+    limits += map(_limits, settings.llm_fallbacks)
+    models = [
+        GuardedChat(provider, _guard(settings, around, provider.endpoint, limit))
+        for provider, limit in zip([first, *chat_fallbacks(settings)], limits, strict=True)
+    ]
+    return ChatGateway(models, [FromPassages()])
+
+
+def embedding_gateway(settings: ClusterSettings, around: Neighbourhood) -> EmbeddingProvider:
+    """The embedding model of the settings. Raises ConfigurationError as ``embedding_provider`` does. No I/O."""
+    first = embedding_provider(settings)
+    if not isinstance(first, OpenAIEmbeddings):
+        return first
+    limits = [Limits(settings.embedding_requests_per_minute, settings.embedding_tokens_per_minute)]
+    limits += map(_limits, settings.embedding_fallbacks)
+    return EmbeddingGateway(
+        [
+            GuardedEmbeddings(provider, _guard(settings, around, provider.endpoint, limit))
+            for provider, limit in zip([first, *embedding_fallbacks(settings)], limits, strict=True)
+        ]
+    )
+
+
+def chat_tokens(request: ChatRequest) -> int:
+    """About how many tokens a request takes, with its answer."""
+    characters = sum(len(text_of(message)) for message in request.messages)
+    characters += len(json.dumps([request.tools, request.response_format]))
+    return characters // CHARACTERS_A_TOKEN + (request.max_tokens or ANSWER_TOKENS)
+
+
+def _first_answer(
+    providers: Sequence[ChatProvider], request: ChatRequest, errors: list[ProviderError]
+) -> ChatResult | None:
+    for provider in providers:
+        try:
+            return provider.chat(request)
+        except ProviderError as exc:
+            errors.append(exc)
+    return None
+
+
+def _degraded(result: ChatResult, cause: ProviderUnavailable) -> ChatResult:
+    reasons = ((CircuitOpen, "circuit_open"), (ProviderLimited, "rate_limited"), (ProviderUnavailable, "unavailable"))
+    reason = next(word for kind, word in reasons if isinstance(cause, kind))
+    return result.model_copy(update={"degraded": True, "degraded_reason": reason})
+
+
+def _limits(fallback: Fallback) -> Limits:
+    return Limits(fallback.requests_per_minute, fallback.tokens_per_minute)
+
+
+def _guard(settings: ClusterSettings, around: Neighbourhood, endpoint: Endpoint, limits: Limits) -> Guard:
+    failures = settings.breaker_failure_threshold
+    # A server that hangs fails after all its time-outs: two such rounds must fit into the window.
+    longest_s = endpoint.timeout_s * (endpoint.max_retries + 1)
+    policy = BreakerPolicy(
+        failure_threshold=failures,
+        success_threshold=settings.breaker_success_threshold,
+        timeout_s=settings.breaker_timeout_s,
+        window=2 * failures,
+        window_s=max(SHORTEST_WINDOW_S, 2.5 * longest_s),
+        minimum_volume=failures,
+        probe_lease_s=endpoint.timeout_s,
+    )
+    return Guard(around, endpoint.name, policy, limits, settings.provider_wait_s)
