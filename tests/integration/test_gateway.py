@@ -458,6 +458,25 @@ def test_requests_take_turns_in_the_order_in_which_they_asked(
         breaker.admit(1)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_no_minute_holds_more_than_the_limits_and_nobody_is_overtaken(
+    seed: int, shared: Callable[..., SharedBreaker], client: redis.Redis
+) -> None:
+    chance, breaker = random.Random(seed), shared(limits=Limits(requests=4, tokens=100), longest_wait_s=10_000)
+    sent = []
+    for _ in range(60):
+        admission, tokens = breaker.admit(chance.choice((2, 20, 45, 70, 100))), 0
+        if chance.random() < 0.3:
+            tokens = admission.tokens // 2
+            breaker.record(admission, Outcome.SUCCESS, tokens)
+        sent.append((int(admission.second), tokens or admission.tokens))
+    assert sent == sorted(sent, key=lambda each: each[0])
+    for begin, _ in sent:
+        minute = [tokens for second, tokens in sent if begin <= second <= begin + 60]
+        assert len(minute) <= 4
+        assert sum(minute) <= 100
+
+
 def test_an_open_breaker_spends_no_share_of_the_limits(
     shared: Callable[..., SharedBreaker], client: redis.Redis
 ) -> None:
