@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 ALONE_S = 5.0
 """So long a process asks its own breaker, after Redis did not answer."""
+LONGEST_REASON = 300
+"""Characters of an error in an event: some gateways answer with whole pages."""
 T = TypeVar("T")
 
 
@@ -42,7 +44,7 @@ class Neighbourhood:
 
 
 class Guard:
-    """Lets requests through to one provider, or not. Safe to share between threads and to carry across a fork."""
+    """Lets requests through to one provider, or not. Safe to share between threads."""
 
     def __init__(
         self, around: Neighbourhood, provider: str, policy: BreakerPolicy, limits: Limits, longest_wait_s: float
@@ -66,7 +68,7 @@ class Guard:
             reply = request()
             outcome, used = Outcome.SUCCESS, taken(reply) or None
         except ProviderUnavailable as exc:
-            outcome, reason = Outcome.FAILURE, str(exc)
+            outcome, reason = Outcome.FAILURE, str(exc)[:LONGEST_REASON]
             raise
         except ProviderError:
             outcome = Outcome.SUCCESS

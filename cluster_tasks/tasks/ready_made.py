@@ -46,6 +46,8 @@ def _patient(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return function(task, *args, **kwargs)
         except ProviderLimited as exc:
+            if task.request.is_eager:  # There is no later: it would be run again at once.
+                raise
             # All that are turned away at once would come back at once, and be turned away again.
             spread_s = min(SPREAD_S * (1 + task.request.retries), WIDEST_SPREAD_S)
             raise task.retry(exc=exc, countdown=exc.retry_after_s + random.uniform(0, spread_s)) from None

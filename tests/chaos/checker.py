@@ -33,7 +33,7 @@ IDLE_COMMANDS_PER_S = 100.0
 KEPT = re.compile(
     r"{name}(:(epochs|beats|serves|draining|epoch_counter|fencing_token|tasks|backlog|idle|bell:.*|suspects_held"
     r"|terminal:.*|followed:.*|quarantine.*|revoked|revoked_stamps|nodes|loads|node_events|events|checks|queued:.*"
-    r"|counters)|\.control)|_kombu\.binding.*|unacked(_index|_mutex)?|.*\.reply\.celery\.pidbox"
+    r"|counters|breaker:.*|limits:.*)|\.control)|_kombu\.binding.*|unacked(_index|_mutex)?|.*\.reply\.celery\.pidbox"
     r"|celery-task-meta-.*|celery-taskset-meta-.*|test:.*"
 )
 """What may be in Redis when no job is left: the state of living nodes, ends that expire, and what people look at."""

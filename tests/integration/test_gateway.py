@@ -25,6 +25,7 @@ from cluster_tasks.gateway.shared import Limits, SharedBreaker
 from cluster_tasks.keys import Keys
 from cluster_tasks.providers import ChatRequest, EmbeddingRequest, EmbeddingResult, HashEmbeddings
 from cluster_tasks.redis_store import connect
+from cluster_tasks.tasks import llm
 from cluster_tasks.tasks.embedding import BATCH, embed_in_batches
 from cluster_tasks.testing import CHAT_PATH, EMBEDDINGS_PATH, FakeOpenAI
 from tests.waiting import wait_until
@@ -516,6 +517,13 @@ def test_a_request_whose_turn_comes_soon_waits_for_it(
     assert one.ask().degraded is False
     # Three seconds after the beginning of the second in which the first one was sent.
     assert time.monotonic() - began >= 2
+
+
+def test_an_eager_job_fails_for_a_limit_for_it_has_no_later(node: Callable[..., Node]) -> None:
+    generate = node(llm_requests_per_minute=1, provider_wait_s=0).app.tasks[llm.generate.name]
+    assert generate.apply(("hello",)).get()["text"] == "hello"
+    with pytest.raises(ProviderLimited):
+        generate.apply(("hello",)).get()
 
 
 def test_a_job_of_several_requests_waits_where_it_is_once_it_has_begun() -> None:
