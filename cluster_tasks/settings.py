@@ -114,6 +114,8 @@ class Fallback(BaseModel):
     def _check(self) -> Self:
         if not (self.base_url or self.model):
             raise ValueError("expected a base_url or a model")
+        if self.base_url and not self.base_url.get_secret_value().startswith(("http://", "https://")):
+            raise ValueError("base_url: expected http(s)://host/path")
         return self
 
 

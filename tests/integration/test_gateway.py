@@ -185,6 +185,20 @@ def test_no_more_probes_get_through_than_successes_are_missing(shared: Callable[
     assert 50 < caught.value.retry_after_s <= 60
 
 
+def test_a_clock_that_was_set_back_shuts_nobody_out(shared: Callable[..., SharedBreaker], client: redis.Redis) -> None:
+    breaker = shared(limits=Limits(requests=20))
+    far_s = time.time() + 300
+    waiting = BreakerState(generation=1, opened_at_s=far_s)
+    client.set(Keys().breaker(PROVIDER), waiting.to_json())
+    wait_until(lambda: admitted(breaker, most=1), message="the breaker opens for no more than its timeout")
+    probing = BreakerState(generation=1, opened_at_s=1, leases=(far_s, far_s))
+    client.set(Keys().breaker(PROVIDER), probing.to_json())
+    breaker.record(breaker.admit(1), Outcome.SUCCESS, None)
+    client.delete(Keys().breaker(PROVIDER))
+    age(client, -300)
+    assert breaker.admit(1).wait_s == 0
+
+
 # Breakers.
 
 
@@ -409,7 +423,7 @@ def admitted(breaker: SharedBreaker, tokens: int = 1, most: int = 100) -> int:
     for count in range(most):
         try:
             breaker.admit(tokens)
-        except ProviderLimited:
+        except (CircuitOpen, ProviderLimited):
             return count
     return most
 

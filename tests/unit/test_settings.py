@@ -138,6 +138,7 @@ def test_a_refusal_is_an_error_of_this_package_and_a_value_error() -> None:
         ({"cluster_breaker_timeout_s": 0}, "cluster_breaker_timeout_s=0"),
         ({"cluster_llm_fallbacks": "backup"}, 'expected JSON such as [{"base_url"'),
         ({"cluster_llm_fallbacks": [{"url": "http://b/v1", "model": "m"}]}, "0.url: Extra inputs are not permitted"),
+        ({"cluster_llm_fallbacks": [{"base_url": "b:8000"}]}, "base_url: expected http(s)://host/path"),
         ({"cluster_llm_fallbacks": [{}]}, "expected a base_url or a model"),
         ({"cluster_llm_fallbacks": [{"model": "m"}]}, "llm_base_url is not"),
         (

@@ -1,6 +1,7 @@
 -- Let a request through to a provider, or say when to ask again: its breaker first, then its limits.
 -- The breaker is that of cluster_tasks/breaker.py, on the clock of this Redis. The limits hold in any 60 seconds: the
 -- request gets the first second that leaves room for it, and none before that of the request before it.
+-- What lies further ahead than it ever could was written before the clock was set back, and is forgotten.
 --
 -- KEYS     1 breaker, 2 limits
 -- ARGV     1 timeout_s, 2 success_threshold, 3 probe_lease_s, 4 requests a minute (0: any), 5 tokens a minute (0: any),
@@ -14,29 +15,29 @@ local now = clock[1] + math.floor(clock[2] / 1000) / 1000
 local breaker = cjson.decode(redis.call('GET', KEYS[1]) or '{"generation":0,"successes":0}')
 local leases = {}
 if breaker.opened_at_s then
-  if now < breaker.opened_at_s + ARGV[1] then
-    return {'open', tostring(breaker.opened_at_s + ARGV[1] - now)}
+  if breaker.opened_at_s > now then
+    breaker.opened_at_s = now
+    redis.call('SET', KEYS[1], cjson.encode(breaker), 'EX', KEPT_S)
   end
+  local left = breaker.opened_at_s + ARGV[1] - now
+  if left > 0 then return {'open', tostring(left)} end
   for _, until_s in ipairs(breaker.leases or {}) do
-    if until_s > now then table.insert(leases, until_s) end
+    if until_s > now and until_s <= now + ARGV[7] + ARGV[3] + 1 then table.insert(leases, until_s) end
   end
-  if breaker.successes + #leases >= tonumber(ARGV[2]) then
-    return {'open', tostring(math.min(unpack(leases)) - now)}
-  end
+  local full = breaker.successes + #leases >= tonumber(ARGV[2])
+  if full then return {'open', tostring(math.min(unpack(leases)) - now)} end
 end
-
-local requests, tokens, more = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
-local wait, second = 0, ''
+local requests, tokens, more, wait, second = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]), 0, ''
 if requests + tokens > 0 then
-  local seconds, sent, taken = {}, 0, 0
+  local seconds, oldest, sent, taken = {}, 1, 0, 0
   for _, entry in ipairs(cjson.decode(redis.call('GET', KEYS[2]) or '[]')) do
-    if entry[1] + LASTS_S > now then
+    if entry[1] + LASTS_S > now and entry[1] <= now + ARGV[7] then
       table.insert(seconds, entry)
       sent, taken = sent + entry[2], taken + entry[3]
     end
   end
-  local last, oldest = seconds[#seconds], 1
-  second = math.max(math.floor(now), last and last[1] or 0)
+  local last = seconds[#seconds] or {0, 0, 0}
+  second = math.max(math.floor(now), last[1])
   while seconds[oldest] and (seconds[oldest][1] + LASTS_S <= second
       or (requests > 0 and sent + 1 > requests) or (tokens > 0 and taken + more > tokens)) do
     local gone = seconds[oldest]
@@ -44,11 +45,10 @@ if requests + tokens > 0 then
   end
   wait = math.max(0, second - now)
   if wait > tonumber(ARGV[7]) then return {'limited', tostring(wait)} end
-  if last and last[1] == second then last[2], last[3] = last[2] + 1, last[3] + more
+  if last[1] == second then last[2], last[3] = last[2] + 1, last[3] + more
   else table.insert(seconds, {second, 1, more}) end
   redis.call('SET', KEYS[2], cjson.encode(seconds), 'EX', LASTS_S + math.ceil(wait))
 end
-
 local lease = ''
 if breaker.opened_at_s then
   lease = string.format('%.3f', now + wait + ARGV[3])
