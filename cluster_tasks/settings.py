@@ -181,10 +181,6 @@ class ClusterSettings(BaseSettings):
     """Whether nodes that do their jobs worse than the others are taken out, probed and let in again."""
     ejection_slow_factor: Annotated[float, Field(ge=0)] = 10.0
     """A node that takes so many times as long as the others is taken out; 0: none is for that."""
-    breaker_success_threshold: Annotated[int, Field(ge=1)] = 2
-    """So many probes must succeed before all calls go to it again."""
-    breaker_timeout_s: Seconds = 30.0
-    """How long it is left alone before the first probe."""
     max_crash_deliveries: Annotated[int, Field(ge=1)] = 3
     """A job that was running when so many processes died is put into quarantine."""
     quarantine_ttl_s: Annotated[float, Field(ge=1)] = 30 * 24 * 3600.0
@@ -220,9 +216,10 @@ class ClusterSettings(BaseSettings):
     breaker_failure_threshold: Annotated[int, Field(ge=1)] = 5
     """A provider that was unavailable for so many of the last calls, twice as many, is not asked any more."""
     breaker_success_threshold: Annotated[int, Field(ge=1)] = 2
-    """So many probes must succeed before all calls go to it again."""
+    """So many probes must succeed before all calls go to it again, and so many jobs before a node that was ejected is
+    given others."""
     breaker_timeout_s: Seconds = 30.0
-    """How long it is left alone before the first probe."""
+    """How long a provider, or a node that was ejected, is left alone before the first probe."""
     data_dir: str = "cluster-data"
     """Where collections live; every node that serves ``retrieval`` must reach it."""
 
