@@ -29,8 +29,8 @@ REDIS_PORT = 6379
 FLOWER_PORT = 5555
 POOLS = ("prefork", "threads", "solo")
 JOIN_TIMEOUT_S = 60.0
-BEYOND_DRAIN_S = 35.0
-"""Under load a prefork pool can take 30 s longer to end than its jobs."""
+BEYOND_DRAIN_S = 15.0
+"""For a node to hand back what has not ended, and to exit."""
 LOOK_EVERY_S = 0.2
 STRATEGY_SETTINGS = ("strategy", "strategy_llm", "strategy_retrieval", "strategy_embedding")
 
@@ -138,12 +138,11 @@ class LocalCluster:
 
     def node_id(self, name: str) -> str:
         """Return the id of the node ``name``, such as ``node1``."""
-        return str(host_format(f"{name}@%h"))
+        return local_node_id(name)
 
     def last_words(self, name: str) -> str:
         """Return the end of the log of a program."""
-        log = self.directory / "logs" / f"{name}.log"
-        return " / ".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-3:]) if log.exists() else ""
+        return last_words(self.directory, name)
 
     def __enter__(self) -> Self:
         self.start()
@@ -186,6 +185,17 @@ class LocalCluster:
             where = [f"--address={HOST}", f"--port={self.flower_port}"]
             programs.append(Program("flower", [*celery, "flower", *where], priority=1))
         return programs
+
+
+def local_node_id(name: str) -> str:
+    """Return the id of a node of this machine, such as ``node1``."""
+    return str(host_format(f"{name}@%h"))
+
+
+def last_words(directory: Path, name: str) -> str:
+    """Return the end of the log of a program of the cluster in ``directory``."""
+    log = directory / "logs" / f"{name}.log"
+    return " / ".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-3:]) if log.exists() else ""
 
 
 @contextmanager

@@ -8,18 +8,25 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
+from xmlrpc.client import Fault, ProtocolError, ServerProxy
 
 import psutil
+from supervisor.xmlrpc import SupervisorTransport
 
+from cluster_tasks.errors import ClusterError
 from workers.tether import tethered, tethering
 
 NUMBER = "%(process_num)d"
 """In the words of a program: which of its copies runs them, from 1."""
+RUNNING = "RUNNING"
+ENDED = ("STOPPED", "EXITED", "FATAL")
+"""What supervisord calls programs that do not run and that it does not start by itself."""
 STEADY_S = 2
 """A program that ends sooner is restarted ever more slowly, a second longer each time."""
 SOCKET_PATH_MAX = 90
@@ -146,6 +153,44 @@ class Supervisor:
                 {"": "rpcinterface:supervisor", "supervisor.rpcinterface_factory": control},
             ]
         return "\n".join(_lines(section) for section in sections)
+
+
+class SupervisorClient:
+    """Speaks to the supervisord of a directory, whoever started it. Raises ClusterError if none answers."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        path = directory / "supervisor.sock"
+        if len(os.fsencode(path)) > SOCKET_PATH_MAX:
+            raise ClusterError(f"supervisord has no control socket where the path is so long: {path}")
+        # The address of the server is not used: what it says goes through the socket.
+        self._transport = SupervisorTransport(serverurl=f"unix://{path}")
+        self._server: Any = ServerProxy("http://localhost", self._transport)
+        self._full_names: dict[str, str] = {}
+
+    def states(self) -> dict[str, str]:
+        """Return how the programs stand, by name, in supervisord's words, such as RUNNING."""
+        found = self._call(lambda: self._server.supervisor.getAllProcessInfo())
+        self._full_names = {each["name"]: f"{each['group']}:{each['name']}" for each in found}
+        return {each["name"]: str(each["statename"]) for each in found}
+
+    def stop(self, name: str) -> None:
+        """Tell a program to end; does not wait."""
+        self._call(lambda: self._server.supervisor.stopProcess(self._full_names[name], False))
+
+    def start(self, name: str) -> None:
+        """Start a program that has ended; does not wait."""
+        self._call(lambda: self._server.supervisor.startProcess(self._full_names[name], False))
+
+    def _call(self, method: Callable[[], Any]) -> Any:
+        try:
+            return method()
+        except Fault as exc:
+            raise ClusterError(f"supervisord refused: {exc.faultString}") from exc
+        except (OSError, HTTPException, ProtocolError) as exc:
+            raise ClusterError(f"no cluster-tasks up answers in {self._directory}: {exc}") from exc
+        finally:
+            self._transport.close()
 
 
 def _section(program: Program) -> dict[str, str]:

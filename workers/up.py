@@ -76,6 +76,7 @@ def banner(local: LocalCluster) -> str:
     lines += [
         f"  celery -A {plan.app} worker -n more1@%h    # one more node",
         f"  celery -A {plan.app} cluster nodes         # who does what",
+        f"  celery -A {plan.app} cluster restart --rolling",
         "",
         "Ctrl-C ends all of it.",
     ]

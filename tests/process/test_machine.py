@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,10 +18,14 @@ import psutil
 import pytest
 from celery import Celery
 
-from cluster_tasks import Cluster, NodeFilter, NodeRole
+from cluster_tasks import Cluster, NodeFilter, NodeRole, NodeStatus
+from cluster_tasks.errors import ClusterError
 from cluster_tasks.tasks import embed
+from tests.process.accounts import finish, starts_of, wait_until_nothing_is_left
+from tests.process.jobs import Jobs, make_jobs
 from tests.waiting import wait_until
 from workers.redis_server import free_port
+from workers.rolling import RollingRestart
 
 START_S = 90.0
 KEYS = {
@@ -43,10 +48,10 @@ def test_the_demo_keeps_its_promises_and_says_so_in_one_json_object(redis_binary
 
 
 @contextmanager
-def up(directory: Path, *flower: str) -> Iterator[subprocess.Popen[bytes]]:
+def up(directory: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
     """``cluster-tasks up`` with two nodes, without Flower if nothing is said of it, started and ready."""
     command = [sys.executable, "-m", "cluster_tasks.cli.main", "up", "--nodes", "2", "--pool", "solo"]
-    command += flower or ["--no-flower"]
+    command += options if "--flower-port" in options else [*options, "--no-flower"]
     log = directory / "up.log"
     with log.open("wb") as output:
         process = subprocess.Popen([*command, "--data-dir", str(directory)], stdout=output, stderr=output)
@@ -122,6 +127,55 @@ def test_flower_shows_every_node_with_its_list_and_its_jobs(
         assert [lengths[cluster.keys.node_queue(node)] for node in nodes] == [0, 0]
         page = get("/broker")
         assert all(cluster.keys.node_queue(node) in page for node in nodes)
+
+
+@pytest.mark.timeout(300)
+def test_a_rolling_restart_under_load_loses_and_charges_nothing_and_keeps_all_nodes_but_one(
+    redis_binary: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with up(tmp_path, "--app", "tests.process.jobs", "--pool", "prefork"):
+        monkeypatch.setenv("CLUSTER_BROKER_URL", broker_url_of(tmp_path))
+        jobs = make_jobs()
+        cluster, results, fewest = jobs.cluster, [jobs.stubborn.delay()], 2
+        names = {node.id: node.epoch for node in cluster.nodes()}
+        wait_until(lambda: starts_of(jobs, results)[results[0].id], START_S, "one runs that will not end in time")
+        command = [*(sys.executable, "-m", "celery", "-A", "tests.process.jobs", "cluster", "restart", "--rolling")]
+        command += ["--data-dir", str(tmp_path), "--timeout", "1", "--json"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as restarting:
+            while restarting.poll() is None:
+                results.append(jobs.work.delay(0.2, key=str(len(results))))
+                online = [node for node in cluster.nodes(NodeFilter(role=NodeRole.WORKER))
+                          if node.status in (NodeStatus.ONLINE, NodeStatus.BUSY)]  # fmt: skip
+                fewest = min(fewest, len(online))
+                threading.Event().wait(0.2)  # Less than the one that is left can do.
+            told, errors = restarting.communicate()
+        assert restarting.returncode == 0, errors.decode()
+        done = {each["node"]: each for each in map(json.loads, told.splitlines())}
+        assert [name.partition("@")[0] for name in done] == ["node1", "node2", "coordinator"]
+        now = {node.id: node.epoch for node in cluster.nodes()}
+        assert names.keys() == now.keys()
+        assert not names.items() & now.items(), "each has a new epoch"
+        assert {name: each["epoch"] for name, each in done.items()} == now
+        assert fewest == 1
+        assert sum(finish(results).values()) == len(results)
+        assert sum(starts_of(jobs, results).values()) == len(results) + sum(
+            each["handed_back"] for each in done.values()
+        )
+        kinds = [event.kind for event in cluster.events.latest(1000)]
+        assert (kinds.count("node restarted"), kinds.count("node lost")) == (3, 0)
+        wait_until_nothing_is_left(jobs)
+
+        # No time to come back: the rest is left as it is.
+        impatient = RollingRestart(cluster, tmp_path, drain_timeout_s=1, start_timeout_s=0.1)
+        with pytest.raises(ClusterError, match=r"node1 is not back after 0.1 s.*node1.log"):
+            impatient.run(lambda _: None)
+        assert cluster.epochs.beats()[next(name for name in now if "node2" in name)].epoch in now.values()
+        jobs.app.close()
+
+
+def test_a_rolling_restart_says_where_no_cluster_runs(jobs: Jobs, tmp_path: Path) -> None:
+    with pytest.raises(ClusterError, match=f"no cluster-tasks up answers in {re.escape(str(tmp_path))}"):
+        RollingRestart(jobs.cluster, tmp_path, 1, 1).run(lambda _: None)
 
 
 def broker_url_of(directory: Path) -> str:
