@@ -30,8 +30,13 @@ cluster_lease_s = 3.0
 # cluster_max_crash_deliveries = 3
 # cluster_quarantine_ttl_s = 2592000.0
 # cluster_quarantine_max = 1000
-# How long running jobs may take to end after SIGTERM. Whatever stops a node must wait longer than this.
+# How long running jobs may take to end after SIGTERM; then others run them. Whatever stops a node must wait longer than
+# this, by five seconds or more.
 cluster_drain_timeout_s = 30.0
+# What a node does with running jobs that others have been given: "kill" or "abandon". Threads cannot be killed.
+# cluster_on_fenced = "kill"
+# A node that beats, but whose event loop, consumer or pool does nothing for so long, gives its jobs away and exits.
+# cluster_stuck_s = None  # ten leases, 30 s at least
 
 # --- Balance of the lists --------------------------------------------------------------------------------------------
 

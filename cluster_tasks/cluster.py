@@ -44,7 +44,7 @@ from cluster_tasks.failover.release import Release
 from cluster_tasks.gateway.guard import Neighbourhood
 from cluster_tasks.keys import DEFAULT_NAME, Keys
 from cluster_tasks.model import Node, NodeEvent, NodeFilter, NodeStatus, check_node_id
-from cluster_tasks.redis_store import connect, foreign_errors, is_same_server
+from cluster_tasks.redis_store import connect, foreign_errors, is_same_server, text
 from cluster_tasks.registry import create_registry
 from cluster_tasks.registry.base import ALL, Registry
 from cluster_tasks.router import ClusterRouter, ClusterView
@@ -60,6 +60,7 @@ REBALANCED_AT_ONCE = 2_000
 """Jobs that are moved from one list on a beat."""
 PROVIDER_TIMEOUT_S = 1.0
 """The longest that a job waits for what Redis knows of its provider."""
+LOOK_EVERY_S = 0.1
 
 
 def cluster_of(app: Celery) -> Cluster:
@@ -214,15 +215,47 @@ class Cluster:
         """Yield joined, left and updated until ``stop`` is set; see ``Registry.watch``."""
         return self.registry.watch(stop or Event())
 
-    def drain(self, node_id: str, epoch: str = "") -> Moved:
+    def drain(self, node_id: str, epoch: str = "", *, timeout_s: float | None = None) -> Moved:
         """Place nothing new on a node and hand its list to the others; what it runs goes on.
 
-        Raises NodeNotFound if ``epoch`` ('': any) of it does not stand.
+        With ``timeout_s`` (``inf``: without end) it also waits until the node holds nothing, and hands back what it
+        holds when the time is over. Raises NodeNotFound if ``epoch`` ('': any) of it does not stand, ClusterError if
+        it is resumed meanwhile.
         """
         self._set_draining(node_id, True, epoch)
         moved = self.evacuation.hand_over(node_id)
         self.events.add("node draining", node=node_id, listed=moved.listed)
+        beat = self.epochs.beats().get(node_id)
+        if timeout_s is None or beat is None or self._wait_until_quiet(node_id, beat.epoch, timeout_s):
+            return moved
+        return moved + self.hand_back(node_id, beat.epoch)
+
+    def hand_back(self, node_id: str, epoch: str) -> Moved:
+        """Take from a draining node what it holds, and let others run it. Nobody is charged. Safe to repeat.
+
+        What the node has begun of it is not committed any more; see the setting ``on_fenced``.
+        """
+        moved = self.evacuation.hand_back(node_id, epoch)
+        if moved:
+            self.events.add("jobs handed back", node=node_id, epoch=epoch, held=moved.held)
         return moved
+
+    def _wait_until_quiet(self, node_id: str, epoch: str, timeout_s: float) -> bool:
+        """Whether a draining node came to hold nothing in time, or left. Raises ClusterError if it is resumed."""
+        until_s, queue = self.clock.monotonic() + timeout_s, self.keys.node_queue(node_id)
+        while True:
+            with foreign_errors(BrokerUnavailable, f"waiting for {node_id}"), self.client.pipeline() as pipe:
+                pipe.hlen(self.keys.unacked(node_id, epoch))
+                pipe.hget(self.keys.epochs, queue)
+                pipe.sismember(self.keys.draining, queue)
+                held, standing, drains = pipe.execute()
+            if not held or text(standing or b"") != epoch:
+                return True
+            if not drains:
+                raise ClusterError(f"{node_id} was resumed before it had ended what it runs")
+            if (left_s := until_s - self.clock.monotonic()) <= 0:
+                return False
+            sleep(min(left_s, LOOK_EVERY_S))
 
     def resume(self, node_id: str) -> None:
         """Let a draining node take jobs again. Raises NodeNotFound."""

@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import parse_qsl, urlencode
 
 from pydantic import (
@@ -188,7 +188,15 @@ class ClusterSettings(BaseSettings):
     quarantine_max: Annotated[int, Field(ge=1)] = 1_000
     """How many jobs quarantine keeps, each as large as its message; beyond, the oldest go."""
     drain_timeout_s: Seconds = 30.0
-    """How long running jobs may take to finish after SIGTERM."""
+    """How long running jobs may take to finish after SIGTERM; then they are handed back, and others run them."""
+    on_fenced: Literal["kill", "abandon"] = "kill"
+    """What a node does with running jobs that others have been given: end their processes (pools of threads and solo
+    have none, and abandon), or let them run on in the slots that they fill; they are not committed."""
+    stuck_s: Seconds | None = None
+    """A node that beats, and whose event loop, consumer or pool makes no progress for so long, gives up and exits.
+
+    None: ten leases, 30 s at least.
+    """
 
     llm_base_url: SecretUrl | None = None
     """An OpenAI-compatible endpoint; None: ``local-extractive``."""
@@ -273,6 +281,11 @@ class ClusterSettings(BaseSettings):
                 f"lease_s={self.lease_s} must be at least four times health_check_s={self.health_check_s}: "
                 "an observer that misses half a lease starts anew, and would never see a dead node"
             )
+        if self.stuck_s is not None and self.stuck_s < self.lease_s:
+            raise ValueError(
+                f"stuck_s={self.stuck_s} must be at least lease_s={self.lease_s}: "
+                "a worker that is held up for less than a lease is not even taken for dead"
+            )
         return self
 
     @model_validator(mode="after")
@@ -287,6 +300,11 @@ class ClusterSettings(BaseSettings):
                     "cannot be compared"
                 )
         return self
+
+    @property
+    def stuck_after_s(self) -> float:
+        """``stuck_s``, or what it stands for."""
+        return self.stuck_s if self.stuck_s is not None else max(10 * self.lease_s, 30.0)
 
     def strategy_for(self, request_type: str) -> str:
         """The strategy of a request type: its own if one is set, else the common one."""

@@ -11,10 +11,12 @@ from celery.worker import state
 
 from cluster_tasks.broker.deliveries import Deliveries
 from cluster_tasks.broker.epochs import Beat, Predecessor, Standing
+from cluster_tasks.broker.placement import Crash
 from cluster_tasks.cluster import Cluster
 from cluster_tasks.errors import BrokerUnavailable, NodeNameTaken, NodeNotFound, UnavailableError
 from cluster_tasks.model import Load, Node, NodeStatus
 from cluster_tasks.redis_store import foreign_errors
+from workers.executions import Executions
 from workers.heartbeat import HeartbeatProcess
 from workers.load import outcomes
 from workers.periodic import Periodic
@@ -39,12 +41,21 @@ class NodeAgent:
         deliveries: Deliveries | None,
         measure: Callable[[], Load],
         helper: HeartbeatProcess | None = None,
+        executions: Executions | None = None,
     ) -> None:
-        """``helper`` beats as well, for a pool that can hold the GIL of this process."""
-        self._helper = helper
+        """``helper`` beats as well, for a pool that can hold the GIL of this process.
+
+        ``executions`` are what the pool of this node runs; a coordinator has none.
+        """
+        self._helper, self._executions = helper, executions
         self._cluster, self._node, self._deliveries, self._measure = cluster, node, deliveries, measure
         self._settings = cluster.settings
+        self.beats = 0
+        """How often it has tried to beat."""
+        self._kills = cluster.settings.on_fenced == "kill"
         self._standing = Standing.OK
+        self._abandoned: set[str] = set()
+        """What runs here and others have been given."""
         self._checks = (-1, 0.0)
         self._wants_its_share = False
         self._resynced_s = cluster.clock.monotonic()
@@ -86,6 +97,32 @@ class NodeAgent:
             self._cluster.drain(self._node.id, self._node.epoch)
         except NodeNotFound:
             logger.warning("this node was fenced: others have its list already")
+
+    def hand_back(self) -> bool:
+        """Give others what this node still holds, uncharged, and stop it here; return whether nothing runs any more.
+
+        Raises BrokerUnavailable.
+        """
+        if self._deliveries is None or not self._deliveries.held():
+            return True
+        if epoch := self._node.epoch:
+            moved = self._cluster.hand_back(self._node.id, epoch)
+            logger.warning("%d jobs have not ended in time and are handed back", moved.held)
+        return self._stop_taken(kill=True)
+
+    def give_up(self, reason: str) -> None:
+        """Leave at once, because this worker is stuck: others get all jobs. Raises UnavailableError.
+
+        Only the job whose message the event loop was at, if any, is charged: it would hold up the next node as well.
+        """
+        node_id, epoch = self._node.id, self._node.epoch
+        self._cluster.events.add("node stuck", node=node_id, epoch=epoch, reason=reason)
+        if self._deliveries is not None and self._executions is not None:
+            at_work = self._executions.tags()
+            culprits = [tag for tag in self._deliveries.delivered() if tag not in at_work]
+            crash = Crash(node_id, epoch, reason, self._cluster.clock.time())
+            self._cluster.evacuation.hand_back(node_id, epoch, crash, culprits)
+        self._cluster.retire(node_id, epoch)
 
     def stop(self, *, in_good_order: bool = True) -> None:
         """Leave: end the epoch, give back what is still held, uncharged. Safe to repeat, and before ``start``.
@@ -144,7 +181,21 @@ class NodeAgent:
             # The epoch table has us, so we work; the load report registers us when the registry answers.
             logger.warning("not registered yet: %s", exc)
 
+    def _stop_taken(self, *, kill: bool) -> bool:
+        """Stop what others have been given; return whether nothing of it runs any more. Raises BrokerUnavailable."""
+        if self._deliveries is None or self._executions is None:
+            return True
+        with foreign_errors(BrokerUnavailable, "looking for what others have been given"):
+            taken = self._deliveries.disown()
+        fresh, self._abandoned = taken - self._abandoned, taken
+        stopped = self._executions.stop(fresh) if kill else 0
+        if fresh:
+            how = "stopped" if stopped else "not committed"
+            logger.warning("%d running jobs were given to others; here they are %s", len(fresh), how)
+        return not taken or (kill and self._executions.can_stop)
+
     def _beat(self) -> None:
+        self.beats += 1
         was_draining = self._standing is Standing.DRAINING
         # Stamp before the call: a slow reply must shorten the time that is sure, never stretch it.
         sent_at_s = self._cluster.clock.monotonic()
@@ -154,6 +205,8 @@ class NodeAgent:
             # A Redis that can be read and not written stops all beats, and no node is dead.
             self._cluster.health.interrupted()
             raise
+        if self._standing is not Standing.OK:
+            self._stop_taken(kill=self._kills)
         if self._standing is Standing.FENCED:
             self._rejoin()
             if was_draining:
@@ -170,6 +223,7 @@ class NodeAgent:
         with foreign_errors(BrokerUnavailable, "reading what this node holds"):
             again = self._deliveries.resync()
         self._resynced_s = now_s
+        self._stop_taken(kill=self._kills)
         if again:
             logger.warning("%d jobs that this node had let lie are delivered again", again)
 

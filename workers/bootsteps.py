@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import sys
 import time
@@ -12,7 +13,7 @@ import redis
 from celery import Task, bootsteps, signals
 from celery.concurrency.prefork import TaskPool as PreforkPool
 from celery.exceptions import WorkerShutdown, WorkerTerminate
-from celery.platforms import EX_FAILURE
+from celery.platforms import EX_FAILURE, EX_OK
 from celery.worker import state
 from kombu.exceptions import OperationalError
 
@@ -25,8 +26,12 @@ from cluster_tasks.router import cluster_queue
 from cluster_tasks.tasks.base import ClusterTask
 from workers import control
 from workers.agent import NodeAgent
+from workers.drain import Departure, end_process
+from workers.executions import Executions
 from workers.heartbeat import HeartbeatProcess
 from workers.load import measure
+from workers.periodic import Periodic
+from workers.progress import LOOK_EVERY_S, Progress, Pulse, stack_of
 from workers.refusals import Refusals
 from workers.request import keeping_errors_in
 
@@ -58,8 +63,10 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
         worker.prefetch_multiplier = 1
         self._cluster, self._hostname = cluster, worker.hostname
         self._agent: NodeAgent | None = None
+        self._pulse = Pulse()
         worker.app.amqp.queues.select_add(cluster_queue(cluster.keys.node_queue(worker.hostname)))
         signals.worker_shutdown.connect(self._leave, sender=worker)
+        signals.worker_shutting_down.connect(self._shutting_down, sender=worker.hostname)
 
     def start(self, worker: Any) -> None:
         cluster = self._cluster
@@ -69,8 +76,12 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
         )
         # Children of prefork have a GIL of their own; tasks of the other pools share the agent's.
         helper = None if isinstance(worker.pool, PreforkPool) else HeartbeatProcess(cluster.settings, node.id)
-        self._agent = NodeAgent(cluster, node, register, lambda: measure(register.held(), register.trial), helper)
-        join(self._agent)
+        executions = Executions(worker.pool)
+        agent = NodeAgent(cluster, node, register, lambda: measure(register.held(), register.trial), helper, executions)
+        self._accompany(agent, register, executions, Progress(worker, register, executions, self._pulse))
+        join(agent)
+        self._departure.start()
+        self._watch.start()
         deliveries.install(register)
         control.install()
         for task in worker.app.tasks.values():
@@ -79,7 +90,19 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
                 task.Request = ClusterTask.Request
         logger.info("node %s joined cluster %s", node.id, cluster.settings.name)
 
+    def _accompany(self, agent: NodeAgent, register: Deliveries, executions: Executions, progress: Progress) -> None:
+        settings = self._cluster.settings
+        self._departure = Departure(
+            settings.drain_timeout_s,
+            drain=agent.drain, hand_back=agent.hand_back, hopeless=register.holds_only_what_was_taken,
+            foreign=executions.foreign, leave=self._leave,
+        )  # fmt: skip
+        self._watch = Periodic("progress", LOOK_EVERY_S, lambda: self._watch_progress(agent, register, progress))
+        self._agent = agent
+
     def register_with_event_loop(self, worker: Any, hub: Any) -> None:
+        self._pulse.beat()
+        hub.call_repeatedly(LOOK_EVERY_S, self._pulse.beat)
         if isinstance(worker.pool, PreforkPool):
             # Celery looks for children that died every five seconds.
             hub.call_repeatedly(1.0, worker.pool.maintain_pool)
@@ -87,18 +110,37 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
     def close(self, worker: Any) -> None:
         """The worker begins to shut down: what only waits goes to others at once."""
         if self._agent is not None:
-            try:
-                self._agent.drain()
-            except UnavailableError as exc:
-                logger.warning("the list of this node is left to the health check: %s", exc)
+            self._departure.begin(worker.exitcode or EX_OK)
 
     def terminate(self, worker: Any) -> None:
         self._leave()
+
+    def _shutting_down(self, how: str, exitcode: int, **_: Any) -> None:
+        # Told by the signal itself: the loop of solo hears of it only when its job has ended.
+        if how == "Warm" and self._agent is not None:
+            self._departure.begin(exitcode)
+
+    def _watch_progress(self, agent: NodeAgent, register: Deliveries, progress: Progress) -> None:
+        settings, clock = self._cluster.settings, self._cluster.clock
+        reason = "" if self._departure.begun else progress.look(agent.beats, clock.monotonic(), settings.stuck_after_s)
+        if not reason:
+            return
+        logger.critical(
+            "this node is stuck: %s. It gives its jobs to others, and exits. Its event loop is at:\n%s",
+            reason, stack_of(register.loop_thread),
+        )  # fmt: skip
+        try:
+            agent.give_up(reason)
+        except UnavailableError as exc:
+            logger.critical("leaving without a word, the others will notice: %s", exc)
+        end_process(os.EX_SOFTWARE)
 
     def _leave(self, **_: Any) -> None:
         # By signal and not in stop(): Celery stops this step before the pool, whose jobs must end under our epoch.
         agent, self._agent = self._agent, None
         if agent is not None:
+            self._departure.stop()
+            self._watch.stop()
             if (error := _unasked_end()) is not None:
                 logger.error("this node ends by an error, what it still holds is charged with that: %r", error)
             try:

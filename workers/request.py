@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from kombu.exceptions import OperationalError as UnpublishableError
 
 from cluster_tasks.broker import deliveries
 from cluster_tasks.broker.deliveries import Deliveries, Past
-from cluster_tasks.broker.message import Delivery
+from cluster_tasks.broker.message import INTERRUPTED, Delivery
 from cluster_tasks.broker.sequels import attempt_of, complete
 from cluster_tasks.cluster import Cluster, cluster_of
 from cluster_tasks.errors import ClusterError, NodeLost, OutOfMemory, QuarantinedError, StaleCommit, UnavailableError
@@ -42,6 +43,7 @@ class ClusterRequest(Request):  # type: ignore[misc]
     _eta: Any
     _delivery: Delivery | None = None
     _was_delayed = _is_held_back = _is_let_go_here = _failed = _is_ending = False
+    _stop_process: Callable[[int, int], object] | None = None
     _letting_go: Callable[[], None] | None = None
     _accepted_s: float | None = None
     _erred = False
@@ -107,6 +109,9 @@ class ClusterRequest(Request):  # type: ignore[misc]
 
     def _verdict(self, node: Deliveries, tag: str, past: Past) -> ClusterError | None:
         """The error with which a job fails that must not be run again, after the crashes of its past."""
+        reruns = getattr(self._task, "rerun_on_crash", True)
+        if not reruns and (self._message.delivery_info or {}).get(INTERRUPTED):
+            return NodeLost("its node gave it back, and may have begun it by then; it is not to be run twice")
         if not past.crashes:
             return None
         cluster: Cluster = cluster_of(self._app)
@@ -115,7 +120,7 @@ class ClusterRequest(Request):  # type: ignore[misc]
             logger.error("job %s[%s] is in quarantine: %s", self.name, self.id, kept.reason)
             cluster.events.add("job quarantined", job=self.id, task=self._type, reason=kept.reason)
             return QuarantinedError(kept.reason)
-        if not getattr(self._task, "rerun_on_crash", True):
+        if not reruns:
             last = past.crashes[-1]
             return NodeLost(f"it ran on {last.node} when that happened: {last.reason}; it is not to be run twice")
         return None
@@ -136,13 +141,41 @@ class ClusterRequest(Request):  # type: ignore[misc]
                 info = TraceInfo(states.FAILURE, error).handle_error_state(self._task, self._context)
             self.send_event("task-failed", exception=repr(error), traceback=info.traceback)
 
+    # When others have been given its job.
+
+    @property
+    def delivery_tag(self) -> str:
+        """Of its delivery; empty if it came from a queue that is not the cluster's."""
+        return self._delivery.tag if self._delivery is not None else ""
+
+    def stop(self, stop_process: Callable[[int, int], object]) -> None:
+        """End the process that runs it, now or when one begins; its end is nobody's business. From any thread.
+
+        ``stop_process`` is given the process id and a signal.
+        """
+        self._stop_process = stop_process
+        if self.time_start:
+            # What it would do when it is asked to end, the others' run may be doing at the same time.
+            stop_process(self.worker_pid, signal.SIGKILL)
+
     def on_accepted(self, pid: int, time_accepted: float) -> None:
         self._accepted_s = time_accepted
         super().on_accepted(pid, time_accepted)
+        if self._stop_process is not None:
+            self._stop_process(pid, signal.SIGKILL)
+
+    def _is_over(self) -> bool:
+        """Whether it was stopped: then it has come to its end here, and to none for the cluster."""
+        if self._stop_process is None or self._delivery is None or (node := deliveries.current()) is None:
+            return False
+        self._let_lie(node, self._delivery.tag)
+        return True
 
     # How it ends.
 
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> Any:
+        if self._is_over():
+            return None
         exc = exc_info.exception
         exc = exc.exc if isinstance(exc, ExceptionWithTraceback) else exc
         if isinstance(exc, MemoryError):
@@ -195,6 +228,8 @@ class ClusterRequest(Request):  # type: ignore[misc]
             self.reject(requeue=True)
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
+        if self._is_over():
+            return
         self._failed = self._erred = not soft
         with self._letting_go_last():
             super().on_timeout(soft, timeout)
@@ -205,6 +240,8 @@ class ClusterRequest(Request):  # type: ignore[misc]
         self._already_revoked = True
 
     def _on_outcome(self, outcome: Any, **kwargs: Any) -> None:
+        if self._is_over():
+            return
         if isinstance(outcome, ExceptionInfo):
             # So threads and solo tell of an exit of the task, which is the death of a process where there are some.
             self.on_failure(outcome)

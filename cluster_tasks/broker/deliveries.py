@@ -6,6 +6,7 @@ by a client of the process, and kept until Redis has taken it. So it works after
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import threading
@@ -70,6 +71,7 @@ class Deliveries:
         self._returned: dict[str, tuple[Placement, Crash | None]] = {}
         self._unreadable: dict[str, bytes] = {}
         self._blamed: dict[str, Crash] = {}
+        self._taken: Set[str] = frozenset()
         self._fetches = 0
         self.trial = ""
         """The trial under which this node is given jobs; empty: none."""
@@ -128,6 +130,16 @@ class Deliveries:
     def held(self) -> int:
         """How many jobs this process holds, of all epochs."""
         return len(self._held)
+
+    @property
+    def fetches_answered(self) -> int:
+        """Grows with every fetch that was answered."""
+        return self._answered
+
+    def delivered(self) -> list[str]:
+        """The tags of what a consumer has been given and this process still holds."""
+        with self._lock:
+            return [tag for tag in self._held if tag not in {waiting for waiting, *_ in self._inbox}]
 
     def undelivered(self) -> bool:
         """Whether a job that this process holds has not been seen by a consumer."""
@@ -294,12 +306,45 @@ class Deliveries:
         self.wake()
         return len(missing)
 
+    def disown(self) -> set[str]:
+        """Return the tags of what this process holds and the cluster has taken from it. Raises redis.RedisError.
+
+        Nothing of it is started or acknowledged any more; what has not been delivered is forgotten. What it has
+        committed itself is not among them, though its delivery went with the commit.
+        """
+        taken = set(self._find_taken())
+        with self._lock:
+            self._taken = taken
+            for tag, *_ in self._inbox:
+                if tag in taken:
+                    self._held.pop(tag, None)
+            self._inbox = deque(item for item in self._inbox if item[0] not in taken)
+        self.wake()
+        return taken & self._held.keys()
+
+    def holds_only_what_was_taken(self) -> bool:
+        """Whether this process holds something, and nothing that is still its own."""
+        with self._lock:
+            return bool(self._held) and self._held.keys() <= self._taken
+
+    def _find_taken(self) -> list[str]:
+        with self._lock:
+            held, unacked = dict(self._held), self.unacked_key
+        if not held:
+            return []
+        recorded: Any = self._client.hkeys(unacked)
+        gone = [tag for tag in held.keys() - set(map(text, recorded)) if tag in self._held]
+        if not gone:
+            return []
+        ended_by: Any = self._client.mget([self._keys.terminal(_job_of(held[tag])) for tag in gone])
+        return [tag for tag, ender in zip(gone, ended_by, strict=True) if text(ender or b"") != tag]
+
     def wake(self) -> None:
         """Let the event loop look for work."""
         os.eventfd_write(self.wake_fd, 1)
 
     def _is_current(self, tag: str) -> bool:
-        return bool(self.epoch) and tag.startswith(self.epoch + ".")
+        return bool(self.epoch) and tag.startswith(self.epoch + ".") and tag not in self._taken
 
     def _quietly(self, send: Callable[[], object]) -> None:
         try:
@@ -312,6 +357,14 @@ class Deliveries:
 def _fetch_of(tag: str) -> int:
     """The number of the fetch that gave a delivery."""
     return int(tag.split(".")[-2])
+
+
+def _job_of(message: bytes) -> str:
+    try:
+        return str(json.loads(message)["headers"]["id"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        # Nothing that could have been committed.
+        return ""
 
 
 _current: Deliveries | None = None

@@ -17,6 +17,8 @@ from cluster_tasks.model import REQUEST_TYPE
 REQUEST_TYPE_PROPERTY = "request_type"
 DELIVERY_PROPERTY = "cluster_delivery"
 """Where a delivered message says which delivery it is; see Delivery."""
+INTERRUPTED = "interrupted"
+"""Set in the delivery info of a job that was taken from a node which may have begun it, without a crash."""
 
 _SUFFIXES = priority_suffixes()
 
@@ -92,10 +94,13 @@ def due_time(payload: dict[str, Any], timezone: tzinfo) -> float | None:
         return None
 
 
-def replace_message(message: bytes, keys: Keys, *, delivered: bool, queue: str = "") -> Placement:
+def replace_message(
+    message: bytes, keys: Keys, *, delivered: bool, interrupted: bool = False, queue: str = ""
+) -> Placement:
     """Say where a message goes that is placed again; one that was ``delivered`` is marked as redelivered.
 
-    Raises ValueError if it is not a Kombu message.
+    One that was ``interrupted`` had maybe begun, and says so to tasks that must not run twice. Raises ValueError if it
+    is not a Kombu message.
     """
     try:
         payload = check_payload(json.loads(message))
@@ -104,7 +109,8 @@ def replace_message(message: bytes, keys: Keys, *, delivered: bool, queue: str =
     if not delivered:
         return place_message(payload, message, keys, queue)
     properties = payload["properties"]
-    properties["delivery_info"] = {**(properties.get("delivery_info") or {}), "redelivered": True}
+    marks = {"redelivered": True} | ({INTERRUPTED: True} if interrupted else {})
+    properties["delivery_info"] = {**(properties.get("delivery_info") or {}), **marks}
     return place_message(payload, json.dumps(payload), keys, queue)
 
 

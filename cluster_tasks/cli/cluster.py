@@ -9,6 +9,7 @@ import json
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from math import inf
 from typing import Any
 
 import click
@@ -210,22 +211,30 @@ def _fact(fact: Any) -> str:
 
 @cluster.command()
 @click.argument("node")
+@click.option("--wait", is_flag=True, help="Wait until it runs nothing any more.")
+@click.option("--timeout", type=click.FloatRange(min=0), metavar="SECONDS",
+              help="Wait so long; then others run what it still runs.")  # fmt: skip
 @json_option
 @pass_cluster
-def drain(cluster: Cluster, node: str, as_json: bool) -> None:
+def drain(cluster: Cluster, node: str, wait: bool, timeout: float | None, as_json: bool) -> None:
     """Place nothing new on NODE, and hand its list to the others.
 
-    What it runs goes on. NODE is an id, or what stands before the @ if only one node has that name.
+    What it runs goes on, with --timeout for so long: then it is handed back to the cluster, without a crash being
+    counted, and NODE cannot commit it any more. NODE is an id, or what stands before the @ if only one node has that
+    name.
 
     \b
-    Example: celery -A cluster_tasks cluster drain gpu1
+    Example: celery -A cluster_tasks cluster drain gpu1 --timeout 60
     """
     node_id = _node_id(cluster, node)
-    handed_over = cluster.drain(node_id).listed
+    moved = cluster.drain(node_id, timeout_s=inf if wait and timeout is None else timeout)
+    waited = wait or timeout is not None
     if as_json:
-        print_json({"node": node_id, "status": NodeStatus.DRAINING, "handed_over": handed_over})
+        told = {"node": node_id, "status": NodeStatus.DRAINING, "handed_over": moved.listed}
+        print_json(told | ({"handed_back": moved.held} if waited else {}))
     else:
-        click.echo(f"{node_id} is draining; jobs handed over: {handed_over}")
+        ended = f"; it runs nothing any more; jobs handed back: {moved.held}" if waited else ""
+        click.echo(f"{node_id} is draining; jobs handed over: {moved.listed}{ended}")
 
 
 @cluster.command()
@@ -264,6 +273,34 @@ def rebalance(cluster: Cluster, as_json: bool) -> None:
         print_json({"moved": done.moved, "taken": dict(done.taken), "given": dict(done.given)})
     else:
         click.echo(f"jobs moved: {done.moved}" + "".join(f"; {count} to {node}" for node, count in done.given.items()))
+
+
+@cluster.command()
+@click.option("--rolling", is_flag=True, required=True, help="One after the other; there is no other way.")
+@click.option("--data-dir", default="cluster-data", show_default=True, envvar="CLUSTER_DATA_DIR", show_envvar=True,
+              help="That of cluster-tasks up.")  # fmt: skip
+@click.option("--timeout", type=click.FloatRange(min=0), metavar="SECONDS",
+              help="How long running jobs of a node may take; else cluster_drain_timeout_s.")  # fmt: skip
+@json_option
+@pass_cluster
+def restart(cluster: Cluster, rolling: bool, data_dir: str, timeout: float | None, as_json: bool) -> None:
+    """Restart the nodes of a cluster-tasks up one after the other, while the others work.
+
+    Each is drained (what does not end in time goes to others), stopped, started, and has to be online again before the
+    next one goes; the coordinator is the last. If one does not come back the rest is left as it is.
+
+    \b
+    Example: celery -A cluster_tasks cluster restart --rolling --data-dir cluster-data
+    """
+
+    def tell(done: Any) -> None:
+        if as_json:
+            print_json(asdict(done), one_line=True)
+        else:
+            click.echo(f"{done.node} is back; jobs handed back: {done.handed_back}")
+
+    check_runtime()
+    symbol_by_name("workers.rolling:rolling_restart")(cluster, data_dir, timeout, tell)
 
 
 @cluster.command()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, cast
@@ -59,6 +59,19 @@ class Evacuation:
         with foreign_errors(BrokerUnavailable, f"handing over the list of {node_id}"):
             return Moved(listed=self._move_lists(self._keys.node_queue(node_id)))
 
+    def hand_back(
+        self, node_id: str, epoch: str, crash: Crash | None = None, tags: Collection[str] | None = None
+    ) -> Moved:
+        """Take what an epoch holds, or the deliveries ``tags`` of it, from its node while the epoch stands.
+
+        The node cannot commit them any more. It has to be draining, or it may be given the same jobs again.
+        """
+        with foreign_errors(BrokerUnavailable, f"taking back what {node_id} holds"):
+            source, not_started = self._keys.unacked(node_id, epoch), self._keys.not_started(node_id, epoch)
+            held: dict[bytes, bytes] = cast(Any, self._client.hgetall(source))
+            taken = {tag: held[tag] for tag in held if tags is None or text(tag) in tags}
+            return Moved(self._move_chunk(source, not_started, taken, crash))
+
     def hand_over_unbound(self, node_id: str) -> Moved:
         """Move the list of a node that may not take from it; what no other node can run stays."""
         with foreign_errors(BrokerUnavailable, f"handing over the list of {node_id}"):
@@ -91,16 +104,23 @@ class Evacuation:
         while self._client.hlen(source):
             scan = self._client.hscan_iter(source, count=CHUNK)
             while chunk := dict(islice(scan, CHUNK)):
-                # Each goes to the front, so the one that was fetched first comes last.
-                newest_first = sorted(chunk.items(), key=_fetched, reverse=True)
-                held = list(self._readable(source, newest_first))
-                moved += self._placer.move_held(source, not_started, held, crash) if held else 0
+                moved += self._move_chunk(source, not_started, chunk, crash)
         return moved
 
-    def _readable(self, source: str, fields: Iterable[tuple[bytes, bytes]]) -> Iterator[tuple[str, Placement]]:
+    def _move_chunk(self, source: str, not_started: str, chunk: dict[bytes, bytes], crash: Crash | None) -> int:
+        # Each goes to the front, so the one that was fetched first comes last.
+        newest_first = sorted(chunk.items(), key=_fetched, reverse=True)
+        # A crash tells as much; without one the message has to say that its job may have begun.
+        idle: Any = self._client.smembers(not_started) if crash is None else chunk.keys()
+        held = list(self._readable(source, newest_first, idle))
+        return self._placer.move_held(source, not_started, held, crash) if held else 0
+
+    def _readable(
+        self, source: str, fields: Iterable[tuple[bytes, bytes]], idle: Collection[bytes]
+    ) -> Iterator[tuple[str, Placement]]:
         for tag, message in fields:
             try:
-                yield text(tag), replace_message(message, self._keys, delivered=True)
+                yield text(tag), replace_message(message, self._keys, delivered=True, interrupted=tag not in idle)
             except ValueError:
                 self._placer.set_aside_held(source, tag, message)
 

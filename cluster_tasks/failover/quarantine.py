@@ -11,7 +11,7 @@ from typing import Any
 import redis
 from kombu.utils.uuid import uuid
 
-from cluster_tasks.broker.message import place_message
+from cluster_tasks.broker.message import INTERRUPTED, place_message
 from cluster_tasks.broker.placement import Crash, Placer
 from cluster_tasks.clock import Clock
 from cluster_tasks.errors import BrokerUnavailable, JobNotFound
@@ -124,7 +124,8 @@ class Quarantine:
             headers.pop(header, None)
         headers.update({"id": new_id, RETRY_OF: job_id, "eta": None, "expires": None})
         properties.update(correlation_id=new_id, delivery_tag=uuid())
-        (properties.get("delivery_info") or {}).pop("redelivered", None)
+        for mark in ("redelivered", INTERRUPTED):
+            (properties.get("delivery_info") or {}).pop(mark, None)
         placement = replace(place_message(payload, json.dumps(payload), self._keys), job_id=new_id)
         with foreign_errors(BrokerUnavailable, f"sending job {job_id} again"):
             if not self._placer.unquarantine(job_id, placement):

@@ -43,7 +43,7 @@ def stale_commits(chaos: Chaos) -> int:
 @pytest.mark.chaos("core")
 @pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
 def test_a_node_that_wakes_after_its_failover_commits_nothing(pool: str, chaos: Chaos) -> None:
-    with chaos.nodes(3, pools=(pool,), environ=QUICK | FORGIVING) as nodes:
+    with chaos.nodes(3, pools=(pool,), environ=QUICK | FORGIVING | {"CLUSTER_ON_FENCED": "abandon"}) as nodes:
         nodes.wait_ready()
         with chaos.load(lengths_s=(5.0,), kinds=("plain", "silent"), most_open=10) as load:
             victim = nodes.pick()[0]

@@ -422,6 +422,8 @@ def test_an_app_without_a_cluster_is_refused() -> None:
         (["nodes", "--metadata", "zone"], "KEY=VALUE"),
         (["events", "--count", "0"], "--count"),
         (["drain"], "NODE"),
+        (["drain", "a", "--timeout", "-1"], "--timeout"),
+        (["restart"], "--rolling"),
         (["coordinator", "-n", "no name"], "no name"),
         (["coordinator", "-l", "loud"], "'warning'"),
         (["node"], "node"),

@@ -147,3 +147,71 @@ def test_a_node_is_given_one_suspect_at_a_time(broker: Broker, node: Deliveries)
     assert fetch(broker, node) == []
     node.ack(first)
     assert len(fetch(broker, node)) == 1
+
+
+def test_what_was_taken_from_a_node_is_not_started_acknowledged_or_given_back_by_it(
+    broker: Broker, node: Deliveries
+) -> None:
+    broker.publish("one")
+    broker.publish("two")
+    seen, unseen = fetch(broker, node)
+    assert node.next() is not None
+    assert node.disown() == set()
+    broker.epochs.set_draining("a", True)
+    assert broker.evacuation.hand_back("a", node.epoch).held == 2
+    assert node.disown() == {seen}, "what nobody has seen is just forgotten"
+    assert delivered(node) == []
+    assert not node.may_start(seen)
+    assert node.held() == 1, "it runs, and fills a slot until it ends"
+    assert node.holds_only_what_was_taken()
+    node.blame(seen, "it died")
+    node.requeue(seen)
+    assert (node.held(), node.disown(), node.holds_only_what_was_taken()) == (0, set(), False)
+    assert broker.waiting() == ["one", "two"]
+    assert not broker.client.exists(broker.keys.crashes("one"))
+    assert not node.may_start(unseen)
+
+
+def test_what_a_node_has_committed_itself_was_not_taken_from_it(broker: Broker, node: Deliveries) -> None:
+    broker.publish("one")
+    (tag,) = fetch(broker, node)
+    assert node.next() is not None
+    # As a commit in a process of the pool leaves it, before the parent hears of it.
+    broker.client.hdel(node.unacked_key, tag)
+    broker.client.set(broker.keys.terminal("one"), tag)
+    assert node.disown() == set()
+    broker.client.set(broker.keys.terminal("one"), "others.1.1")
+    assert node.disown() == {tag}
+
+
+def test_an_epoch_that_has_ended_takes_what_runs_with_it(broker: Broker, node: Deliveries) -> None:
+    broker.publish("one")
+    (tag,) = fetch(broker, node)
+    assert node.next() is not None
+    broker.epochs.close("a", node.epoch)
+    broker.evacuation.move_remains("a", node.epoch)
+    node.begin(broker.open("a"))
+    assert node.disown() == {tag}
+
+
+def test_a_job_that_was_taken_without_a_crash_says_whether_it_may_have_begun(broker: Broker, node: Deliveries) -> None:
+    broker.publish("begun")
+    broker.publish("held back")
+    _, held_back = fetch(broker, node)
+    node.hold_back(held_back)
+    broker.epochs.set_draining("a", True)
+    broker.evacuation.hand_back("a", node.epoch)
+    node.disown()
+    broker.epochs.set_draining("a", False)
+    fetch(broker, node)
+    marks = {job_of(message): b'"interrupted": true' in message for _, message, _ in iter(node.next, None)}
+    assert marks == {"begun": True, "held back": False}
+
+
+def test_only_the_chosen_deliveries_are_taken_back_and_charged(broker: Broker, node: Deliveries) -> None:
+    broker.publish("one")
+    broker.publish("two")
+    first, _ = fetch(broker, node)
+    assert broker.evacuation.hand_back("a", node.epoch, CRASH, [first]).held == 1
+    assert broker.held("a", node.epoch) == ["two"]
+    assert broker.client.llen(broker.keys.crashes("one")) == 1

@@ -33,6 +33,8 @@ class Jobs:
     limited: Any
     leave: Any
     frail: Any
+    stubborn: Any
+    stubborn_once: Any
 
 
 def make_jobs() -> Jobs:
@@ -114,7 +116,19 @@ def make_jobs() -> Jobs:
         time.sleep(seconds * (int(illness) if illness else 1))
         return str(self.request.hostname)
 
-    return Jobs(app, cluster, work, flaky, plain, hog, fatal, once, silent, huge, limited, leave, frail)
+    def take_long_the_first_time(self: Any, seconds: float = 600.0) -> str:
+        """Whoever runs it first does not come to its end in time."""
+        if len(note(f"started:{self.request.id}", self.request.hostname)) == 1:
+            time.sleep(seconds)
+        return str(self.request.hostname)
+
+    options: dict[str, Any] = {"base": ClusterTask, "bind": True, "shared": False, "request_type": "llm"}
+    stubborn = app.task(name="jobs.stubborn", **options)(take_long_the_first_time)
+    stubborn_once = app.task(name="jobs.stubborn_once", rerun_on_crash=False, **options)(take_long_the_first_time)
+
+    return Jobs(
+        app, cluster, work, flaky, plain, hog, fatal, once, silent, huge, limited, leave, frail, stubborn, stubborn_once
+    )  # fmt: skip
 
 
 def note(key: str, value: str) -> list[str]:

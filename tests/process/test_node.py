@@ -120,7 +120,8 @@ def test_a_node_that_was_killed_comes_back_under_its_name(jobs: Jobs, new_worker
 
 
 def test_a_node_that_slept_too_long_joins_anew_and_commits_nothing_old(jobs: Jobs, new_worker: NewWorker) -> None:
-    with running(new_worker("a"), new_worker("b")) as (sleeper, _):
+    abandons = {"CLUSTER_ON_FENCED": "abandon"}
+    with running(new_worker("a", environ=abandons), new_worker("b")) as (sleeper, _):
         results = [jobs.work.delay(6.0, key=str(number)) for number in range(4)]
         wait_until(lambda: jobs.cluster.client.hlen(held_key(jobs, sleeper.id)) == 2, END_S, "it works")
         epoch = jobs.cluster.epochs.beats()[sleeper.id].epoch

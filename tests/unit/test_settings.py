@@ -189,6 +189,12 @@ def test_each_way_to_reach_a_redis_is_taken(url: str) -> None:
     assert settings.broker_url.get_secret_value() == url
 
 
+def test_a_worker_that_is_held_up_for_less_than_a_lease_is_not_stuck() -> None:
+    assert (load({}).stuck_after_s, load({"cluster_lease_s": 9}).stuck_after_s) == (30.0, 90.0)
+    assert load({"cluster_stuck_s": 4}).stuck_after_s == 4.0
+    assert "stuck_s=2.0" in refusal({"cluster_stuck_s": 2})
+
+
 def test_a_lease_must_outlast_a_late_beat() -> None:
     assert load({"cluster_heartbeat_s": 1.5, "cluster_lease_s": 3}).lease_s == 3.0
     message = refusal({"cluster_heartbeat_s": 1.6, "cluster_lease_s": 3})
