@@ -44,6 +44,17 @@ cluster_drain_timeout_s = 30.0
 # cluster_auto_rebalance = True
 # cluster_rebalance_s = 10.0
 
+# --- Nodes that do their jobs worse than the others -------------------------------------------------------------------
+
+# A node is taken out when at least half more of its runs of a task fail than on others, or take so many times as long;
+# never more than half of the nodes. Where single sessions or collections are that much heavier than others, a node that
+# holds them may look slow: 0 leaves the time out of it.
+# cluster_ejection = True
+# cluster_ejection_slow_factor = 10.0
+# After this long it is given single jobs as probes; so many that succeed let it in again, with more and more slots.
+# cluster_breaker_timeout_s = 30.0
+# cluster_breaker_success_threshold = 2
+
 # --- What this node is: usually set by variables, per machine --------------------------------------------------------
 
 # cluster_serves = ["llm", "retrieval", "embedding"]  # else all types that its tasks declare

@@ -82,7 +82,7 @@ class Capacity(_Record):
 
 
 class Recent(_Record):
-    """How the last jobs of one request type ended on a node."""
+    """How the last jobs of one task ended on a node."""
 
     jobs: int = Field(default=0, ge=0)
     failures: int = Field(default=0, ge=0)
@@ -106,8 +106,8 @@ class Load(_Record):
     """Jobs in its list, all priorities."""
     success_rate: float = Field(default=1.0, ge=0, le=1)
     """Share of its last jobs that did not fail; 1 while it has no history."""
-    recent: Mapping[RequestType, Recent] = Field(default_factory=dict)
-    """How its last jobs of each type ended, none of them long ago."""
+    recent: Mapping[str, Recent] = Field(default_factory=dict)
+    """How its last jobs ended, by the name of their task; none of them long ago."""
     trial: str = ""
     """The trial of the broker that they were part of; empty: none, as for all healthy nodes."""
 

@@ -27,6 +27,8 @@ SURE_SHARE = 0.8
 """Of the lease: for so long after a beat was sent, nobody can have given this node's jobs to others."""
 RESYNC_S = 10.0
 PRUNE_EVERY_S = 60.0
+ALARM_EVERY_S = 0.25
+"""Where jobs fail on all nodes, alarms never end."""
 UNCHECKED_S = 1.0
 """After so long without a health check by a coordinator, the agents act on what they see."""
 
@@ -60,7 +62,7 @@ class NodeAgent:
         self._wants_its_share = False
         self._resynced_s = cluster.clock.monotonic()
         self._revoked_since_s = 0.0
-        self._alarmed = threading.Event()
+        self._alarmed, self._alarmed_s = threading.Event(), float("-inf")
         self._load_report = Periodic("load report", self._settings.heartbeat_s, self._report)
         self._duties = [
             Periodic("heartbeat", self._settings.heartbeat_s, self._beat),
@@ -258,8 +260,11 @@ class NodeAgent:
 
     def _alarm(self) -> None:
         # A node whose jobs fail at once has fetched hundreds more before the next check.
-        self._alarmed.set()
-        self._load_report.hurry()
+        now_s = self._cluster.clock.monotonic()
+        if now_s - self._alarmed_s >= ALARM_EVERY_S:
+            self._alarmed_s = now_s
+            self._alarmed.set()
+            self._load_report.hurry()
 
     def _status(self) -> NodeStatus:
         if self._standing is Standing.DRAINING:

@@ -26,7 +26,7 @@ ALARMING = 10
 @dataclass(frozen=True, slots=True)
 class _Run:
     ended_s: float
-    request_type: str
+    task: str
     success: bool
     seconds: float
 
@@ -51,26 +51,26 @@ class Outcomes:
             self._ended_s.append(self._now())
             self._successes.append(success)
 
-    def record_run(self, request_type: str, success: bool, seconds: float, trial: str) -> None:
+    def record_run(self, task: str, success: bool, seconds: float, trial: str) -> None:
         """Count a job that ran and ended now, of a trial or ("") of none, to be compared with those of other nodes."""
         with self._lock:
             self._begin(trial)
-            self._runs.append(_Run(self._now(), request_type, success, seconds))
+            self._runs.append(_Run(self._now(), task, success, seconds))
             self._failed_in_a_row = 0 if success else self._failed_in_a_row + 1
             alarming = self._failed_in_a_row and self._failed_in_a_row % ALARMING == 0
         if alarming:
             self.alarm()
 
     def recent(self, trial: str) -> dict[str, Recent]:
-        """How the last jobs of a trial ended, by request type."""
+        """How the last jobs of a trial ended, by the name of their task."""
         with self._lock:
             self._begin(trial)
             oldest_s = self._now() - RECENT_S
             runs = [run for run in self._runs if run.ended_s >= oldest_s]
-        by_type: dict[str, list[_Run]] = {}
+        by_task: dict[str, list[_Run]] = {}
         for run in runs:
-            by_type.setdefault(run.request_type, []).append(run)
-        return {request_type: _summary(its) for request_type, its in by_type.items()}
+            by_task.setdefault(run.task, []).append(run)
+        return {task: _summary(its) for task, its in by_task.items()}
 
     def qps(self) -> float:
         """Jobs that ended per second, over the last ten seconds."""

@@ -30,7 +30,6 @@ from cluster_tasks.broker.message import INTERRUPTED, Delivery
 from cluster_tasks.broker.sequels import attempt_of, complete
 from cluster_tasks.cluster import Cluster, cluster_of
 from cluster_tasks.errors import ClusterError, NodeLost, OutOfMemory, QuarantinedError, StaleCommit, UnavailableError
-from cluster_tasks.keys import ANY_TYPE
 from workers.load import outcomes
 
 logger = logging.getLogger(__name__)
@@ -290,8 +289,7 @@ class ClusterRequest(Request):  # type: ignore[misc]
         node, delivery = deliveries.current(), self._delivery
         if self._accepted_s is None or delivery is None or node is None or not node.is_of_trial(delivery.tag):
             return
-        request_type = getattr(self._task, "request_type", None) or ANY_TYPE
-        outcomes.record_run(request_type, not self._erred, time.monotonic() - self._accepted_s, node.trial)
+        outcomes.record_run(self._task.name, not self._erred, time.monotonic() - self._accepted_s, node.trial)
 
     def reject(self, requeue: bool = False) -> None:
         if self._is_ending:

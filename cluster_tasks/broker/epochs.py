@@ -209,17 +209,24 @@ class EpochTable:
             raise NodeNotFound(node_id, self.beats())
 
     def limit(
-        self, node_id: str, epoch: str, seen: Limit | None, wanted: Limit | None, *, if_half_stay: bool = False
+        self, node_id: str, epoch: str, seen: Limit | None, wanted: Limit | None, *, if_half_stay: bool | None = None
     ) -> bool:
         """Set, change or (None) lift the limit of a node; False if its epoch or its limit is not as ``seen`` any more.
 
-        ``if_half_stay`` of all nodes, and of those of each type, without a limit that takes them out; else False, too.
+        ``if_half_stay``: it is done only if at least half of the nodes, and of those of each type that this one serves,
+        stay when it is out; or (False) only if they do not.
         """
         keys = self._keys
         with foreign_errors(BrokerUnavailable, f"limiting {node_id}"):
             done = self._limit(
                 [keys.epochs, keys.draining, keys.idle, keys.serves, keys.slot_limits],
-                [keys.node_queue(node_id), epoch, str(seen or ""), str(wanted or ""), int(if_half_stay)],
+                [
+                    keys.node_queue(node_id),
+                    epoch,
+                    str(seen or ""),
+                    str(wanted or ""),
+                    "" if if_half_stay is None else int(if_half_stay),
+                ],
             )
         return int(done) == 1
 

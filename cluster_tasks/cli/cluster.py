@@ -89,8 +89,9 @@ def nodes(
 ) -> None:
     """List the nodes and what they carry.
 
-    Beside the status stands why a node is given fewer jobs than it could run: recovering, after it was lost, until it
-    has beaten a few times. Held are the jobs a node runs or has reserved, of so many slots; queue, those in its list;
+    Beside the status stands why a node is given fewer jobs than it could run. Recovering: it was lost, and has to beat
+    a few times. Ejected, half-open, probing: it did its jobs worse than the others, and gets none, or single probes.
+    Ramping: it passed them. Held are the jobs a node runs or has reserved, of so many slots; queue, those in its list;
     last seen, the seconds since its last report. A terminal of fewer than 120 columns shows the most telling ones.
 
     \b

@@ -101,7 +101,7 @@ class Ejection:
         for outlier in find_outliers(compared, self._slow_factor):
             self._eject(nodes[outlier.node_id], found[outlier.node_id], outlier.reason, if_half_stay=True)
 
-    def _eject(self, node: Node, seen: Limit | None, reason: str, *, if_half_stay: bool) -> None:
+    def _eject(self, node: Node, seen: Limit | None, reason: str, *, if_half_stay: bool | None) -> None:
         # Random: a trial must not be taken for an earlier one.
         limit = Limit(0, Phase.EJECTED, secrets.token_hex(4))
         if not self._epochs.limit(node.id, node.epoch, seen, limit, if_half_stay=if_half_stay):
@@ -126,7 +126,7 @@ class Ejection:
             if watch.state.opened_at_s is None:
                 self._ramp_up(node, limit, -(-node.capacity.max_connections // 4))
             elif watch.state.opened_at_s == now_s:
-                self._eject(node, limit, "a probe failed", if_half_stay=False)
+                self._eject(node, limit, "a probe failed", if_half_stay=None)
             else:
                 self._probe(node, limit, watch, now_s)
 
@@ -178,20 +178,13 @@ class Ejection:
 
     def _release_more_than_half(self, nodes: Mapping[str, Node], found: dict[str, Limit | None]) -> None:
         """Let nodes back in, where others have gone since and too few are left."""
-        for node_id in sorted(found):
-            limit, serves = found[node_id], nodes[node_id].serves
-            if not _is_out(limit):
+        for node_id, limit in sorted(found.items()):
+            if limit is None or limit.phase not in OUT:
                 continue
-            groups = [[other for other in nodes.values() if kind in other.serves] for kind in serves]
-            groups.append(list(nodes.values()))
-            if any(2 * sum(_is_out(found[other.id]) for other in group) > len(group) for group in groups):
-                if self._epochs.limit(node_id, nodes[node_id].epoch, limit, None):
-                    self._events.add("breaker closed", node=node_id, reason="too few others are left")
+            if self._epochs.limit(node_id, nodes[node_id].epoch, limit, None, if_half_stay=False):
+                logger.warning("node %s is let in again: too few others are left", node_id, extra={"node": node_id})
+                self._events.add("breaker closed", node=node_id, reason="too few others are left")
                 found[node_id] = None
-
-
-def _is_out(limit: Limit | None) -> bool:
-    return limit is not None and limit.phase in OUT
 
 
 def _trial(limit: Limit | None) -> str:

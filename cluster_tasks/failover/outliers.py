@@ -1,7 +1,7 @@
 """Which nodes do their jobs worse than the others. Pure.
 
-A node is only compared with others that ran jobs of the same request type: where all fail alike, or are slow alike, the
-fault lies in the jobs or behind them, and no node is named.
+A node is only compared with others that ran the same task: where all fail alike, or are slow alike, the fault lies in
+the jobs or behind them, and no node is named.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from statistics import median
 from cluster_tasks.model import Recent
 
 MIN_JOBS = 10
-"""With fewer jobs of a type nothing is said of a node, nor by it."""
+"""With fewer runs of a task nothing is said of a node, nor by it."""
 MORE_FAILURES = 0.5
 """How far a node's share of failures must be above the median of the others."""
 SURE = 4.0
@@ -25,7 +25,7 @@ SHORTEST_SLOW_S = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """How the last jobs of a node ended, by request type."""
+    """How the last jobs of a node ended, by the name of their task."""
 
     node_id: str
     recent: Mapping[str, Recent]
@@ -50,29 +50,29 @@ def find_outliers(records: Sequence[Record], slow_factor: float) -> list[Outlier
 
 def is_slow(recent: Mapping[str, Recent], others: Sequence[Record], slow_factor: float) -> bool:
     """Whether a few jobs took ``slow_factor`` times as long as those of the others."""
-    return any(_slowness(kind, mine, others, slow_factor) for kind, mine in recent.items())
+    return any(_slowness(task, mine, others, slow_factor) for task, mine in recent.items())
 
 
 def others_fail(recent: Mapping[str, Recent], others: Sequence[Record]) -> bool:
     """Whether a failure among a few jobs says nothing of the node: half of those of the others fail, too."""
-    shares = [_share(each) for kind, mine in recent.items() if mine.failures for each in _peers(kind, others)]
+    shares = [_share(each) for task, mine in recent.items() if mine.failures for each in _peers(task, others)]
     return bool(shares) and median(shares) >= 1 - MORE_FAILURES
 
 
 def _fault(record: Record, records: Sequence[Record], slow_factor: float) -> tuple[float, str] | None:
     others = [other for other in records if other.node_id != record.node_id]
     faults = []
-    for kind, mine in record.recent.items():
-        if mine.jobs >= MIN_JOBS and (excess := _excess(kind, mine, others)):
-            faults.append((excess, f"{mine.failures} of its last {mine.jobs} {kind} jobs failed, and not on others"))
-        if mine.jobs - mine.failures >= MIN_JOBS and (factor := _slowness(kind, mine, others, slow_factor)):
-            faults.append((0.0, f"{kind} jobs take {mine.latency_s:.3g} s, {factor:.0f} times as long as on others"))
+    for task, mine in record.recent.items():
+        if mine.jobs >= MIN_JOBS and (excess := _excess(task, mine, others)):
+            faults.append((excess, f"{mine.failures} of its last {mine.jobs} runs of {task} failed, and not on others"))
+        if mine.jobs - mine.failures >= MIN_JOBS and (factor := _slowness(task, mine, others, slow_factor)):
+            faults.append((0.0, f"{task} takes {mine.latency_s:.3g} s, {factor:.0f} times as long as on others"))
     return max(faults, default=None)
 
 
-def _excess(kind: str, mine: Recent, others: Sequence[Record]) -> float | None:
+def _excess(task: str, mine: Recent, others: Sequence[Record]) -> float | None:
     """By how much more of a node's jobs fail, if that is no chance."""
-    peers = sorted(_peers(kind, others), key=_share)
+    peers = sorted(_peers(task, others), key=_share)
     if not peers:
         return None
     # The upper one of two: who is judged by a single peer, or by two that disagree, has the benefit of the doubt.
@@ -83,17 +83,17 @@ def _excess(kind: str, mine: Recent, others: Sequence[Record]) -> float | None:
     return excess if excess >= MORE_FAILURES and excess >= SURE * deviation else None
 
 
-def _slowness(kind: str, mine: Recent, others: Sequence[Record], slow_factor: float) -> float | None:
+def _slowness(task: str, mine: Recent, others: Sequence[Record], slow_factor: float) -> float | None:
     """By which factor the jobs of a node take longer, if it is too much."""
-    latencies = [peer.latency_s for peer in _peers(kind, others) if peer.jobs - peer.failures >= MIN_JOBS]
+    latencies = [peer.latency_s for peer in _peers(task, others) if peer.jobs - peer.failures >= MIN_JOBS]
     if not (slow_factor and latencies and mine.latency_s >= SHORTEST_SLOW_S):
         return None
     factor = mine.latency_s / max(median(latencies), 1e-6)
     return factor if factor >= slow_factor else None
 
 
-def _peers(kind: str, others: Sequence[Record]) -> list[Recent]:
-    return [peer for other in others if (peer := other.recent.get(kind)) and peer.jobs >= MIN_JOBS]
+def _peers(task: str, others: Sequence[Record]) -> list[Recent]:
+    return [peer for other in others if (peer := other.recent.get(task)) and peer.jobs >= MIN_JOBS]
 
 
 def _share(recent: Recent) -> float:

@@ -32,6 +32,7 @@ IDLE_COMMANDS_PER_S = 100.0
 """Of one node without work: beats, reports, watching, and looking for work once a second."""
 KEPT = re.compile(
     r"{name}(:(epochs|beats|serves|draining|epoch_counter|fencing_token|tasks|backlog|idle|bell:.*|suspects_held"
+    r"|slot_limits|lost:.*|rebalanced"
     r"|terminal:.*|followed:.*|quarantine.*|revoked|revoked_stamps|nodes|loads|node_events|events|checks|queued:.*"
     r"|counters|breaker:.*|limits:.*)|\.control)|_kombu\.binding.*|unacked(_index|_mutex)?|.*\.reply\.celery\.pidbox"
     r"|celery-task-meta-.*|celery-taskset-meta-.*|test:.*"

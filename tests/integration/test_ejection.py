@@ -26,7 +26,7 @@ def limit(broker: Broker, node_id: str) -> Limit | None:
     return broker.epochs.lists().limits.get(f"node.{node_id}")
 
 
-def set_limit(broker: Broker, node_id: str, wanted: Limit | None, *, if_half_stay: bool = False) -> bool:
+def set_limit(broker: Broker, node_id: str, wanted: Limit | None, *, if_half_stay: bool | None = None) -> bool:
     epoch = broker.epochs.beats()[node_id].epoch
     return broker.epochs.limit(node_id, epoch, limit(broker, node_id), wanted, if_half_stay=if_half_stay)
 
@@ -150,6 +150,22 @@ def test_nodes_that_drain_do_not_count_among_those_that_stay(broker: Broker) -> 
         broker.open(node_id, "llm")
     broker.epochs.set_draining("b", True)
     assert not set_limit(broker, "a", EJECTED, if_half_stay=True)
+
+
+def test_a_node_is_let_in_for_the_number_of_the_others_only_if_too_few_are_left(broker: Broker) -> None:
+    epochs = {node_id: broker.open(node_id, "llm") for node_id in "abcd"}
+    for node_id in "ab":
+        assert set_limit(broker, node_id, EJECTED, if_half_stay=True)
+    assert not set_limit(broker, "a", None, if_half_stay=False)
+    broker.epochs.fence("c", Beat(epochs["c"], 0))
+    assert set_limit(broker, "a", None, if_half_stay=False)
+    assert not set_limit(broker, "b", None, if_half_stay=False)
+    # One that recovers from a loss stays: it is in again in a moment.
+    broker.open("c", "llm", recovery_threshold=2)
+    assert not set_limit(broker, "b", None, if_half_stay=False)
+    broker.epochs.set_draining("a", True)
+    broker.epochs.set_draining("d", True)
+    assert set_limit(broker, "b", None, if_half_stay=False)
 
 
 def test_many_observers_at_once_leave_half_of_the_nodes(broker: Broker, redis_url: str) -> None:

@@ -27,8 +27,8 @@ def under_load(jobs: Jobs) -> Iterator[list[Any]]:
 
     def send() -> None:
         while not stop.wait(0.05):
-            if sum(jobs.cluster.epochs.lengths().values()) < 12:
-                results.extend(jobs.frail.delay(SECONDS) for _ in range(6))
+            if sum(jobs.cluster.epochs.lengths().values()) < 16:
+                results.extend(jobs.frail.delay(SECONDS) for _ in range(8))
 
     thread = Thread(target=send)
     thread.start()
@@ -37,11 +37,6 @@ def under_load(jobs: Jobs) -> Iterator[list[Any]]:
     finally:
         stop.set()
         thread.join()
-
-
-def done_by(results: list[Any]) -> Counter[str]:
-    """How many of the jobs that have succeeded were done by each node."""
-    return Counter(result.get() for result in results if result.successful())
 
 
 def told(jobs: Jobs, node_id: str) -> list[str]:
@@ -54,35 +49,34 @@ def told(jobs: Jobs, node_id: str) -> list[str]:
 def test_a_node_that_fails_and_one_that_is_slow_are_ejected_probed_and_back(
     jobs: Jobs, new_worker: NewWorker, tmp_path: Path
 ) -> None:
-    illness = {name: tmp_path / f"illness.{name}" for name in "abc"}
-    environ = {"CLUSTER_BREAKER_TIMEOUT_S": "1"}
+    illness = {name: tmp_path / f"illness.{name}" for name in "abcd"}
     workers = [
-        new_worker(name, pool="threads", environ={**environ, "TEST_ILLNESS": str(file)})
+        new_worker(name, pool="threads", environ={"CLUSTER_BREAKER_TIMEOUT_S": "1", "TEST_ILLNESS": str(file)})
         for name, file in illness.items()
     ]
+    ill = {"a@test": "fails", "b@test": "12"}
     with running(*workers):
         with under_load(jobs) as results:
-            wait_until(lambda: len(results) > 60, END_S, "all have a history")
-            for name, what in ("a", "fails"), ("b", "12"):
-                node_id = f"{name}@test"
-                illness[name].write_text(what)
+            wait_until(lambda: len(results) > 80, END_S, "all have a history")
+            for node_id, what in ill.items():
+                illness[node_id[0]].write_text(what)
+            for node_id in ill:
                 wait_until(lambda node_id=node_id: told(jobs, node_id), END_S, f"{node_id} is ejected")
-                count, seen = len(results), set()
-                while len(results) < count + 100:
-                    seen.add({node.id: node.limit for node in jobs.cluster.nodes()}[node_id])
-                assert seen & {"ejected", "half-open", "probing"}
-                assert told(jobs, node_id) == ["breaker open"], "it is ill still"
-                assert len([node for node in jobs.cluster.nodes() if node.limit]) == 1
-                illness[name].unlink()
-                wait_until(lambda node_id=node_id: "breaker closed" in told(jobs, node_id), END_S, f"{node_id} is back")
-                wait_until(lambda: not any(node.limit for node in jobs.cluster.nodes()), END_S)
-                count = len(results)
-                wait_until(
-                    lambda count=count, node_id=node_id: done_by(results[count:])[node_id] >= 10, END_S,
-                    "it has its share again",
-                )  # fmt: skip
+            count = len(results)
+            wait_until(lambda: len(results) > count + 100, END_S, "the others go on")
+            limits = {node.id: node.limit for node in jobs.cluster.nodes()}
+            assert {node_id for node_id, limit in limits.items() if limit} == set(ill)
+            assert all(told(jobs, node_id) == ["breaker open"] for node_id in ill), "they are ill still"
+            for node_id in ill:
+                illness[node_id[0]].unlink()
+            for node_id in ill:
+                wait_until(lambda node_id=node_id: told(jobs, node_id)[-1] == "breaker closed", END_S, "it is back")
+            count = len(results)
+            wait_until(lambda: len(results) > count + 100, END_S)
+        done = Counter(result.get(timeout=END_S) for result in results[count:])
+        assert set(done) == {f"{name}@test" for name in illness}
         ends = [result.get(timeout=END_S, propagate=False) for result in results]
         failed = sum(isinstance(end, RuntimeError) for end in ends)
-        assert failed < 0.1 * len(ends), f"{failed} of {len(ends)}"
-        assert told(jobs, "c@test") == []
+        assert failed < 0.15 * len(ends), f"{failed} of {len(ends)}"
+        assert told(jobs, "c@test") == told(jobs, "d@test") == []
         wait_until_nothing_is_left(jobs)

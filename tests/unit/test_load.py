@@ -7,14 +7,14 @@ from cluster_tasks.model import Recent
 from workers.load import ALARMING, RECENT, RECENT_S, Outcomes
 
 
-def test_runs_are_summed_up_by_type_with_the_median_time_of_those_that_succeeded() -> None:
+def test_runs_are_summed_up_by_task_with_the_median_time_of_those_that_succeeded() -> None:
     outcomes = Outcomes()
     for seconds in (1.0, 2.0, 30.0):
-        outcomes.record_run("llm", True, seconds, "")
-    outcomes.record_run("llm", False, 0.1, "")
+        outcomes.record_run("chat", True, seconds, "")
+    outcomes.record_run("chat", False, 0.1, "")
     outcomes.record_run("ocr", False, 0.1, "")
     assert outcomes.recent("") == {
-        "llm": Recent(jobs=4, failures=1, latency_s=2.0),
+        "chat": Recent(jobs=4, failures=1, latency_s=2.0),
         "ocr": Recent(jobs=1, failures=1),
     }
 
@@ -23,18 +23,18 @@ def test_old_runs_are_forgotten_by_number_and_by_age() -> None:
     clock = ManualClock()
     outcomes = Outcomes(clock.monotonic)
     for _ in range(RECENT + 10):
-        outcomes.record_run("llm", True, 1.0, "")
-    assert outcomes.recent("")["llm"].jobs == RECENT
+        outcomes.record_run("chat", True, 1.0, "")
+    assert outcomes.recent("")["chat"].jobs == RECENT
     clock.advance(RECENT_S + 1)
     assert outcomes.recent("") == {}
 
 
 def test_a_new_trial_starts_from_nothing() -> None:
     outcomes = Outcomes()
-    outcomes.record_run("llm", False, 1.0, "")
+    outcomes.record_run("chat", False, 1.0, "")
     assert outcomes.recent("x1") == {}
-    outcomes.record_run("llm", True, 1.0, "x1")
-    assert outcomes.recent("x1")["llm"] == Recent(jobs=1, latency_s=1.0)
+    outcomes.record_run("chat", True, 1.0, "x1")
+    assert outcomes.recent("x1")["chat"] == Recent(jobs=1, latency_s=1.0)
     assert outcomes.recent("") == {}
 
 
@@ -42,10 +42,10 @@ def test_many_failures_in_a_row_raise_an_alarm_and_a_success_begins_anew() -> No
     outcomes, alarms = Outcomes(), []
     outcomes.alarm = lambda: alarms.append(1)
     for _ in range(ALARMING - 1):
-        outcomes.record_run("llm", False, 1.0, "")
-    outcomes.record_run("llm", True, 1.0, "")
+        outcomes.record_run("chat", False, 1.0, "")
+    outcomes.record_run("chat", True, 1.0, "")
     for _ in range(ALARMING - 1):
-        outcomes.record_run("llm", False, 1.0, "")
+        outcomes.record_run("chat", False, 1.0, "")
     assert not alarms
-    outcomes.record_run("llm", False, 1.0, "")
+    outcomes.record_run("chat", False, 1.0, "")
     assert len(alarms) == 1

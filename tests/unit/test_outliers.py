@@ -12,8 +12,8 @@ from cluster_tasks.model import Recent
 SLOW = 10.0
 
 
-def node(node_id: str, jobs: int = 50, failures: int = 0, latency_s: float = 1.0, kind: str = "llm") -> Record:
-    return Record(node_id, {kind: Recent(jobs=jobs, failures=failures, latency_s=latency_s)})
+def node(node_id: str, jobs: int = 50, failures: int = 0, latency_s: float = 1.0, task: str = "chat") -> Record:
+    return Record(node_id, {task: Recent(jobs=jobs, failures=failures, latency_s=latency_s)})
 
 
 def named(*records: Record, slow_factor: float = SLOW) -> list[str]:
@@ -28,7 +28,7 @@ def recents(failures: st.SearchStrategy[float] | None = None) -> st.SearchStrate
     )  # fmt: skip
 
 
-RECORDS = st.lists(st.dictionaries(st.sampled_from(["llm", "ocr"]), recents()), min_size=1, max_size=6).map(
+RECORDS = st.lists(st.dictionaries(st.sampled_from(["chat", "ocr"]), recents()), min_size=1, max_size=6).map(
     lambda drawn: [Record(f"n{number}", recent) for number, recent in enumerate(drawn)]
 )
 
@@ -36,7 +36,7 @@ RECORDS = st.lists(st.dictionaries(st.sampled_from(["llm", "ocr"]), recents()), 
 def test_a_node_whose_jobs_fail_is_named_where_those_of_others_do_not() -> None:
     assert named(node("a", failures=40), node("b"), node("c")) == ["a"]
     (outlier,) = find_outliers([node("a", failures=40), node("b"), node("c")], SLOW)
-    assert outlier.reason == "40 of its last 50 llm jobs failed, and not on others"
+    assert outlier.reason == "40 of its last 50 runs of chat failed, and not on others"
 
 
 def test_a_node_that_takes_ten_times_as_long_as_the_others_is_named() -> None:
@@ -51,17 +51,17 @@ def test_a_hiccup_of_milliseconds_is_not_slow() -> None:
 
 @given(recents(), st.integers(2, 6))
 def test_where_all_do_alike_the_fault_is_in_the_jobs(recent: Recent, count: int) -> None:
-    assert named(*(Record(f"n{number}", {"llm": recent}) for number in range(count))) == []
+    assert named(*(Record(f"n{number}", {"chat": recent}) for number in range(count))) == []
 
 
 @given(RECORDS)
-def test_nobody_is_named_by_few_jobs_or_for_a_type_that_no_other_runs(records: list[Record]) -> None:
+def test_nobody_is_named_by_few_jobs_or_for_a_task_that_no_other_runs(records: list[Record]) -> None:
     for outlier in find_outliers(records, SLOW):
         mine = next(record for record in records if record.node_id == outlier.node_id).recent
         peers = [record.recent for record in records if record.node_id != outlier.node_id]
         assert any(
-            recent.jobs >= MIN_JOBS and any(kind in peer and peer[kind].jobs >= MIN_JOBS for peer in peers)
-            for kind, recent in mine.items()
+            recent.jobs >= MIN_JOBS and any(task in peer and peer[task].jobs >= MIN_JOBS for peer in peers)
+            for task, recent in mine.items()
         )
 
 
