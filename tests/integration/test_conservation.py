@@ -21,7 +21,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from cluster_tasks.broker.epochs import Predecessor
+from cluster_tasks.broker.epochs import Limit, Phase, Predecessor
 from cluster_tasks.broker.message import Placement, priority_suffix, replace_message
 from cluster_tasks.keys import ANY_TYPE
 from cluster_tasks.redis_store import load_script
@@ -63,6 +63,7 @@ class Conservation(RuleBasedStateMachine):
         self.epochs: dict[str, str] = {}
         self.ended: list[tuple[str, str]] = []
         self.draining: set[str] = set()
+        self.limits: dict[str, Limit] = {}
         self.idle: list[str] = []
         self.rings: Counter[str] = Counter()
         self.set_aside: list[str] = []
@@ -88,7 +89,7 @@ class Conservation(RuleBasedStateMachine):
 
     def foretell_place(self, node: str, kind: str) -> str:
         """Return the list that a job goes to, and ring whom it rings."""
-        if node not in self.epochs or node in self.draining:
+        if not self.may_get(node):
             node = ""
         target = f"node.{node}" if node else f"waiting.{kind}"
         if node in self.idle:
@@ -102,6 +103,11 @@ class Conservation(RuleBasedStateMachine):
             self.ring(able[0])
             return f"node.{able[0]}"
         return target
+
+    def may_get(self, node: str) -> bool:
+        """Whether jobs may be placed on a node."""
+        ramps = node not in self.limits or self.limits[node].phase is Phase.RAMPING
+        return node in self.epochs and node not in self.draining and ramps
 
     def ring(self, node: str) -> None:
         self.idle.remove(node)
@@ -183,10 +189,17 @@ class Conservation(RuleBasedStateMachine):
             assert (fetched.status, fetched.messages) == ("draining", {})
             self.idle = [other for other in self.idle if other != node]
             return
-        assert fetched.status == "ok"
+        limit = self.limits.get(node)
+        assert fetched.status == ("ok" if limit is None else f"limited {limit.trial}")
+        probes = limit is not None and limit.phase is Phase.HALF_OPEN
+        if limit is not None:
+            want = min(want, 1 if probes else max(limit.slots - len(held), 0))
         assert fetched.jobs == self.foretell_fetch(node, want)
         held.update(zip(fetched.messages, fetched.jobs, strict=True))
-        if len(fetched.jobs) == want:
+        if probes and fetched.jobs:
+            assert limit is not None
+            self.limits[node] = Limit(0, Phase.PROBING, limit.trial, limit.probes + 1)
+        if len(fetched.jobs) == want or probes:
             self.idle = [other for other in self.idle if other != node]
         elif node not in self.idle:
             self.idle.append(node)
@@ -235,6 +248,17 @@ class Conservation(RuleBasedStateMachine):
         self.broker.epochs.set_draining(node, draining)
         (self.draining.add if draining else self.draining.discard)(node)
 
+    @some_node_stands
+    @rule(phase=st.sampled_from([None, Phase.EJECTED, Phase.HALF_OPEN, Phase.RAMPING]), data=st.data())
+    def limit_or_not(self, phase: Phase | None, data: st.DataObject) -> None:
+        node = self.draw_standing(data)
+        slots = {Phase.EJECTED: 0, Phase.HALF_OPEN: 1, Phase.RAMPING: 2}
+        wanted = Limit(slots[phase], phase, f"t{self.steps}") if phase else None
+        assert self.broker.epochs.limit(node, self.epochs[node], self.limits.pop(node, None), wanted)
+        if wanted:
+            self.limits[node] = wanted
+            self.idle = [other for other in self.idle if other != node]
+
     @rule(node=NODES)
     def hand_over(self, node: str) -> None:
         expected = sum(job in self.kinds for jobs in self.lists.get(f"node.{node}", {}).values() for job in jobs)
@@ -253,7 +277,7 @@ class Conservation(RuleBasedStateMachine):
             for message in known
         ]
         moved = self.broker.placer.move_newest(source + suffix, source, first, placements)
-        if taker not in self.epochs or taker in self.draining:
+        if not self.may_get(taker):
             assert moved == []
             return
         jobs = [job_of(message) for message in known]
@@ -275,6 +299,7 @@ class Conservation(RuleBasedStateMachine):
         self.fenced[node, epoch] = self.lists.pop(f"node.{node}", {})
         self.held.setdefault((node, epoch), {})
         self.draining.discard(node)
+        self.limits.pop(node, None)
         self.idle = [other for other in self.idle if other != node]
         self.rings.pop(node, None)
 
@@ -339,6 +364,11 @@ class Conservation(RuleBasedStateMachine):
         assert self.broker.idle() == [f"node.{node}" for node in self.idle]
         assert set(self.idle) <= set(self.epochs)
         assert {node: rings for node in SERVES if (rings := self.broker.rings(node))} == dict(self.rings)
+
+    @invariant()
+    def the_limits_are_as_foretold(self) -> None:
+        limits = self.broker.epochs.lists().limits
+        assert limits == {f"node.{node}": limit for node, limit in self.limits.items()}
 
     @invariant()
     def the_fenced_are_known_until_they_are_moved(self) -> None:
