@@ -51,9 +51,8 @@ cluster_drain_timeout_s = 30.0
 # holds them may look slow: 0 leaves the time out of it.
 # cluster_ejection = True
 # cluster_ejection_slow_factor = 10.0
-# After this long it is given single jobs as probes; so many that succeed let it in again, with more and more slots.
-# cluster_breaker_timeout_s = 30.0
-# cluster_breaker_success_threshold = 2
+# After cluster_breaker_timeout_s it is given single jobs as probes; cluster_breaker_success_threshold of them that
+# succeed let it in again, with more and more slots.
 
 # --- What this node is: usually set by variables, per machine --------------------------------------------------------
 
