@@ -60,6 +60,9 @@ cluster_drain_timeout_s = 30.0
 # cluster_metadata = {"zone": "a", "weight": "2"}
 # cluster_max_qps = 0.0  # 0: no limit
 
+# A job whose message is larger is refused in its caller.
+# cluster_max_message_bytes = 16777216
+
 # --- Models ----------------------------------------------------------------------------------------------------------
 
 # Any endpoint that speaks the OpenAI protocol. Without one, local stand-ins answer that need no download.

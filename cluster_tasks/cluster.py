@@ -211,6 +211,19 @@ class Cluster:
         """Return the jobs whose time has not come, the ``most`` that are due first. Raises BrokerUnavailable."""
         return delayed_jobs(self.client, self.keys, most)
 
+    def undecodable(self, most: int = 100) -> list[bytes]:
+        """Return the messages that nobody could read, the ``most`` that came last. Raises BrokerUnavailable."""
+        with foreign_errors(BrokerUnavailable, "reading what was set aside"):
+            kept: Any = self.client.lrange(self.keys.undecodable, 0, most - 1)
+        return list(kept)
+
+    def drop_undecodable(self) -> int:
+        """Forget them all; return how many there were. Raises BrokerUnavailable."""
+        with foreign_errors(BrokerUnavailable, "dropping what was set aside"), self.client.pipeline() as pipe:
+            pipe.llen(self.keys.undecodable)
+            pipe.delete(self.keys.undecodable)
+            return int(pipe.execute()[0])
+
     def watch(self, stop: Event | None = None) -> Iterator[NodeEvent]:
         """Yield joined, left and updated until ``stop`` is set; see ``Registry.watch``."""
         return self.registry.watch(stop or Event())
@@ -439,6 +452,7 @@ class Cluster:
             "health_check_interval": 1,
             "master_name": settings.sentinel_master, **conf.broker_transport_options, "cluster_name": settings.name,
             "cluster_timezone": getattr(self.app.timezone, "key", "UTC"),
+            "cluster_max_message_bytes": settings.max_message_bytes,
         }  # fmt: skip
         # Celery waits this long for the result of a child that died; a result that was committed is safe without.
         self.app.add_defaults({"worker_lost_wait": 1.0})

@@ -8,6 +8,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from kombu.exceptions import EncodeError
+
 
 class ClusterError(Exception):
     """Base of all errors of this package."""
@@ -19,6 +21,11 @@ class ConfigurationError(ClusterError, ValueError):
 
 class InvalidArguments(ClusterError, ValueError):
     """The arguments of a job were refused before it was sent; the message names the field."""
+
+
+# A subclass, for Celery fails a job by it whose next step cannot be sent.
+class PayloadTooLarge(ClusterError, EncodeError):
+    """A job was refused before it was sent: its message is over the limit; arguments are to be stored elsewhere."""
 
 
 class NoNodeAvailable(ClusterError):

@@ -31,6 +31,8 @@ CONF_PREFIX = "cluster_"
 ENV_PREFIX = "CLUSTER_"
 MISSPELT = 0.8
 """From this similarity of names on, 0 to 1, an unknown variable is taken for a misspelt setting."""
+SECRET_WORDS = ("_key", "_password", "_secret", "_fallbacks")
+"""In the name of a setting whose value is never shown."""
 CERTIFICATE_CHECKS = ("required", "optional", "none")
 BROKER_SCHEMES = ("redis", "rediss", "redis+socket", "sentinel")
 
@@ -166,6 +168,9 @@ class ClusterSettings(BaseSettings):
     max_qps: Annotated[float, Field(ge=0)] = 0.0
     max_memory_mb: Annotated[int, Field(ge=0)] = 0
 
+    max_message_bytes: Annotated[int, Field(ge=1_000)] = 16 * 1024 * 1024
+    """A job whose message is larger is refused in its caller with PayloadTooLarge. Arguments grow by a third in it."""
+
     heartbeat_s: Seconds = 1.0
     lease_s: Seconds = 3.0
     """A node whose beat counter stands still for so long may be fenced."""
@@ -197,6 +202,9 @@ class ClusterSettings(BaseSettings):
 
     None: ten leases, 30 s at least.
     """
+
+    flower_password: SecretStr | None = None
+    """Of the user ``cluster`` of the Flower that ``cluster-tasks up`` starts; None: who is on this machine may look."""
 
     llm_base_url: SecretUrl | None = None
     """An OpenAI-compatible endpoint; None: ``local-extractive``."""
@@ -267,6 +275,14 @@ class ClusterSettings(BaseSettings):
     def _check_registry_url(cls, value: SecretUrl | None) -> SecretUrl | None:
         if value and value.get_secret_value().partition("://")[0] not in (*BROKER_SCHEMES, "memory"):
             raise ValueError("expected redis://, rediss://, redis+socket:// or sentinel://")
+        return value
+
+    @field_validator("flower_password", mode="after")
+    @classmethod
+    def _check_flower_password(cls, value: SecretStr | None) -> SecretStr | None:
+        # Flower takes a list, with commas between, and compares ASCII only; an empty one lets everybody in.
+        if value is not None and not re.fullmatch(r"[!-+\--~]+", value.get_secret_value()):
+            raise ValueError("expected printable ASCII without blanks and commas")
         return value
 
     @model_validator(mode="after")
@@ -362,6 +378,6 @@ def _explain(exc: ValidationError, given: Mapping[str, Any], environ: Mapping[st
 
 def _shown(key: str, value: object) -> str:
     # A misspelt key holds what the right one would.
-    if "_key" in key or _nearest(key).endswith(("_key", "_fallbacks")):
+    if any(word in name for name in (key, _nearest(key)) for word in SECRET_WORDS):
         return "'**********'"
     return _masked(repr(value))

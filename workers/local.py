@@ -27,6 +27,7 @@ NODE = "node"
 COORDINATOR = "coordinator"
 REDIS_PORT = 6379
 FLOWER_PORT = 5555
+FLOWER_USER = "cluster"
 POOLS = ("prefork", "threads", "solo")
 JOIN_TIMEOUT_S = 60.0
 BEYOND_DRAIN_S = 15.0
@@ -91,6 +92,9 @@ class LocalCluster:
             self.cluster = cluster_of(self.app)
             self._check()
             self._earlier = self._epochs()
+            if password := self.cluster.settings.flower_password:
+                # Not by its command line, which is for everybody to read.
+                os.environ["FLOWER_BASIC_AUTH"] = f"{FLOWER_USER}:{password.get_secret_value()}"
             self.flower_port = _free_or_other(self.plan.flower_port)
             self.supervisor = running.enter_context(Supervisor(self.directory, self._programs()))
             self._running = running.pop_all()

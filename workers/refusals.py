@@ -1,16 +1,22 @@
-"""Messages that cannot be run: for other nodes to run, else ended as failed, so that whoever waits learns of it."""
+"""Messages that cannot be run: for other nodes to run, else ended as failed, so that whoever waits learns of it.
+
+What has no id, and so nobody who waits, is kept for inspection. Whatever a message holds, it ends no worker.
+"""
 
 from __future__ import annotations
 
 import logging
 import random
+from collections.abc import Callable
 from typing import Any
 
 from celery import signals
 from celery.app.task import Context
-from celery.exceptions import NotRegistered
+from celery.exceptions import InvalidTaskError, NotRegistered
+from celery.worker import state
 
 from cluster_tasks.broker import deliveries
+from cluster_tasks.broker.headers import check_job
 from cluster_tasks.broker.message import Delivery, request_type_of
 from cluster_tasks.cluster import Cluster
 from cluster_tasks.errors import StaleCommit, UnavailableError
@@ -25,11 +31,43 @@ class Refusals:
     def __init__(self, consumer: Any, cluster: Cluster) -> None:
         self._consumer, self._cluster = consumer, cluster
         self._stock = {
-            name: getattr(consumer, name) for name in ("on_unknown_task", "on_invalid_task", "on_decode_error")
-        }
+            name: getattr(consumer, name)
+            for name in (
+                "on_unknown_message", "on_unknown_task", "on_invalid_task", "on_decode_error", "create_task_handler",
+            )
+        }  # fmt: skip
+        consumer.on_unknown_message = self.nameless
+        consumer.create_task_handler = self.handler
         consumer.on_unknown_task = self.unknown
         consumer.on_invalid_task = self.invalid
         consumer.on_decode_error = self.undecodable
+
+    def handler(self) -> Callable[[Any], None]:
+        """Celery's own, which lets many an error of a message end the worker: here it ends the message."""
+        handle = self._stock["create_task_handler"]()
+        passing = (*self._consumer.connection_errors, *self._consumer.channel_errors, UnavailableError)
+
+        def on_task_received(message: Any) -> None:
+            try:
+                if "task" in message.headers:
+                    check_job(message.headers, message.payload)
+                handle(message)
+            except passing:
+                raise
+            except Exception as exc:  # noqa: BLE001 - what a stranger's message raises cannot be foreseen
+                for request in [held for held in state.reserved_requests if held.message is message]:
+                    state.task_ready(request)
+                if not message.acknowledged:
+                    self.invalid(None, message, exc)
+
+        return on_task_received
+
+    def nameless(self, body: Any, message: Any) -> None:
+        """Keep a message that names no task."""
+        if Delivery.of(message.properties) is None:
+            self._stock["on_unknown_message"](body, message)
+            return
+        self._fail(message, InvalidTaskError("it names no task"))
 
     def unknown(self, body: Any, message: Any, exc: Exception) -> None:
         """Hand a job to a node that knows its task, as new code does while the old still runs."""
@@ -73,7 +111,9 @@ class Refusals:
     def _fail(self, message: Any, exc: Exception) -> None:
         job_id, name = message.headers.get("id"), message.headers.get("task")
         logger.error("job %s of task %s cannot be run: %r", job_id, name, exc)
-        if job_id:
+        if not job_id:
+            self._set_aside(message)
+        else:
             told = {"properties": message.properties, "delivery_info": message.delivery_info or {}}
             request = Context({**message.headers, **_embedded(message), **told})
             try:
@@ -83,12 +123,14 @@ class Refusals:
             except Exception:
                 # Whatever else is wrong with it: no worker dies of a message, and people can look at it.
                 logger.exception("job %s cannot even be failed, its message is set aside", job_id)
-                node = deliveries.current()
-                if node is not None:
-                    node.set_aside(message.delivery_tag)
+                self._set_aside(message)
             if self._consumer.event_dispatcher:
                 self._consumer.event_dispatcher.send("task-failed", uuid=job_id, exception=repr(exc))
         message.reject_log_error(logger, self._consumer.connection_errors)
+
+    def _set_aside(self, message: Any) -> None:
+        if (node := deliveries.current()) is not None:
+            node.set_aside(message.delivery_tag)
 
 
 def _embedded(message: Any) -> dict[str, Any]:

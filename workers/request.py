@@ -22,6 +22,7 @@ from celery.worker import state
 from celery.worker.request import Request
 from celery.worker.state import revoked as revoked_jobs
 from celery.worker.state import task_ready
+from kombu.exceptions import EncodeError
 from kombu.exceptions import OperationalError as UnpublishableError
 
 from cluster_tasks.broker import deliveries
@@ -33,6 +34,9 @@ from cluster_tasks.errors import ClusterError, NodeLost, OutOfMemory, Quarantine
 from workers.load import outcomes
 
 logger = logging.getLogger(__name__)
+
+BROKEN_MESSAGE = TypeError, ValueError, LookupError, AttributeError, EncodeError
+"""What comes of a message whose callbacks are none: delivered again, it would come again."""
 
 
 class ClusterRequest(Request):  # type: ignore[misc]
@@ -265,12 +269,16 @@ class ClusterRequest(Request):  # type: ignore[misc]
         except StaleCommit as exc:
             logger.warning("%s", exc)
             self._letting_go = self._letting_go or self.acknowledge
-        except BaseException:
-            # The end is not stored: let go of, the job would be lost.
-            self._letting_go = None
-            if self._delivery is not None and (node := deliveries.current()) is not None:
+        except BaseException as exc:
+            node, self._letting_go = deliveries.current(), None
+            if self._delivery is None or node is None:
+                raise
+            if not isinstance(exc, BROKEN_MESSAGE):
+                # The end is not stored: let go of, the job would be lost.
                 self._let_lie(node, self._delivery.tag)
-            raise
+                raise
+            logger.exception("the end of job %s[%s] cannot be told: its message is set aside", self.name, self.id)
+            self._letting_go = partial(node.set_aside, self._delivery.tag)
         finally:
             self._is_ending = False
             if self._letting_go is not None:

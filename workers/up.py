@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from cluster_tasks.errors import ClusterError
-from workers.local import FLOWER_PORT, POOLS, REDIS_PORT, LocalCluster, Plan
+from workers.local import FLOWER_PORT, FLOWER_USER, POOLS, REDIS_PORT, LocalCluster, Plan
 from workers.redis_server import HOST
 
 
@@ -65,7 +65,8 @@ def banner(local: LocalCluster) -> str:
     """Return what there is to know of a cluster that runs."""
     plan, where = local.plan, [("Redis", str(local.cluster.settings.broker_url))]
     if local.flower_port:
-        where.append(("Flower", f"http://{HOST}:{local.flower_port}"))
+        login = f", user {FLOWER_USER}" if local.cluster.settings.flower_password else ""
+        where.append(("Flower", f"http://{HOST}:{local.flower_port}{login}"))
     where.append(("Logs", f"{local.directory}/logs"))
     if local.redis and local.redis.port != plan.redis_port:
         where.append(("Note", f"Redis is not at {plan.redis_port}, which is taken"))

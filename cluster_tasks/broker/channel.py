@@ -32,7 +32,7 @@ from cluster_tasks.broker.message import (
 )
 from cluster_tasks.broker.placement import Placer, placing_script
 from cluster_tasks.broker.sequels import FOLLOWS_PROPERTY, Sequel
-from cluster_tasks.errors import ConfigurationError, StaleCommit
+from cluster_tasks.errors import ConfigurationError, PayloadTooLarge, StaleCommit
 from cluster_tasks.keys import DEFAULT_NAME, Keys, priority_suffixes
 from cluster_tasks.redis_store import load_script, refusals_as_outages, script_source, text
 
@@ -44,7 +44,7 @@ SHORTEST_WAIT_S = 0.01
 GLANCE_EVERY_S = 0.02
 _SUFFIXES = priority_suffixes()
 _FETCH = placing_script("fetch")
-_OPTIONS = ("cluster_name", "cluster_timezone")
+_OPTIONS = ("cluster_name", "cluster_timezone", "cluster_max_message_bytes")
 _GLANCE = script_source(__package__, "glance")
 _FETCH_SHA = sha1(_FETCH.encode(), usedforsecurity=False).hexdigest()
 
@@ -92,6 +92,8 @@ class ClusterChannel(stock.Channel):
     cluster_name = DEFAULT_NAME
     cluster_timezone = "UTC"
     """Of due times that name none."""
+    cluster_max_message_bytes = 0
+    """0: no limit."""
     from_transport_options = (*stock.Channel.from_transport_options, *_OPTIONS)  # type: ignore[assignment]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -139,13 +141,22 @@ class ClusterChannel(stock.Channel):
             super()._put(queue, message, **kwargs)
         else:
             target = queue if self.keys.node_of(queue) else ""
-            placement = place_message(message, dumps(message), self.keys, target)
+            placement = place_message(message, self._encoded(message), self.keys, target)
             with refusals_as_outages(self._placer.client):
                 due = due_time(message, self._timezone)
                 if follows:
                     self._follow(placement, due, Sequel(*follows))
                 else:
                     self._place(placement, due, kwargs.get("_publish_batch"))
+
+    def _encoded(self, message: dict[str, Any]) -> str:
+        encoded: str = dumps(message)
+        if 0 < self.cluster_max_message_bytes < len(encoded):
+            raise PayloadTooLarge(
+                f"the message of a job of {message['headers'].get('task')} has {len(encoded)} bytes and may have "
+                f"{self.cluster_max_message_bytes}: store its arguments elsewhere, or raise cluster_max_message_bytes"
+            )
+        return encoded
 
     def _follow(self, placement: Placement, due: float | None, sequel: Sequel) -> None:
         if not self._placer.follow(placement, sequel, due, BELL_WAIT_S):

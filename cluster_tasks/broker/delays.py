@@ -30,12 +30,12 @@ def delayed_jobs(client: redis.Redis, keys: Keys, most: int) -> list[DelayedJob]
     """Return the ``most`` jobs that are due first. Raises BrokerUnavailable when Redis does not answer."""
     with foreign_errors(BrokerUnavailable, "reading delayed jobs"):
         entries: Any = client.zrange(keys.delayed, 0, most - 1, withscores=True)
-    return [_read(text(entry), due, keys) for entry, due in entries]
+    return [_read(text(entry), due, keys) for entry, due in entries if entry.count(b"\n") >= 4]
 
 
 def entry_message(entry: bytes) -> bytes:
     """Return the message of a member of the sorted set."""
-    return entry.split(b"\n", 4)[4]
+    return entry.split(b"\n", 4)[-1]
 
 
 def _read(entry: str, due: float, keys: Keys) -> DelayedJob:

@@ -207,8 +207,12 @@ class Deliveries:
         with self._lock:
             message, crash = self._held.pop(tag, None), self._blamed.pop(tag, None)
             if message is not None and self._is_current(tag):
-                placement = replace_message(message, self._keys, delivered=True, queue=queue)
-                self._returned[tag] = placement, crash
+                try:
+                    placement = replace_message(message, self._keys, delivered=True, queue=queue)
+                    self._returned[tag] = placement, crash
+                except ValueError:
+                    # It could be read where the stack was lower.
+                    self._unreadable[tag] = message
         self.wake()
         self.flush()
 

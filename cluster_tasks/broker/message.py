@@ -40,7 +40,11 @@ class Delivery:
     def of(cls, properties: dict[str, Any] | None) -> Delivery | None:
         """Read it from the properties of a message or a task's request; None if it did not come from a node's list."""
         token = (properties or {}).get(DELIVERY_PROPERTY)
-        return cls(*token) if token else None
+        # In a message from another queue it may be anything.
+        match token:
+            case [str() as node_id, str() as epoch, str() as tag]:
+                return cls(node_id, epoch, tag)
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,14 +108,14 @@ def replace_message(
     """
     try:
         payload = check_payload(json.loads(message))
+        if not delivered:
+            return place_message(payload, message, keys, queue)
+        properties = payload["properties"]
+        marks = {"redelivered": True} | ({INTERRUPTED: True} if interrupted else {})
+        properties["delivery_info"] = {**(properties.get("delivery_info") or {}), **marks}
+        return place_message(payload, json.dumps(payload), keys, queue)
     except RecursionError as exc:
         raise ValueError("nested too deeply") from exc
-    if not delivered:
-        return place_message(payload, message, keys, queue)
-    properties = payload["properties"]
-    marks = {"redelivered": True} | ({INTERRUPTED: True} if interrupted else {})
-    properties["delivery_info"] = {**(properties.get("delivery_info") or {}), **marks}
-    return place_message(payload, json.dumps(payload), keys, queue)
 
 
 def check_payload(payload: Any) -> dict[str, Any]:
@@ -119,8 +123,17 @@ def check_payload(payload: Any) -> dict[str, Any]:
     if isinstance(payload, dict) and isinstance(properties := payload.get("properties"), dict):
         optional = payload.get("headers"), properties.get("delivery_info")
         if all(isinstance(part, dict | None) for part in optional):
+            _check_id((payload.get("headers") or {}).get("id"))
             return payload
     raise ValueError("not a Kombu message")
+
+
+def _check_id(job_id: Any) -> None:
+    """Raise ValueError for a job id that can be no part of the name of a key. None is of a message that has none."""
+    if not isinstance(job_id, str | None):
+        raise ValueError("the id of its job is no text")
+    # Half of a surrogate pair, which JSON can write and UTF-8 cannot; the error is a ValueError.
+    (job_id or "").encode()
 
 
 def priority_suffix(priority: Any) -> str:

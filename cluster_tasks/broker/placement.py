@@ -15,6 +15,8 @@ from cluster_tasks.keys import Keys
 from cluster_tasks.redis_store import load_script, script_source, text
 
 _PACKAGE = "cluster_tasks.broker"
+UNDECODABLE_KEPT = 1_000
+"""How many messages that nobody could read are kept for inspection."""
 CRASHES_LIVE_S = 7 * 24 * 3600
 """How long it is remembered that a job was running when a process died, if it comes to no end."""
 
@@ -119,8 +121,8 @@ class Placer:
 
     def set_aside_held(self, source: str, tag: str | bytes, message: bytes) -> None:
         """Keep a message of the hash ``source`` that cannot be decoded for inspection, if it is still there."""
-        self._set_aside([self._keys.undecodable, source, self._keys.backlog], [message, tag, ""])
+        self._set_aside([self._keys.undecodable, source, self._keys.backlog], [message, tag, "", UNDECODABLE_KEPT])
 
     def set_aside_listed(self, source: str, queue: str, message: bytes) -> None:
         """The same for the list ``source``, part of ``queue`` in the index."""
-        self._set_aside([self._keys.undecodable, source, self._keys.backlog], [message, "", queue])
+        self._set_aside([self._keys.undecodable, source, self._keys.backlog], [message, "", queue, UNDECODABLE_KEPT])

@@ -18,10 +18,11 @@ from celery.platforms import EX_FAILURE, EX_OK
 from celery.utils.nodenames import default_nodename, host_format
 from kombu.utils.imports import symbol_by_name
 
+from cluster_tasks.broker.placement import UNDECODABLE_KEPT
 from cluster_tasks.cli.group import ClusterGroup, json_option, pass_cluster
 from cluster_tasks.cli.quarantine import quarantine
 from cluster_tasks.cli.summary import Summary, summarize
-from cluster_tasks.cli.tables import Cell, Column, moment, print_json, print_rows
+from cluster_tasks.cli.tables import Cell, Column, moment, print_json, print_rows, printable
 from cluster_tasks.cluster import Cluster, cluster_of
 from cluster_tasks.errors import ClusterError, NodeNotFound
 from cluster_tasks.failover.events import MAX_EVENTS, ClusterEvent
@@ -302,6 +303,34 @@ def restart(cluster: Cluster, rolling: bool, data_dir: str, timeout: float | Non
 
     check_runtime()
     symbol_by_name("workers.rolling:rolling_restart")(cluster, data_dir, timeout, tell)
+
+
+@cluster.command()
+@click.option(
+    "--count", type=click.IntRange(1, UNDECODABLE_KEPT), default=20, show_default=True, help="At most so many."
+)
+@click.option("--drop", is_flag=True, help="Forget all of them instead.")
+@json_option
+@pass_cluster
+def undecodable(cluster: Cluster, count: int, drop: bool, as_json: bool) -> None:
+    """Show the messages that no node could read, the last first; they may hold arguments.
+
+    \b
+    Example: celery -A cluster_tasks cluster undecodable --count 5
+    """
+    if drop:
+        dropped = cluster.drop_undecodable()
+        if as_json:
+            print_json({"dropped": dropped})
+        else:
+            click.echo(f"messages dropped: {dropped}")
+        return
+    kept = [message.decode(errors="backslashreplace") for message in cluster.undecodable(count)]
+    if as_json:
+        print_json(kept)
+        return
+    for message in kept:
+        click.echo(printable(message))
 
 
 @cluster.command()

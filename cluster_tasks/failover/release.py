@@ -10,6 +10,7 @@ import redis
 
 from cluster_tasks.broker.delays import entry_message
 from cluster_tasks.broker.message import check_payload, priority_suffix
+from cluster_tasks.broker.placement import UNDECODABLE_KEPT
 from cluster_tasks.errors import BrokerUnavailable
 from cluster_tasks.keys import Keys, priority_suffixes
 from cluster_tasks.redis_store import foreign_errors, load_script, text
@@ -35,7 +36,9 @@ class Release:
         with foreign_errors(BrokerUnavailable, "giving jobs back to Celery's queues"):
             listed: Any = self._client.zrange(self._keys.backlog, 0, -1)
             moved = sum(self._list(text(queue)) for queue in listed)
-            return moved + self._delayed()
+            moved += self._delayed()
+            self._client.ltrim(self._keys.undecodable, 0, UNDECODABLE_KEPT - 1)
+            return moved
 
     def _list(self, queue: str) -> int:
         moved = 0

@@ -322,6 +322,14 @@ def test_the_last_events_are_told_the_oldest_first(jobs: Jobs) -> None:
     ]
 
 
+def test_what_nobody_could_read_is_shown_and_dropped(jobs: Jobs) -> None:
+    jobs.cluster.client.rpush(jobs.cluster.keys.undecodable, "last \x1b[31m", b"\xff first")
+    assert ask(jobs.app, "undecodable").stdout.splitlines() == ["last \\x1b[31m", "\\xff first"]
+    assert told(ask(jobs.app, "undecodable", "--count", "1", "--json")) == ["last \x1b[31m"]
+    assert told(ask(jobs.app, "undecodable", "--drop", "--json")) == {"dropped": 2}
+    assert ask(jobs.app, "undecodable").stdout == ""
+
+
 def test_what_an_event_holds_cannot_steer_the_terminal(jobs: Jobs) -> None:
     jobs.cluster.events.add("node lost", node="\x1b[2J[red]\tx")
     _, row = lines_of(ask(jobs.app, "events"))

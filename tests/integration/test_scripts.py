@@ -7,8 +7,10 @@ import time
 
 import pytest
 
+from cluster_tasks.broker.delays import delayed_jobs
 from cluster_tasks.broker.epochs import Beat, Predecessor, Standing
 from cluster_tasks.broker.message import replace_message
+from cluster_tasks.broker.placement import UNDECODABLE_KEPT
 from cluster_tasks.redis_store import load_script
 from tests.broker import SUFFIXES, Broker, Fetched, job_of, make_message
 
@@ -479,6 +481,24 @@ def test_a_delivery_that_is_set_aside_leaves_its_hash_once(broker: Broker) -> No
     for _ in range(2):
         broker.placer.set_aside_held("hash", "1", b"bad")
     assert (broker.client.hgetall("hash"), broker.undecodable()) == ({b"2": b"good"}, [b"bad"])
+
+
+def test_so_many_messages_are_kept_aside_and_the_oldest_go(broker: Broker) -> None:
+    broker.client.rpush(broker.keys.undecodable, *map(str, range(UNDECODABLE_KEPT)))
+    broker.client.hset("hash", "1", "bad")
+    broker.placer.set_aside_held("hash", "1", b"bad")
+    kept = broker.undecodable()
+    assert (len(kept), kept[:2], kept[-1]) == (UNDECODABLE_KEPT, [b"bad", b"0"], str(UNDECODABLE_KEPT - 2).encode())
+
+
+def test_what_is_no_delayed_job_keeps_no_node_from_its_work(broker: Broker) -> None:
+    epoch = broker.open("a", "llm")
+    broker.client.zadd(broker.keys.delayed, {"no entry": 1.0})
+    broker.publish("1", "a", "llm")
+    assert sorted(broker.fetch("a", epoch, 2, ["llm"]).jobs) == ["1", "no entry"]
+    assert broker.epochs.lengths() == {}
+    broker.client.zadd(broker.keys.delayed, {"no entry": 1.0})
+    assert delayed_jobs(broker.client, broker.keys, 10) == []
 
 
 # purge, queue_control, glance

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -10,9 +11,10 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from urllib.request import urlopen
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import psutil
 import pytest
@@ -28,6 +30,7 @@ from workers.redis_server import free_port
 from workers.rolling import RollingRestart
 
 START_S = 90.0
+PASSWORD = "of:Flower%40"
 KEYS = {
     "jobs", "succeeded", "failed", "lost", "executed_twice", "committed_twice", "killed_node", "held_by_killed_node",
     "detected_after_s", "reowned_after_s", "throughput_per_s", "latency_p50_s", "latency_p99_s", "jobs_by_node",
@@ -99,16 +102,30 @@ def test_up_restarts_a_node_that_dies(redis_binary: str, tmp_path: Path) -> None
 def test_flower_shows_every_node_with_its_list_and_its_jobs(
     redis_binary: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("FLOWER_UNAUTHENTICATED_API", "1")
+    monkeypatch.setenv("CLUSTER_FLOWER_PASSWORD", PASSWORD)
     port = free_port()
 
-    def get(path: str) -> str:
-        with suppress(OSError), urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
-            return str(answer.read().decode())
-        return ""
+    def get(path: str, password: str = PASSWORD) -> str:
+        login = base64.b64encode(f"cluster:{password}".encode()).decode()
+        asked = Request(f"http://127.0.0.1:{port}{path}", headers={"Authorization": f"Basic {login}"})
+        try:
+            with urlopen(asked, timeout=10) as answer:
+                return str(answer.read().decode())
+        except HTTPError as exc:
+            return f"refused: {exc.code}" if exc.code == 401 else ""
+        except OSError:
+            return ""
 
-    with up(tmp_path, "--flower-port", str(port)):
-        wait_until(lambda: get("/api/tasks"), START_S, "Flower answers")
+    with up(tmp_path, "--flower-port", str(port)) as process:
+        wait_until(lambda: get("/api/tasks").startswith("{"), START_S, "Flower answers")
+        assert [get(path, "wrong") for path in ("/", "/api/tasks", "/broker")] == ["refused: 401"] * 3
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        assert not any(PASSWORD in word for member in family for word in member.cmdline())
+        heard = [each.laddr for member in family for each in member.net_connections() if each.status == "LISTEN"]
+        assert {address.ip for address in heard} == {"127.0.0.1"}
+        assert {port, int(broker_url_of(tmp_path).rpartition(":")[2].partition("/")[0])} <= {
+            each.port for each in heard
+        }
         # The ready-made app would keep the address it was first used with.
         with Celery("caller", set_as_current=False, broker=broker_url_of(tmp_path)) as app:
             cluster = Cluster(app)

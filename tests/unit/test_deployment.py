@@ -59,6 +59,12 @@ def test_every_published_port_is_bound_to_the_loopback() -> None:
     assert all(str(port).startswith("127.0.0.1:") for port in ports)
 
 
+def test_flower_asks_for_a_password_only_if_the_shell_has_one() -> None:
+    flower = SERVICES["flower"]
+    assert flower["environment"]["FLOWER_BASIC_AUTH"] is None
+    assert "basic" not in flower["command"]
+
+
 def test_redis_keeps_the_jobs_over_a_restart_and_throws_none_away() -> None:
     command = SERVICES["redis"]["command"]
     assert "--appendonly yes" in command

@@ -7,12 +7,17 @@ local function now_s()
   return string.format('%d.%06d', now[1], now[2])
 end
 
--- Place up to `most` jobs whose time has come.
-local function promote(keys, delayed, most)
+-- Place up to `most` jobs whose time has come. What is no such member goes to the list `own` as it is: the node that
+-- fetches it there sets it aside.
+local function promote(keys, delayed, most, own)
   for _, entry in ipairs(redis.call('ZRANGEBYSCORE', delayed, '-inf', now_s(), 'LIMIT', 0, most)) do
     redis.call('ZREM', delayed, entry)
     local queue, waiting, kind, suffix, message = string.match(entry, '^(.-)\n(.-)\n(.-)\n(.-)\n(.*)$')
-    place(keys, queue, waiting, kind, suffix, message, 'LPUSH')
+    if message then
+      place(keys, queue, waiting, kind, suffix, message, 'LPUSH')
+    else
+      place(keys, own, own, '', '', entry, 'LPUSH')
+    end
   end
 end
 

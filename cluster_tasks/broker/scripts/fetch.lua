@@ -40,7 +40,7 @@ if limit then
   end
 end
 
-promote(keys, KEYS[8], 100)
+promote(keys, KEYS[8], 100, own)
 local reply, given, token = { status, next_due_ms(KEYS[8]) }, 0, nil
 
 -- Microseconds since 1970, but always more than the one before: neither a clock that is set back nor a Redis that lost

@@ -2,7 +2,8 @@
 -- it. Safe to repeat and to run twice at once.
 --
 -- KEYS     1 undecodable messages, 2 hash or list that holds the message, 3 backlog
--- ARGV     1 message, 2 tag of the delivery ('' for a list), 3 name of the list in the backlog index
+-- ARGV     1 message, 2 tag of the delivery ('' for a list), 3 name of the list in the backlog index,
+--          4 how many messages are kept, of which the oldest go
 -- Returns  1 set aside, 0 it was not there any more
 
 if ARGV[2] ~= '' then
@@ -14,4 +15,5 @@ else
   end
 end
 redis.call('LPUSH', KEYS[1], ARGV[1])
+redis.call('LTRIM', KEYS[1], 0, ARGV[4] - 1)
 return 1
