@@ -4,7 +4,8 @@ Keys that begin with ``cluster_`` are the cluster's; a variable wins over its ke
 ``cluster_lease_s``). All others are Celery's own. What stands behind a ``#`` shows the default.
 
 Addresses and passwords belong into variables, not here: ``CLUSTER_BROKER_URL``, ``CLUSTER_RESULT_BACKEND``,
-``CLUSTER_REGISTRY_URL``, ``CLUSTER_LLM_API_KEY``, ``CLUSTER_EMBEDDING_API_KEY``.
+``CLUSTER_REGISTRY_URL``, ``CLUSTER_LLM_API_KEY``, ``CLUSTER_EMBEDDING_API_KEY``, ``CLUSTER_ALERT_URL``,
+``CLUSTER_ALERT_SECRET``, ``CLUSTER_FLOWER_PASSWORD``.
 """
 
 # --- Which node gets a job -------------------------------------------------------------------------------------------

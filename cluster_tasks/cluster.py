@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from threading import Event, RLock
 from time import sleep
@@ -33,6 +33,7 @@ from cluster_tasks.errors import (
     RegistryUnavailable,
     UnavailableError,
 )
+from cluster_tasks.failover.alerts import AlertQueue, AlertSender, Webhook
 from cluster_tasks.failover.detector import Detector
 from cluster_tasks.failover.ejection import Ejection
 from cluster_tasks.failover.evacuation import Evacuation, Moved
@@ -177,6 +178,14 @@ class Cluster:
         """Jobs that are not run any more, for too many processes died of them."""
         settings = self.settings
         return Quarantine(self.client, self.keys, self.clock, settings.quarantine_ttl_s, settings.quarantine_max)
+
+    def alert_sender(self, may_send: Callable[[], bool]) -> AlertSender | None:
+        """Return what sends alerts while ``may_send`` says so; None if no webhook is set."""
+        url, secret = self.settings.alert_url, self.settings.alert_secret
+        if url is None:
+            return None
+        webhook = Webhook(url.get_secret_value(), secret.get_secret_value() if secret else None)
+        return AlertSender(AlertQueue(self.client, self.keys), webhook, self.settings.name, self.clock, may_send)
 
     @cached_property
     def health(self) -> HealthCheck:

@@ -228,6 +228,10 @@ class Keys:
         """Stream of what people want to know: nodes lost, jobs moved."""
         return f"{self.name}:events"
 
+    def condition(self, name: str) -> str:
+        """Set while something lasts that all observers see, so that it is told once."""
+        return f"{self.name}:condition:{name}"
+
     @property
     def checks(self) -> str:
         """Number of health checks that coordinators have run."""

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import parse_qsl, urlencode
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from pydantic import (
     BaseModel,
@@ -31,7 +31,7 @@ CONF_PREFIX = "cluster_"
 ENV_PREFIX = "CLUSTER_"
 MISSPELT = 0.8
 """From this similarity of names on, 0 to 1, an unknown variable is taken for a misspelt setting."""
-SECRET_WORDS = ("_key", "_password", "_secret", "_fallbacks")
+SECRET_WORDS = ("_key", "_password", "_secret", "_fallbacks", "alert_url")
 """In the name of a setting whose value is never shown."""
 CERTIFICATE_CHECKS = ("required", "optional", "none")
 BROKER_SCHEMES = ("redis", "rediss", "redis+socket", "sentinel")
@@ -42,6 +42,14 @@ class SecretUrl(SecretStr):
 
     def _display(self) -> str:
         return _masked(self.get_secret_value())
+
+
+class SecretWebhookUrl(SecretUrl):
+    """A URL of which only scheme and host show: what follows is often the secret."""
+
+    def _display(self) -> str:
+        parts = urlsplit(self.get_secret_value())
+        return f"{parts.scheme}://{parts.hostname or ''}/**"
 
 
 def _masked(text: str) -> str:
@@ -203,6 +211,10 @@ class ClusterSettings(BaseSettings):
     None: ten leases, 30 s at least.
     """
 
+    alert_url: SecretWebhookUrl | None = None
+    """Where alerts are posted as JSON; None: they are events and lines of the log only."""
+    alert_secret: SecretStr | None = None
+    """Signs what is posted; None: it is not signed."""
     flower_password: SecretStr | None = None
     """Of the user ``cluster`` of the Flower that ``cluster-tasks up`` starts; None: who is on this machine may look."""
 
@@ -275,6 +287,19 @@ class ClusterSettings(BaseSettings):
     def _check_registry_url(cls, value: SecretUrl | None) -> SecretUrl | None:
         if value and value.get_secret_value().partition("://")[0] not in (*BROKER_SCHEMES, "memory"):
             raise ValueError("expected redis://, rediss://, redis+socket:// or sentinel://")
+        return value
+
+    @field_validator("alert_url", mode="after")
+    @classmethod
+    def _check_alert_url(cls, value: SecretWebhookUrl | None) -> SecretWebhookUrl | None:
+        url = value.get_secret_value() if value else None
+        if url is not None:
+            parts = urlsplit(url)
+            # Reading the port checks it.
+            if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
+                raise ValueError("expected http://HOST/… or https://HOST/…")
+            if not re.fullmatch(r"[!-~]+", url):
+                raise ValueError("expected printable ASCII without blanks")
         return value
 
     @field_validator("flower_password", mode="after")

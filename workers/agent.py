@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 SURE_SHARE = 0.8
 """Of the lease: for so long after a beat was sent, nobody can have given this node's jobs to others."""
+UNCOORDINATED_S = 10.0
+"""After so long it is worth an alert: a restart of the coordinator is none."""
 RESYNC_S = 10.0
 PRUNE_EVERY_S = 60.0
 ALARM_EVERY_S = 0.25
@@ -59,11 +61,15 @@ class NodeAgent:
         self._abandoned: set[str] = set()
         """What runs here and others have been given."""
         self._checks = (-1, 0.0)
+        self._looked_s = 0.0
         self._wants_its_share = False
         self._resynced_s = cluster.clock.monotonic()
         self._revoked_since_s = 0.0
         self._alarmed, self._alarmed_s = threading.Event(), float("-inf")
         self._load_report = Periodic("load report", self._settings.heartbeat_s, self._report)
+        self._uncoordinated = cluster.events.condition("no coordinator", "coordinator back")
+        # Where a coordinator is at work, it sends; else whoever comes first.
+        self._alerts = cluster.alert_sender(lambda: deliveries is None or self._is_unchecked())
         self._duties = [
             Periodic("heartbeat", self._settings.heartbeat_s, self._beat),
             self._load_report,
@@ -88,6 +94,8 @@ class NodeAgent:
         self._begin(*self._open())
         for duty in self._duties:
             duty.start()
+        if self._alerts is not None:
+            self._alerts.start()
 
     def drain(self) -> None:
         """Take no new jobs, and hand over the list; what is held goes on. Safe to repeat."""
@@ -133,6 +141,8 @@ class NodeAgent:
         """
         for duty in self._duties:
             duty.stop()
+        if self._alerts is not None:
+            self._alerts.stop()
         if self._helper is not None:
             self._helper.stop()
         epoch, self._node = self._node.epoch, self._node.model_copy(update={"epoch": ""})
@@ -274,18 +284,24 @@ class NodeAgent:
         return NodeStatus.ONLINE
 
     def _watch(self) -> None:
-        health, clock = self._cluster.health, self._cluster.clock
+        health = self._cluster.health
         silent = health.observe()
-        checks = self._cluster.checks_done()
+        checks, now_s = self._cluster.checks_done(), self._cluster.clock.monotonic()
         if checks != self._checks[0]:
-            self._checks = (checks, clock.monotonic())
-        elif self._is_unchecked():
+            self._uncoordinated.is_over()
+        # Who could not look for a while does not know that nobody checked meanwhile.
+        if checks != self._checks[0] or now_s - self._looked_s > 2 * self._settings.health_check_s + UNCHECKED_S:
+            self._checks = (checks, now_s)
+        self._looked_s = now_s
+        if self._is_unchecked():
             health.act(silent)
             self._cluster.eject_outliers()
+        if self._is_unchecked(UNCOORDINATED_S):
+            self._uncoordinated.holds()
 
-    def _is_unchecked(self) -> bool:
-        """Whether no coordinator is at work."""
-        return self._cluster.clock.monotonic() - self._checks[1] >= UNCHECKED_S
+    def _is_unchecked(self, for_s: float = UNCHECKED_S) -> bool:
+        """Whether no coordinator is at work, as far as this process has looked."""
+        return self._cluster.clock.monotonic() - self._checks[1] >= for_s
 
     def _rebalance(self) -> None:
         if self._wants_its_share:

@@ -38,6 +38,8 @@ class Detector:
         self._watches: dict[str, _Watch] = {}
         self._observed_s = 0.0
         self._anew = True
+        self.held_back = 0
+        """How many silent nodes the second guard has given more time in the last observation."""
 
     def interrupted(self) -> None:
         """Start anew: the observer could not see for a while."""
@@ -59,9 +61,10 @@ class Detector:
         ]
         # Nodes do not beat in step: those that will be silent a moment later count as well.
         still = sum(now_s - watch.since_s >= self._lease_s / 2 for watch in self._watches.values())
-        if len(self._watches) >= 3 and still * 2 > len(self._watches):
-            return [node for node in silent if node.silent_s >= 2 * self._lease_s]
-        return silent
+        is_panic = len(self._watches) >= 3 and still * 2 > len(self._watches)
+        may_be_fenced = [node for node in silent if not is_panic or node.silent_s >= 2 * self._lease_s]
+        self.held_back = len(silent) - len(may_be_fenced)
+        return may_be_fenced
 
     def _next_watch(self, node_id: str, beat: Beat, now_s: float) -> _Watch:
         watch = self._watches.get(node_id)

@@ -34,14 +34,21 @@ class HealthCheck:
         self._clock, self._epochs, self._detector, self._evacuation = clock, epochs, detector, evacuation
         self._registry, self._events = registry, events
         self._checks = 0
+        self._panic = events.condition("panic guard", "panic guard over")
 
     def observe(self) -> list[Silent]:
         """Read the beats; return who may be fenced. Raises BrokerUnavailable, and then starts its observation anew."""
         try:
-            return self._detector.observe(self._epochs.beats())
+            beats = self._epochs.beats()
+            silent = self._detector.observe(beats)
+            if held_back := self._detector.held_back:
+                self._panic.holds(silent=held_back, nodes=len(beats))
+            else:
+                self._panic.is_over()
         except BrokerUnavailable:
             self._detector.interrupted()
             raise
+        return silent
 
     def interrupted(self) -> None:
         """Start the observation anew: this process could not write, so others may be unable to beat."""

@@ -34,6 +34,7 @@ KEPT = re.compile(
     r"{name}(:(epochs|beats|serves|draining|epoch_counter|fencing_token|tasks|backlog|idle|bell:.*|suspects_held"
     r"|slot_limits|lost:.*|rebalanced"
     r"|terminal:.*|followed:.*|quarantine.*|revoked|revoked_stamps|nodes|loads|node_events|events|checks|queued:.*"
+    r"|condition:.*"
     r"|counters|breaker:.*|limits:.*)|\.control)|_kombu\.binding.*|unacked(_index|_mutex)?|.*\.reply\.celery\.pidbox"
     r"|celery-task-meta-.*|celery-taskset-meta-.*|test:.*"
 )

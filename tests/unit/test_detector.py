@@ -78,3 +78,12 @@ def test_the_failure_threshold_counts_looks_that_found_no_beat() -> None:
     detector = Detector(clock, lease_s=1.2, failure_threshold=5)
     assert observe(detector, clock, {"a": 1}, 4 * CHECK_S) == []
     assert observe(detector, clock, {"a": 1}, 0) == ["a"]
+
+
+def test_it_says_how_many_nodes_the_guard_gives_more_time() -> None:
+    clock = ManualClock()
+    detector = Detector(clock, LEASE_S)
+    beats = {"a": 1, "b": 1, "c": 1}
+    assert (observe(detector, clock, beats, LEASE_S - CHECK_S), detector.held_back) == ([], 0)
+    assert (observe(detector, clock, beats, LEASE_S - CHECK_S), detector.held_back) == ([], 3)
+    assert (observe(detector, clock, beats, 0), detector.held_back) == (["a", "b", "c"], 0)

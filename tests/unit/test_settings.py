@@ -286,6 +286,11 @@ def test_a_url_of_any_form_can_be_shown_and_hides_its_password(url: str) -> None
     assert "**" in shown
 
 
+def test_a_webhook_shows_its_host_only() -> None:
+    url = load({"cluster_alert_url": f"https://{SECRET}:{SECRET}@hooks.example.org/{SECRET}?key={SECRET}"}).alert_url
+    assert (str(url), repr(url)) == ("https://hooks.example.org/**", "SecretWebhookUrl('https://hooks.example.org/**')")
+
+
 @given(st.text(st.characters(codec="utf-8", exclude_categories=["Cc"]), min_size=4))
 def test_no_password_shows_through(password: str) -> None:
     assert str(SecretUrl(f"redis://user:{password}@host:1/0")) == "redis://user:**@host:1/0"
@@ -299,6 +304,16 @@ def test_no_password_shows_through(password: str) -> None:
         {"cluster_registry_url": f"zookeeper://:{SECRET}@host"},
         {"cluster_broker_url": [f"redis://:{SECRET}@host"]},
         {"cluster_llm_api_key": [SECRET]},
+        {"cluster_alert_url": f"ftp://host/{SECRET}"},
+        {"cluster_alert_url": f"https:///{SECRET}"},
+        {"cluster_alert_url": f"https://host/{SECRET} two"},
+        {"cluster_alert_url": f"https://host:port/{SECRET}"},
+        {"cluster_alert_secret": [SECRET]},
+        {"cluster_alert_secrt": SECRET},
+        {"cluster_alerts_url": f"https://host/{SECRET}"},
+        {"cluster_flower_password": f"{SECRET},x"},
+        {"cluster_flower_password": ""},
+        {"cluster_flower_pasword": SECRET},
         {"cluster_llm_api_kee": SECRET},
         {"cluster_llm_key": SECRET},
         {"cluster_broker_ulr": f"redis://:{SECRET}@host"},

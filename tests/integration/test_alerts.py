@@ -1,0 +1,272 @@
+"""Alerts reach a webhook, whatever becomes of it, of Redis and of those who send."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler
+
+import pytest
+import redis
+
+from cluster_tasks.clock import SystemClock
+from cluster_tasks.failover.alerts import ALERTS, REFUSED_TRIES, AlertQueue, AlertSender, Webhook
+from cluster_tasks.failover.events import EventLog
+from cluster_tasks.keys import Keys
+from cluster_tasks.redis_store import connect
+from tests.waiting import wait_until
+from tests.webhook import Hook, serving
+from workers.redis_server import RedisServer, free_port
+
+SECRET = "a shared secret"
+NewSender = Callable[..., AlertSender]
+
+
+@pytest.fixture
+def client(redis_url: str) -> Iterator[redis.Redis]:
+    with connect(redis_url) as client:
+        yield client
+
+
+@pytest.fixture
+def events(client: redis.Redis) -> EventLog:
+    return EventLog(client, Keys(), SystemClock())
+
+
+@pytest.fixture
+def hook() -> Iterator[Hook]:
+    with serving(Hook()) as hook:
+        yield hook
+
+
+@pytest.fixture
+def new_sender(client: redis.Redis, hook: Hook) -> Iterator[NewSender]:
+    """Make senders that run, and know of everything that is told from now on."""
+    senders = []
+
+    def new(url: str = "", timeout_s: float = 5.0, claim_after_s: float = 30.0, **options: object) -> AlertSender:
+        queue = AlertQueue(client, Keys(), claim_after_s)
+        queue.next(0.001)
+        webhook = Webhook(url or hook.url, SECRET, timeout_s)
+        senders.append(AlertSender(queue, webhook, "cluster", SystemClock(), first_wait_s=0.05, **options))  # type: ignore[arg-type]
+        senders[-1].start()
+        return senders[-1]
+
+    yield new
+    for sender in senders:
+        sender.stop()
+
+
+def nothing_is_pending(client: redis.Redis) -> bool:
+    (group,) = client.xinfo_groups(Keys().events)
+    last = client.xinfo_stream(Keys().events)["last-generated-id"]
+    return bool(group["pending"] == 0 and group["last-delivered-id"] == last)
+
+
+def test_an_alert_tells_what_happened_and_is_signed(events: EventLog, hook: Hook, new_sender: NewSender) -> None:
+    new_sender()
+    events.add("node lost", node="a@test", silent_s=3.2)
+    wait_until(lambda: hook.taken, message="it arrives")
+    (headers, body), (event,) = hook.requests[0], events.latest()
+    assert json.loads(body) == {
+        "id": event.id, "cluster": "cluster", "kind": "node lost", "timestamp": event.timestamp,
+        "facts": {"node": "a@test", "silent_s": 3.2},
+    }  # fmt: skip
+    signed = f"{headers['x-cluster-timestamp']}.".encode() + body
+    expected = hmac.new(SECRET.encode(), signed, hashlib.sha256).hexdigest()
+    assert headers["x-cluster-signature"] == f"sha256={expected}"
+    assert headers["x-cluster-event"] == event.id
+    assert abs(time.time() - int(headers["x-cluster-timestamp"])) < 60
+    assert headers["content-type"] == "application/json"
+
+
+def test_each_alert_is_sent_once_however_many_send_and_nothing_else_is(
+    client: redis.Redis, events: EventLog, hook: Hook, new_sender: NewSender
+) -> None:
+    for _ in range(4):
+        new_sender()
+    for number in range(20):
+        events.add("jobs moved", number=number)
+        for kind in ALERTS:
+            events.add(kind, number=number)
+    wait_until(lambda: len(hook.taken) >= 20 * len(ALERTS) and nothing_is_pending(client), message="all arrive")
+    told = [(event["kind"], event["facts"]["number"]) for event in hook.taken]
+    assert sorted(told) == sorted((kind, number) for kind in ALERTS for number in range(20))
+
+
+def test_a_webhook_that_fails_is_asked_again(
+    client: redis.Redis, events: EventLog, hook: Hook, new_sender: NewSender
+) -> None:
+    hook.statuses = [500, 503, 429, 404]
+    new_sender()
+    events.add("node lost", node="a")
+    wait_until(lambda: hook.taken and nothing_is_pending(client), message="it arrives")
+    assert len(hook.requests) == 5
+    assert len({body for _, body in hook.requests}) == 1
+
+
+def test_alerts_wait_for_a_webhook_that_is_down(client: redis.Redis, events: EventLog, new_sender: NewSender) -> None:
+    hook = Hook(port=free_port())
+    new_sender(hook.url)
+    for number in range(3):
+        events.add("node lost", node=str(number))
+    wait_until(lambda: client.xpending(Keys().events, "alerts")["pending"], message="it is tried")
+    with serving(hook):
+        wait_until(lambda: len(hook.taken) == 3, 30, "they arrive")
+    assert [event["facts"]["node"] for event in hook.taken] == ["0", "1", "2"]
+
+
+def hang(_: BaseHTTPRequestHandler) -> None:
+    time.sleep(3)
+
+
+def drip(handler: BaseHTTPRequestHandler) -> None:
+    # Each byte comes long before the time-out of a socket.
+    with suppress(OSError):
+        for byte in b"HTTP/1.1 200 OK\r\nX-Long: " + b"x" * 1_000:
+            handler.wfile.write(bytes([byte]))
+            time.sleep(0.05)
+
+
+def break_off(handler: BaseHTTPRequestHandler) -> None:
+    handler.wfile.write(b"nonsense")
+    handler.close_connection = True
+
+
+@pytest.mark.parametrize("behave", [hang, drip, break_off])
+def test_a_webhook_that_hangs_holds_a_sender_for_its_time_out_only(
+    behave: Callable[[BaseHTTPRequestHandler], None], client: redis.Redis, events: EventLog, hook: Hook,
+    new_sender: NewSender,
+) -> None:  # fmt: skip
+    hook.behave = behave
+    new_sender(timeout_s=0.3)
+    events.add("node lost", node="a")
+    wait_until(lambda: len(hook.requests) >= 2, message="it is tried again")
+    hook.behave = None
+    wait_until(lambda: hook.taken and nothing_is_pending(client), message="it arrives")
+
+
+def test_a_redirect_is_not_followed_and_a_refusal_does_not_hold_up_the_others(
+    client: redis.Redis, events: EventLog, hook: Hook, new_sender: NewSender
+) -> None:
+    hook.statuses = [302] * REFUSED_TRIES
+    new_sender()
+    events.add("node lost", node="refused")
+    events.add("node lost", node="taken")
+    wait_until(lambda: hook.taken and nothing_is_pending(client), message="the second arrives")
+    assert [event["facts"]["node"] for event in hook.taken] == ["taken"]
+    assert all("method" not in headers for headers, _ in hook.requests)
+
+
+def test_what_a_killed_sender_was_at_is_sent_by_another(
+    redis_url: str, client: redis.Redis, events: EventLog, hook: Hook, new_sender: NewSender
+) -> None:
+    entered = threading.Event()
+
+    def hold(_: BaseHTTPRequestHandler) -> None:
+        entered.set()
+        time.sleep(2)
+
+    hook.behave = hold
+    script = (
+        "import sys, time; from cluster_tasks.failover.alerts import *; from cluster_tasks.redis_store import connect;"
+        "from cluster_tasks.keys import Keys; from cluster_tasks.clock import SystemClock;"
+        "queue = AlertQueue(connect(sys.argv[1]), Keys());"
+        "AlertSender(queue, Webhook(sys.argv[2]), 'cluster', SystemClock()).start(); time.sleep(60)"
+    )
+    AlertQueue(client, Keys()).next(0.001)
+    with subprocess.Popen([sys.executable, "-c", script, redis_url, hook.url]) as doomed:
+        events.add("node lost", node="a")
+        assert entered.wait(30)
+        doomed.kill()
+    hook.behave = None
+    new_sender(claim_after_s=0.5)
+    wait_until(lambda: hook.kinds() == ["node lost"] and nothing_is_pending(client), message="another sends it")
+
+
+def test_a_sender_that_is_slow_but_alive_keeps_its_alert(
+    client: redis.Redis, events: EventLog, hook: Hook, new_sender: NewSender
+) -> None:
+    # Tried for twice as long as others would let pass before they take over.
+    hook.statuses = [500] * 28
+    for number in range(3):
+        new_sender(f"{hook.url}&sender={number}", claim_after_s=3.0, longest_wait_s=0.3)
+    events.add("node lost", node="a")
+    wait_until(lambda: hook.taken and nothing_is_pending(client), 20, "it arrives")
+    assert len({headers["path"] for headers, _ in hook.requests}) == 1
+
+
+def test_stopping_a_sender_does_not_wait_for_its_webhook(events: EventLog, hook: Hook, new_sender: NewSender) -> None:
+    hook.behave = hang
+    sender = new_sender(timeout_s=60)
+    events.add("node lost", node="a")
+    wait_until(lambda: hook.requests, message="it is at it")
+    started_s = time.monotonic()
+    sender.stop()
+    sender.stop()
+    assert time.monotonic() - started_s < 10
+
+
+def test_alerts_go_on_when_redis_has_forgotten_everything(
+    redis_server: RedisServer, events: EventLog, hook: Hook, new_sender: NewSender
+) -> None:
+    new_sender()
+    events.add("node lost", node="before")
+    wait_until(lambda: len(hook.taken) == 1, message="the first arrives")
+    redis_server.stop()
+    redis_server.start()
+    events.add("node lost", node="after")
+    wait_until(lambda: len(hook.taken) == 2, message="the second arrives")
+    assert [event["facts"]["node"] for event in hook.taken] == ["before", "after"]
+
+
+def test_what_was_trimmed_or_is_no_event_holds_nobody_up(
+    client: redis.Redis, events: EventLog, hook: Hook, new_sender: NewSender
+) -> None:
+    AlertQueue(client, Keys()).next(0.001)
+    events.add("node lost", node="trimmed")
+    client.xreadgroup("alerts", "alerts", {Keys().events: ">"})
+    client.xtrim(Keys().events, 0)
+    client.xadd(Keys().events, {"strange": "entry"})
+    client.xadd(Keys().events, {"kind": "node lost", "timestamp": "soon", "facts": "{}"})
+    events.add("node lost", node="a")
+    new_sender(claim_after_s=0.1)
+    wait_until(lambda: hook.taken and nothing_is_pending(client), message="the good one arrives")
+    assert [event["facts"]["node"] for event in hook.taken] == ["a"]
+
+
+def test_who_may_not_send_leaves_alerts_to_others(
+    client: redis.Redis, events: EventLog, hook: Hook, new_sender: NewSender
+) -> None:
+    allowed = threading.Event()
+    new_sender(may_send=allowed.is_set)
+    events.add("node lost", node="a")
+    time.sleep(0.3)
+    assert not hook.requests
+    allowed.set()
+    wait_until(lambda: hook.taken, message="it arrives")
+
+
+def test_begin_and_end_of_a_condition_are_told_once_however_many_see_it(client: redis.Redis, events: EventLog) -> None:
+    seen = [events.condition("panic guard", "panic guard over") for _ in range(3)]
+    blind = events.condition("panic guard", "panic guard over")
+    for _ in range(2):
+        for condition in seen:
+            for _ in range(2):
+                condition.holds(silent=2)
+        for condition in [blind, *seen, *seen]:
+            condition.is_over()
+    assert [event.kind for event in events.latest()] == ["panic guard", "panic guard over"] * 2
+    assert client.keys("*condition*") == []
+
+
+def test_a_condition_whose_observers_have_died_is_told_anew_later(client: redis.Redis, events: EventLog) -> None:
+    events.condition("no coordinator", "coordinator back").holds()
+    assert client.ttl(Keys().condition("no coordinator")) > 0
