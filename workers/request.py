@@ -121,7 +121,6 @@ class ClusterRequest(Request):  # type: ignore[misc]
         if len(past.crashes) >= cluster.settings.max_crash_deliveries:
             kept = cluster.quarantine.put(self.id, self._type, node.message(tag), past.crashes)
             logger.error("job %s[%s] is in quarantine: %s", self.name, self.id, kept.reason)
-            cluster.events.add("job quarantined", job=self.id, task=self._type, reason=kept.reason)
             return QuarantinedError(kept.reason)
         if not reruns:
             last = past.crashes[-1]

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import redis
@@ -15,6 +16,7 @@ from cluster_tasks.broker.message import INTERRUPTED, place_message
 from cluster_tasks.broker.placement import Crash, Placer
 from cluster_tasks.clock import Clock
 from cluster_tasks.errors import BrokerUnavailable, JobNotFound
+from cluster_tasks.failover.events import MAX_EVENTS, EventLog
 from cluster_tasks.keys import Keys
 from cluster_tasks.redis_store import foreign_errors, load_script, text
 
@@ -62,27 +64,28 @@ class Quarantine:
 
     def __init__(self, client: redis.Redis, keys: Keys, clock: Clock, ttl_s: float, most: int) -> None:
         self._client, self._keys, self._clock, self._ttl_s, self._most = client, keys, clock, ttl_s, most
-        self._placer = Placer(client, keys)
+        self._placer, self._events = Placer(client, keys), EventLog(client, keys, clock)
         self._keep = load_script(client, "cluster_tasks.broker", "quarantine")
 
     def put(self, job_id: str, task: str, message: bytes, crashes: Sequence[Crash]) -> Quarantined:
-        """Keep a job. Safe to repeat."""
+        """Keep a job, and tell the event stream. Safe to repeat."""
         placement = place_message(json.loads(message), message, self._keys)
         kept = Quarantined(
             job_id, task, placement.request_type, crashes, self._clock.time(), message.decode(errors="replace")
         )
         with foreign_errors(BrokerUnavailable, f"keeping job {job_id} in quarantine"):
-            self._prune(job_id, json.dumps(asdict(kept)))
+            event = self._events.entry("job quarantined", job=job_id, task=task, reason=kept.reason)
+            self._prune(job_id, json.dumps(asdict(kept)), MAX_EVENTS, *chain(*event.items()))
         return kept
 
     def prune(self) -> None:
         """Forget the jobs that have been here for too long."""
         with foreign_errors(BrokerUnavailable, "pruning the quarantine"):
-            self._prune("", "")
+            self._prune("")
 
-    def _prune(self, job_id: str, record: str) -> None:
-        arguments: list[Any] = [int(self._ttl_s), self._most, job_id, record]
-        if forgotten := self._keep([self._keys.quarantine, self._keys.quarantined], arguments):
+    def _prune(self, job_id: str, *kept: Any) -> None:
+        names = [self._keys.quarantine, self._keys.quarantined, self._keys.events]
+        if forgotten := self._keep(names, [int(self._ttl_s), self._most, job_id, *kept]):
             logger.warning("the quarantine has forgotten its %d oldest jobs", forgotten)
 
     def jobs(self, task: str = "") -> list[Quarantined]:

@@ -10,6 +10,7 @@ import pytest
 from cluster_tasks.broker.placement import Crash
 from cluster_tasks.clock import SystemClock
 from cluster_tasks.errors import JobNotFound
+from cluster_tasks.failover.events import EventLog
 from cluster_tasks.failover.quarantine import Quarantine
 from tests.broker import Broker, make_message
 from tests.waiting import wait_until
@@ -57,17 +58,22 @@ def test_beyond_its_size_the_oldest_go(new_quarantine: NewQuarantine) -> None:
         quarantine.retry("one")
 
 
-def test_a_job_that_is_kept_twice_counts_once(new_quarantine: NewQuarantine) -> None:
+def test_a_job_that_is_kept_twice_counts_and_is_told_once(broker: Broker, new_quarantine: NewQuarantine) -> None:
     quarantine = new_quarantine(most=2)
     put(quarantine, "one", "two", "two", "two")
     assert ids(quarantine) == ["one", "two"]
+    told = EventLog(broker.client, broker.keys, SystemClock()).latest()
+    assert [(event.kind, event.facts["job"]) for event in told] == [
+        ("job quarantined", "one"),
+        ("job quarantined", "two"),
+    ]
 
 
 def test_what_was_kept_for_too_long_goes_and_leaves_nothing(broker: Broker, new_quarantine: NewQuarantine) -> None:
     quarantine = new_quarantine(ttl_s=1.0)
     put(quarantine, "old")
     assert ids(quarantine) == ["old"]
-    wait_until(lambda: quarantine.prune() or not broker.client.keys("*"), message="it is forgotten")
+    wait_until(lambda: quarantine.prune() or broker.client.keys("*") == [b"cluster:events"], message="it is forgotten")
     with pytest.raises(JobNotFound):
         quarantine.get("old")
 
@@ -100,7 +106,7 @@ def test_what_was_dropped_leaves_nothing(broker: Broker, new_quarantine: NewQuar
     quarantine = new_quarantine()
     put(quarantine, "one")
     quarantine.drop("one")
-    assert not broker.client.keys("*")
+    assert broker.client.keys("*") == [b"cluster:events"]
     with pytest.raises(JobNotFound):
         quarantine.drop("one")
 
