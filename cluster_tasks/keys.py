@@ -177,6 +177,10 @@ class Keys:
         """Set of what has followed a job or a chord: ``<job id>/<attempt>``."""
         return f"{self.name}:followed:{job_id}"
 
+    def published(self, producer: str) -> str:
+        """Number of the last publish of a producer."""
+        return f"{self.name}:published:{producer}"
+
     def crashes(self, job_id: str) -> str:
         """List of the crash deliveries of a job (JSON), the first one first."""
         return f"{self.name}:crashes:{job_id}"

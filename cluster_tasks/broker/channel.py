@@ -31,6 +31,7 @@ from cluster_tasks.broker.message import (
     place_message,
 )
 from cluster_tasks.broker.placement import Placer, placing_script
+from cluster_tasks.broker.publishing import PUBLISH_PROPERTY, next_publish
 from cluster_tasks.broker.sequels import FOLLOWS_PROPERTY, Sequel
 from cluster_tasks.errors import ConfigurationError, PayloadTooLarge, StaleCommit
 from cluster_tasks.keys import DEFAULT_NAME, Keys, priority_suffixes
@@ -134,20 +135,32 @@ class ClusterChannel(stock.Channel):
     # Publishing.
 
     def _put(self, queue: str, message: dict[str, Any], **kwargs: Any) -> None:
-        follows = message["properties"].pop(FOLLOWS_PROPERTY, None)
-        if queue == self.keys.control_queue:
-            self._put_control(queue, message)
-        elif not self.keys.owns(queue):
-            super()._put(queue, message, **kwargs)
-        else:
-            target = queue if self.keys.node_of(queue) else ""
-            placement = place_message(message, self._encoded(message), self.keys, target)
-            with refusals_as_outages(self._placer.client):
-                due = due_time(message, self._timezone)
-                if follows:
-                    self._follow(placement, due, Sequel(*follows))
-                else:
-                    self._place(placement, due, kwargs.get("_publish_batch"))
+        properties = message["properties"]
+        way = {name: properties.pop(name) for name in (FOLLOWS_PROPERTY, PUBLISH_PROPERTY) if name in properties}
+        try:
+            if queue == self.keys.control_queue:
+                self._put_control(queue, message)
+            elif not self.keys.owns(queue):
+                super()._put(queue, message, **kwargs)
+            else:
+                way.setdefault(PUBLISH_PROPERTY, next_publish())
+                self._put_job(queue, message, way, kwargs.get("_publish_batch"))
+        finally:
+            # Kombu repeats a publish with these very properties.
+            properties.update(way)
+
+    def _put_job(self, queue: str, message: dict[str, Any], way: dict[str, Any], batch: Any) -> None:
+        target = queue if self.keys.node_of(queue) else ""
+        placement = place_message(message, self._encoded(message), self.keys, target)
+        due = due_time(message, self._timezone)
+        with refusals_as_outages(self._placer.client):
+            if FOLLOWS_PROPERTY in way:
+                self._follow(placement, due, Sequel(*way[FOLLOWS_PROPERTY]))
+            elif batch is None or due is not None:
+                self._placer.publish(placement, way[PUBLISH_PROPERTY], due, BELL_WAIT_S)
+            else:
+                arguments = [self.keys.bell_prefix, *placement.arguments()]
+                batch.add("eval", placing_script("place"), len(self._placer.index), *self._placer.index, *arguments)
 
     def _encoded(self, message: dict[str, Any]) -> str:
         encoded: str = dumps(message)
@@ -161,15 +174,6 @@ class ClusterChannel(stock.Channel):
     def _follow(self, placement: Placement, due: float | None, sequel: Sequel) -> None:
         if not self._placer.follow(placement, sequel, due, BELL_WAIT_S):
             raise StaleCommit(f"{sequel.node_id} must not publish what follows its job: the delivery was taken away")
-
-    def _place(self, placement: Placement, due: float | None, batch: Any) -> None:
-        if due is not None:
-            self._placer.delay(placement, due, BELL_WAIT_S)
-        elif batch is None:
-            self._placer.place([placement])
-        else:
-            arguments = [self.keys.bell_prefix, *placement.arguments()]
-            batch.add("eval", placing_script("place"), len(self._placer.index), *self._placer.index, *arguments)
 
     def _put_control(self, queue: str, message: dict[str, Any]) -> None:
         last = self.keys.queued_control(message["headers"].get("task", ""))

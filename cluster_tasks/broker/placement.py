@@ -10,6 +10,7 @@ from typing import Any, cast
 import redis
 
 from cluster_tasks.broker.message import Placement
+from cluster_tasks.broker.publishing import REMEMBERED_S, Publish
 from cluster_tasks.broker.sequels import Sequel
 from cluster_tasks.keys import Keys
 from cluster_tasks.redis_store import load_script, script_source, text
@@ -56,7 +57,7 @@ class Placer:
     def __init__(self, client: redis.Redis, keys: Keys) -> None:
         self.client, self._keys = client, keys
         self._place = client.register_script(placing_script("place"))
-        self._delay = client.register_script(placing_script("delay"))
+        self._publish = client.register_script(placing_script("publish"))
         self._follow = client.register_script(placing_script("follow"))
         self._move_held = client.register_script(placing_script("move_held"))
         self._move_listed = client.register_script(placing_script("move_listed"))
@@ -71,10 +72,16 @@ class Placer:
         arguments = [part for placement in placements for part in placement.arguments()]
         return [text(target) for target in self._place(self.index, [self._keys.bell_prefix, *arguments])]
 
-    def delay(self, placement: Placement, due: float, longest_wait_s: float) -> None:
-        """Place a message when it is ``due``, seconds since 1970. Nodes wait ``longest_wait_s`` at their doorbells."""
-        arguments = [self._keys.bell_prefix, due, longest_wait_s, *placement.arguments()]
-        self._delay([*self.index, self._keys.delayed], arguments)
+    def publish(self, placement: Placement, publish: Publish, due: float | None, longest_wait_s: float) -> bool:
+        """Place a message, ``due`` in seconds since 1970 or (None) now; False if this publish was done before.
+
+        Nodes wait ``longest_wait_s`` at their doorbells.
+        """
+        keys = self._keys
+        names = [*self.index, keys.delayed, keys.published(publish.producer)]
+        when = "" if due is None else due
+        arguments = [keys.bell_prefix, publish.number, REMEMBERED_S, when, longest_wait_s, *placement.arguments()]
+        return bool(self._publish(names, arguments))
 
     def follow(self, placement: Placement, sequel: Sequel, due: float | None, longest_wait_s: float) -> bool:
         """Place a sequel, ``due`` or (None) now, unless it was placed before; False if the delivery does not stand."""

@@ -1,0 +1,76 @@
+"""A publish whose reply is lost is repeated by Celery, and places its job once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from celery import Celery
+
+from cluster_tasks import Cluster, ClusterTask
+from cluster_tasks.broker.delays import delayed_jobs
+from cluster_tasks.broker.message import place_message
+from cluster_tasks.broker.publishing import next_publish
+from tests.broker import Broker, make_message
+from tests.process.proxy import Wire, wire_to
+from workers.redis_server import RedisServer
+
+
+@pytest.fixture
+def wire(redis_server: RedisServer) -> Iterator[Wire]:
+    with wire_to(redis_server.port) as wire:
+        yield wire
+
+
+@contextmanager
+def producer(url: str) -> Iterator[Any]:
+    """A task of an app whose Redis is there."""
+    with Celery("producer", set_as_current=False, broker=url) as app:
+        Cluster(app)
+
+        @app.task(base=ClusterTask, name="jobs.work", request_type="llm", ignore_result=True, shared=False)
+        def work() -> None:
+            """Nothing: no node runs it."""
+
+        yield work
+
+
+@pytest.mark.parametrize("options", [{}, {"countdown": 60}, {"priority": 9}])
+def test_a_publish_whose_reply_was_lost_places_its_job_once(
+    options: dict[str, int], broker: Broker, wire: Wire
+) -> None:
+    with producer(wire.url) as work:
+        sent = [work.apply_async(**options).id]  # Connections and scripts are there.
+        for _ in range(8):
+            # The router reads over this wire as well, and may lose a reply instead.
+            wire.cut_replies(2)
+            sent.append(work.apply_async(**options).id)
+    assert wire.cut >= 8
+    assert sorted(broker.waiting("llm") + delayed(broker)) == sorted(sent)
+
+
+def delayed(broker: Broker) -> list[str]:
+    return [job.payload["headers"]["id"] for job in delayed_jobs(broker.client, broker.keys, 100)]
+
+
+def test_a_command_that_arrives_after_a_later_publish_changes_nothing(broker: Broker) -> None:
+    first, second = (place_message({}, make_message(job), broker.keys) for job in ("first", "second"))
+    given_up, later = next_publish(), next_publish()
+    assert broker.placer.publish(second, later, None, 1.0)
+    assert not broker.placer.publish(first, given_up, None, 1.0)
+    assert broker.waiting() == ["second"]
+
+
+def test_a_forked_process_is_another_producer() -> None:
+    mine = next_publish()
+    read, write = os.pipe()
+    if not (pid := os.fork()):
+        os.write(write, next_publish().producer.encode())
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert os.read(read, 100).decode() != mine.producer == next_publish().producer
+    os.close(read)
+    os.close(write)
