@@ -45,7 +45,15 @@ from cluster_tasks.failover.release import Release
 from cluster_tasks.gateway.guard import Neighbourhood
 from cluster_tasks.keys import DEFAULT_NAME, Keys
 from cluster_tasks.model import Node, NodeEvent, NodeFilter, NodeStatus, check_node_id
-from cluster_tasks.redis_store import connect, foreign_errors, is_same_server, text
+from cluster_tasks.redis_store import (
+    CONNECT_TIMEOUT_S,
+    HEALTH_CHECK_S,
+    SOCKET_TIMEOUT_S,
+    connect,
+    foreign_errors,
+    is_same_server,
+    text,
+)
 from cluster_tasks.registry import create_registry
 from cluster_tasks.registry.base import ALL, Registry
 from cluster_tasks.router import ClusterRouter, ClusterView
@@ -190,7 +198,9 @@ class Cluster:
     @cached_property
     def health(self) -> HealthCheck:
         """This process as observer of the others."""
-        detector = Detector(self.clock, self.settings.lease_s, self.settings.failure_threshold)
+        # A node may have asked just before Redis came back, and must first give that up.
+        outage_s = SOCKET_TIMEOUT_S + CONNECT_TIMEOUT_S
+        detector = Detector(self.clock, self.settings.lease_s, self.settings.failure_threshold, outage_s)
         return HealthCheck(self.epochs, detector, self.evacuation, self.registry, self.events, self.clock)
 
     @cached_property
@@ -456,15 +466,26 @@ class Cluster:
         broker = settings.broker_url.get_secret_value()
         conf.broker_url = broker
         conf.broker_transport_options = {
-            "socket_timeout": 5.0, "socket_connect_timeout": 3.0, "socket_keepalive": True,
+            "socket_timeout": SOCKET_TIMEOUT_S, "socket_connect_timeout": CONNECT_TIMEOUT_S, "socket_keepalive": True,
             # Kombu drops a connection that has said nothing for a second longer than this.
             "health_check_interval": 1,
             "master_name": settings.sentinel_master, **conf.broker_transport_options, "cluster_name": settings.name,
             "cluster_timezone": getattr(self.app.timezone, "key", "UTC"),
             "cluster_max_message_bytes": settings.max_message_bytes,
         }  # fmt: skip
-        # Celery waits this long for the result of a child that died; a result that was committed is safe without.
-        self.app.add_defaults({"worker_lost_wait": 1.0})
+        self.app.add_defaults(
+            {
+                # Celery waits this long for the result of a child that died; a committed result is safe without.
+                "worker_lost_wait": 1.0,
+                # A worker that gave up would have to be started by hand after an outage.
+                "broker_connection_max_retries": None,
+                # With Celery's two minutes, a commit to a master that has fallen silent outlasts the failover.
+                "redis_socket_timeout": SOCKET_TIMEOUT_S,
+                "redis_socket_connect_timeout": CONNECT_TIMEOUT_S,
+                "redis_socket_keepalive": True,
+                "redis_backend_health_check_interval": HEALTH_CHECK_S,
+            }
+        )
         if settings.name != DEFAULT_NAME:
             # Remote control and events of two clusters on one Redis are as separate as their jobs.
             channels = {"control_exchange": f"{settings.name}.celery", "event_exchange": f"{settings.name}.celeryev"}

@@ -83,6 +83,10 @@ class StaleCommit(ClusterError):
     """A result was refused: another delivery of the job, or another node, has ended it."""
 
 
+class EndNotStored(BrokerUnavailable):
+    """Redis did not answer when a job had ended: the job is delivered again."""
+
+
 class NodeLost(ClusterError):
     """The job's node or process died while it ran, and it declares ``rerun_on_crash=False``."""
 

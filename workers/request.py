@@ -30,7 +30,16 @@ from cluster_tasks.broker.deliveries import Deliveries, Past
 from cluster_tasks.broker.message import INTERRUPTED, Delivery
 from cluster_tasks.broker.sequels import attempt_of, complete
 from cluster_tasks.cluster import Cluster, cluster_of
-from cluster_tasks.errors import ClusterError, NodeLost, OutOfMemory, QuarantinedError, StaleCommit, UnavailableError
+from cluster_tasks.errors import (
+    ClusterError,
+    EndNotStored,
+    NodeLost,
+    OutOfMemory,
+    QuarantinedError,
+    StaleCommit,
+    UnavailableError,
+)
+from cluster_tasks.keys import ANY_TYPE
 from workers.load import outcomes
 
 logger = logging.getLogger(__name__)
@@ -221,7 +230,7 @@ class ClusterRequest(Request):  # type: ignore[misc]
             self.acknowledge()
             return
         logger.error("the end of job %s[%s] is not stored, it will be delivered again: %r", self.name, self.id, exc)
-        if isinstance(exc, redis.ConnectionError | redis.TimeoutError | UnpublishableError):
+        if isinstance(exc, EndNotStored | redis.ConnectionError | redis.TimeoutError | UnpublishableError):
             self._let_lie(node, self._delivery.tag)
         else:
             # Nothing that passes: it would be run again without end, if that were not counted.

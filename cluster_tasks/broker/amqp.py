@@ -12,6 +12,9 @@ from kombu.transport import redis as stock
 from cluster_tasks.broker.channel import ClusterSentinelTransport, ClusterTransport
 from cluster_tasks.broker.sequels import announce
 
+RECONNECT_S = 2.0
+"""Longest wait between two attempts to reach Redis."""
+
 
 class ClusterConnection(Connection):
     """A connection whose ``redis://`` means the transport of the cluster: URLs and Flower stay as they are."""
@@ -22,6 +25,14 @@ class ClusterConnection(Connection):
         if self.transport_cls == "sentinel":
             return ClusterSentinelTransport
         return super().get_transport_cls()  # type: ignore[no-any-return]
+
+    def _ensure_connection(
+        self, errback: Any = None, max_retries: Any = None, interval_start: Any = 2, interval_step: Any = 2,
+        interval_max: Any = 30, *args: Any, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        # Kombu's own waits grow to half a minute: so long after an outage a worker would still do nothing.
+        waits = (min(wait_s, RECONNECT_S) for wait_s in (interval_start, interval_step, interval_max))
+        return super()._ensure_connection(errback, max_retries, *waits, *args, **kwargs)
 
     def Pool(self, limit: int | None = None, **options: Any) -> ConnectionPool:  # noqa: N802 - Kombu's name
         return ClusterConnectionPool(self, limit, **options)

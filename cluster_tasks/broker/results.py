@@ -23,7 +23,7 @@ from kombu.utils.encoding import bytes_to_str
 
 from cluster_tasks.broker.message import Delivery
 from cluster_tasks.broker.sequels import being_ended, ending
-from cluster_tasks.errors import StaleCommit
+from cluster_tasks.errors import EndNotStored, StaleCommit
 from cluster_tasks.keys import DEFAULT_NAME, Keys
 from cluster_tasks.redis_store import database_of, refusals_as_outages, run_script, script_source
 
@@ -79,6 +79,10 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
         self, task_id: str, exc: Any, traceback: Any = None, request: Any = None, store_result: bool = True,
         call_errbacks: bool = True, state: str = states.FAILURE,
     ) -> None:  # fmt: skip
+        if isinstance(exc, StaleCommit | EndNotStored):
+            # Celery takes it for an error of the task. This end must not be replaced by another one: the job has come
+            # to its end elsewhere, or will.
+            raise exc
         with ending(request):
             if not store_result:
                 self._end_without_result(task_id, state, request)
@@ -129,7 +133,7 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
         if delivery is None:
             self.ensure(self._end_unheld, (task_id, self.encode(meta)))
         elif state in states.READY_STATES:
-            self.ensure(self._commit, (delivery, task_id, state, self.encode(meta), _has_sequel(request, state)))
+            self._commit(delivery, task_id, state, self.encode(meta), _has_sequel(request, state))
         else:
             self.ensure(self._note, (delivery, task_id, self.encode(meta)))
         return result
@@ -137,7 +141,7 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
     def _end_without_result(self, task_id: str, state: str, request: Any) -> None:
         delivery = _delivery(task_id, request)
         if delivery is not None:
-            self.ensure(self._commit, (delivery, task_id, state, "", _has_sequel(request, state)))
+            self._commit(delivery, task_id, state, "", _has_sequel(request, state))
 
     def _note(self, delivery: Delivery, task_id: str, encoded: Any) -> None:
         self._note_script(self._job_keys(delivery, task_id), [delivery.tag, encoded, int(self.expires or 0)])
@@ -149,11 +153,17 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
         names = [*self._job_keys(delivery, task_id), keys.counters, keys.crashes(task_id), keys.followed(task_id)]
         same_end = REVOKED_UNHELD if state == states.REVOKED else ""
         arguments = [delivery.tag, encoded, lives_s, int(sequel), same_end, SEQUELS_LIVE_S]
-        with refusals_as_outages(self.client):
-            done = run_script(self.client, self._commit_script, names, arguments)
+        try:
+            done = self.ensure(self._run_commit, (names, arguments))
+        except (redis.ConnectionError, redis.TimeoutError) as exc:
+            raise EndNotStored(f"the end {state} of job {task_id} could not be stored: {exc!r}") from exc
         if done != 1:
             reason = "its delivery was taken away" if done == 0 else "it had ended before"
             raise StaleCommit(f"result {state} of job {task_id} by {delivery.node_id} refused: {reason}")
+
+    def _run_commit(self, names: list[str], arguments: list[Any]) -> Any:
+        with refusals_as_outages(self.client):
+            return run_script(self.client, self._commit_script, names, arguments)
 
     def _end_unheld(self, task_id: str, encoded: Any) -> None:
         names = [self._keys.terminal(task_id), bytes_to_str(self.get_key_for_task(task_id))]

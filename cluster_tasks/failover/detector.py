@@ -28,32 +28,35 @@ class _Watch:
 class Detector:
     """Observes beats and names the nodes that may be fenced.
 
-    No wall clock takes part. Two guards protect against an observer that is itself the sick one: after a gap between
-    two observations of more than half a lease it starts anew, and while more than half of at least three nodes have
-    stood still for half a lease, the silent ones are given one more lease.
+    No wall clock takes part. Three guards protect against an observer that is itself the sick one: after a gap between
+    two observations of more than half a lease it starts anew; after an outage it does so too, and gives everyone
+    ``outage_s`` more, for it may be the first that Redis answers again; and while more than half of at least three
+    nodes have stood still for half a lease, the silent ones are given one more lease.
     """
 
-    def __init__(self, clock: Clock, lease_s: float, failure_threshold: int = 1) -> None:
-        self._clock, self._lease_s, self._threshold = clock, lease_s, failure_threshold
+    def __init__(self, clock: Clock, lease_s: float, failure_threshold: int = 1, outage_s: float = 0.0) -> None:
+        self._clock, self._lease_s, self._threshold, self._outage_s = clock, lease_s, failure_threshold, outage_s
         self._watches: dict[str, _Watch] = {}
         self._observed_s = 0.0
-        self._anew = True
+        self._interrupted = False
         self.held_back = 0
         """How many silent nodes the second guard has given more time in the last observation."""
 
     def interrupted(self) -> None:
-        """Start anew: the observer could not see for a while."""
+        """Start anew: the observer could not see for a while, and others may not be able to beat yet."""
         # A mark, for other threads say this while one observes.
-        self._anew = True
+        self._interrupted = True
 
     def observe(self, beats: Mapping[str, Beat]) -> list[Silent]:
         """Take in the beats of all nodes as read now; return those that may be fenced, sorted by id."""
         now_s = self._clock.monotonic()
-        if self._anew or now_s - self._observed_s > self._lease_s / 2:
-            self._anew = False
+        since_s = now_s
+        if self._interrupted or now_s - self._observed_s > self._lease_s / 2:
+            since_s += self._outage_s if self._interrupted else 0.0
+            self._interrupted = False
             self._watches.clear()
         self._observed_s = now_s
-        self._watches = {node_id: self._next_watch(node_id, beat, now_s) for node_id, beat in beats.items()}
+        self._watches = {node_id: self._next_watch(node_id, beat, since_s) for node_id, beat in beats.items()}
         silent = [
             Silent(node_id, watch.beat, now_s - watch.since_s)
             for node_id, watch in sorted(self._watches.items())
@@ -66,9 +69,9 @@ class Detector:
         self.held_back = len(silent) - len(may_be_fenced)
         return may_be_fenced
 
-    def _next_watch(self, node_id: str, beat: Beat, now_s: float) -> _Watch:
+    def _next_watch(self, node_id: str, beat: Beat, since_s: float) -> _Watch:
         watch = self._watches.get(node_id)
         if watch is None or watch.beat != beat:
-            return _Watch(beat, now_s)
+            return _Watch(beat, since_s)
         watch.still_checks += 1
         return watch

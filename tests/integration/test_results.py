@@ -11,7 +11,7 @@ from celery.app.task import Context
 
 from cluster_tasks import Cluster
 from cluster_tasks.broker.message import DELIVERY_PROPERTY
-from cluster_tasks.errors import StaleCommit
+from cluster_tasks.errors import EndNotStored, StaleCommit
 from tests.broker import Broker
 
 
@@ -117,3 +117,15 @@ def test_how_far_a_job_has_come_is_told_by_its_delivery_only(broker: Broker, app
     app.backend.mark_as_done("job", 42, request=request)
     app.backend.store_result("job", {"half": 2}, "PROGRESS", request=request)
     assert app.AsyncResult("job").state == "SUCCESS"
+
+
+@pytest.mark.parametrize("error", [StaleCommit("refused"), EndNotStored("Redis was away")])
+def test_an_end_that_was_refused_or_not_stored_is_not_replaced_by_a_failure(
+    error: Exception, broker: Broker, app: Celery, epoch: str
+) -> None:
+    # Celery takes it for an error of the task; the delivery may stand again by then, on a Redis that was promoted.
+    request = take(broker, epoch, "job")
+    with pytest.raises(type(error)):
+        app.backend.mark_as_failure("job", error, request=request)
+    assert app.AsyncResult("job").state == "PENDING"
+    assert broker.held("a", epoch) == ["job"]

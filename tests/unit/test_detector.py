@@ -65,6 +65,18 @@ def test_an_observer_that_could_not_see_starts_anew() -> None:
     assert observe(detector, clock, {"a": 1}, LEASE_S - CHECK_S) == []
 
 
+def test_after_an_outage_everyone_gets_the_time_to_notice_that_it_is_over() -> None:
+    clock = ManualClock()
+    detector = Detector(clock, LEASE_S, outage_s=8.0)
+    observe(detector, clock, {"a": 1, "b": 1}, 1)
+    detector.interrupted()
+    assert observe(detector, clock, {"a": 1, "b": 1}, 8.0 + LEASE_S - CHECK_S) == []
+    assert observe(detector, clock, {"a": 1, "b": 2}, 0) == ["a"]
+    # From then on, what beats is watched as ever.
+    assert observe(detector, clock, {"b": 3}, LEASE_S - CHECK_S) == []
+    assert observe(detector, clock, {"b": 3}, 0) == ["b"]
+
+
 def test_when_most_nodes_stand_still_they_are_given_one_more_lease() -> None:
     clock = ManualClock()
     detector = Detector(clock, LEASE_S)
