@@ -14,7 +14,9 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
+from typing import Any
 
+import redis
 from celery import states
 
 from cluster_tasks.redis_store import text
@@ -32,11 +34,9 @@ IDLE_COMMANDS_PER_S = 100.0
 """Of one node without work: beats, reports, watching, and looking for work once a second."""
 KEPT = re.compile(
     r"{name}(:(epochs|beats|serves|draining|epoch_counter|fencing_token|tasks|backlog|idle|bell:.*|suspects_held"
-    r"|slot_limits|lost:.*|rebalanced"
-    r"|terminal:.*|followed:.*|quarantine.*|revoked|revoked_stamps|nodes|loads|node_events|events|checks|queued:.*"
-    r"|condition:.*"
-    r"|counters|breaker:.*|limits:.*)|\.control)|_kombu\.binding.*|unacked(_index|_mutex)?|.*\.reply\.celery\.pidbox"
-    r"|celery-task-meta-.*|celery-taskset-meta-.*|test:.*"
+    r"|terminal:.*|followed:.*|published:.*|quarantine.*|revoked|revoked_stamps|nodes|loads|node_events|events|checks"
+    r"|queued:.*|counters|rebalanced|slot_limits|lost:.*|condition:.*|breaker:.*|limits:.*)|\.control)|_kombu\.binding.*"
+    r"|unacked(_index|_mutex)?|.*\.reply\.celery\.pidbox|celery-task-meta-.*|celery-taskset-meta-.*|test:.*"
 )
 """What may be in Redis when no job is left: the state of living nodes, ends that expire, and what people look at."""
 
@@ -48,9 +48,13 @@ class Breach(AssertionError):
 class Checker:
     """Holds the accounts of a scenario against the promises."""
 
-    def __init__(self, jobs: ChaosJobs, history: History, standstill_s: float = STANDSTILL_S) -> None:
+    def __init__(
+        self, jobs: ChaosJobs, history: History, standstill_s: float = STANDSTILL_S, notes: redis.Redis | None = None
+    ) -> None:
+        """``notes`` is where tasks note what they do, if that is another Redis."""
         self._jobs, self._history, self._standstill_s = jobs, history, standstill_s
         self._client, self._keys = jobs.cluster.client, jobs.cluster.keys
+        self._notes = notes or self._client
 
     def check(self, load: Load, kills: Collection[Kill] = (), *, also_lost: Collection[str] = ()) -> None:
         """Stop the load, wait for the end of it, and check all but I6.
@@ -87,6 +91,20 @@ class Checker:
             twice = {job_id: times for job_id, times in counts.items() if times > 1}
             if twice:
                 raise Breach(f"I2: {what} more than once: {twice}")
+
+    def nothing_ran_twice(self, load: Load) -> None:
+        """Where no node dies or is fenced, I2 holds for the work as well: nobody does it twice."""
+        once = [job_id for job_id, kind in load.kinds.items() if kind not in ("retrying", "burning")]
+        with self._notes.pipeline(transaction=False) as pipe:
+            for job_id in once:
+                pipe.llen(f"test:started:{job_id}")
+            for job_id in load.retrying:
+                pipe.llen(f"test:tried:{job_id}")
+            counts = pipe.execute()
+        ran = dict(zip([*once, *load.retrying], counts, strict=True))
+        wrong = {job_id: times for job_id, times in ran.items() if times != (3 if job_id in load.retrying else 1)}
+        if wrong:
+            raise Breach(f"I2: ran another number of times than once, or three times for two retries: {wrong}")
 
     def no_fenced_epoch_commits(self) -> None:
         """I3."""
@@ -185,7 +203,7 @@ class Checker:
         return [backend.get_task_meta(job_id)["status"] for job_id in job_ids]
 
     def _noted(self, note: str) -> list[str]:
-        noted = self._client.lrange(f"test:{note}", 0, -1)
+        noted: Any = self._notes.lrange(f"test:{note}", 0, -1)
         return [text(item) for item in noted]
 
     def _wait(self, condition: Callable[[], bool], what: str, seen: Collection[str]) -> None:

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import redis
+
 from tests.chaos.checker import STANDSTILL_S, Checker
 from tests.chaos.history import History, followed
 from tests.chaos.jobs import ChaosJobs, make_chaos_jobs
@@ -32,7 +34,8 @@ class Chaos:
         standstill_s: float = STANDSTILL_S,
     ) -> None:  # fmt: skip
         self.jobs, self.history, self.rng = jobs, history, rng
-        self.checker = Checker(jobs, history, standstill_s)
+        self.notes = redis.Redis.from_url(notes_url)
+        self.checker = Checker(jobs, history, standstill_s, self.notes)
         self._directory, self._broker_url, self._notes_url = directory, broker_url, notes_url
 
     def worker(self, name: str, pool: str = "threads", **options: Any) -> WorkerProcess:
@@ -54,16 +57,25 @@ class Chaos:
 
 @contextmanager
 def chaos_on(
-    url: str, directory: Path, rng: random.Random, *, nodes_url: str = "", notes_url: str = "", **options: Any
+    url: str,
+    directory: Path,
+    rng: random.Random,
+    *,
+    nodes_url: str = "",
+    notes_url: str = "",
+    history_url: str = "",
+    **options: Any,
 ) -> Iterator[Chaos]:
     """A scenario on the Redis at ``url``. ``nodes_url`` is the way of the nodes if it is another, ``notes_url`` the
-    Redis for what tasks note, if the first breaks."""
+    Redis for what tasks note, if the first breaks; ``history_url`` is the Redis that is followed."""
     before = os.environ.get("CLUSTER_BROKER_URL")
     os.environ["CLUSTER_BROKER_URL"] = url
     try:
         jobs = make_chaos_jobs()
-        with followed(url) as history:
-            yield Chaos(jobs, history, rng, directory, nodes_url or url, notes_url or url, **options)
+        with followed(history_url or url) as history:
+            chaos = Chaos(jobs, history, rng, directory, nodes_url or url, notes_url or url, **options)
+            yield chaos
+        chaos.notes.close()
         jobs.app.close()
     finally:
         del os.environ["CLUSTER_BROKER_URL"]

@@ -24,10 +24,13 @@ class WorkerProcess:
     def __init__(
         self, name: str, broker_url: str, directory: Path, *, app: str = "tests.process.jobs", pool: str = "prefork",
         slots: int = 2, options: tuple[str, ...] = (), environ: dict[str, str] | None = None,
+        within: tuple[str, ...] = (),
     ) -> None:  # fmt: skip
+        """``within`` are words before the command."""
         self.id = f"{name}@test"
         self.log = directory / f"{name}.log"
         self._command = [
+            *within,
             *(sys.executable, "-m", "celery", "-A", app, "worker", "-n", self.id, "-P", pool, "-c", str(slots)),
             *("-l", "INFO", *options),
         ]

@@ -1,13 +1,31 @@
-"""A wire between nodes and their Redis that a test can cut."""
+"""A wire between nodes and their Redis that a test can cut, slow down and hold up."""
 
 from __future__ import annotations
 
 import socket
+import struct
 import threading
+import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from enum import Enum, auto
 
 CHUNK = 65536
+LATE_S = 1.5
+"""How long after a connection has fallen silent it is closed slowly."""
+Pair = tuple[socket.socket, socket.socket]
+
+
+class Cut(Enum):
+    """How a connection breaks off where a reply should come."""
+
+    CLOSED = auto()
+    """It is closed before the reply."""
+    RESET = auto()
+    """It is reset in the middle of the reply."""
+    LATE = auto()
+    """It falls silent, and is closed a while later."""
 
 
 class Wire:
@@ -18,9 +36,13 @@ class Wire:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self._lock = threading.Lock()
-        self._pairs: set[tuple[socket.socket, socket.socket]] = set()
-        self._cuts = 0
-        self._frozen = False
+        self._pairs: set[Pair] = set()
+        self._silent: set[Pair] = set()
+        """Nothing passes any more, whatever is sent."""
+        self._cuts: deque[Cut] = deque()
+        self._frozen = self._holds_requests = self._holds_replies = False
+        self.latency_s = 0.0
+        """Added to each way."""
         self.cut = 0
         """Replies that were cut off."""
         threading.Thread(target=self._accept, daemon=True).start()
@@ -30,10 +52,10 @@ class Wire:
         """Of the Redis behind the wire."""
         return f"redis://127.0.0.1:{self.port}/0"
 
-    def cut_replies(self, count: int = 1) -> None:
+    def cut_replies(self, count: int = 1, how: Cut = Cut.CLOSED) -> None:
         """Let the next replies get lost: the command has been done, and the connection breaks instead of an answer."""
         with self._lock:
-            self._cuts += count
+            self._cuts.extend([how] * count)
 
     def freeze(self) -> None:
         """Let nothing pass any more, and keep the connections that stand, as a machine does that lost its power."""
@@ -42,19 +64,24 @@ class Wire:
     def thaw(self) -> None:
         """Let new connections pass; those that were frozen stay silent."""
         with self._lock:
-            frozen, self._pairs = self._pairs, set()
+            self._silent |= self._pairs
+            self._pairs.clear()
             self._frozen = False
-            self._silent = frozen
+
+    def hold(self, *, requests: bool, replies: bool) -> None:
+        """Let nothing pass in these directions; what was sent arrives when it may again."""
+        self._holds_requests, self._holds_replies = requests, replies
 
     def close(self) -> None:
         """End all connections."""
+        self.hold(requests=False, replies=False)
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         with self._lock:
-            pairs = set(self._pairs) | getattr(self, "_silent", set())
+            pairs = self._pairs | self._silent
         for pair in pairs:
-            _end(*pair)
+            self._end(pair)
 
     def _accept(self) -> None:
         while True:
@@ -73,37 +100,59 @@ class Wire:
             for source, sink, replies in ((client, server, False), (server, client, True)):
                 threading.Thread(target=self._forward, args=(pair, source, sink, replies), daemon=True).start()
 
-    def _forward(
-        self, pair: tuple[socket.socket, socket.socket], source: socket.socket, sink: socket.socket, replies: bool
-    ) -> None:
-        silent = False
+    def _forward(self, pair: Pair, source: socket.socket, sink: socket.socket, replies: bool) -> None:
         with suppress(OSError):
             while data := source.recv(CHUNK):
-                silent = silent or self._frozen
-                if silent:
+                self._wait(replies)
+                if self._frozen:
+                    with self._lock:
+                        self._silent.add(pair)
+                if pair in self._silent:
                     continue
-                if replies and self._takes_a_cut():
-                    break
+                if replies and (cut := self._next_cut()):
+                    self._break(pair, cut, data)
+                    return
                 sink.sendall(data)
-        if not silent:
-            _end(*pair)
-            with self._lock:
-                self._pairs.discard(pair)
+        if pair not in self._silent:
+            self._end(pair)
 
-    def _takes_a_cut(self) -> bool:
+    def _wait(self, replies: bool) -> None:
+        if self.latency_s:
+            time.sleep(self.latency_s)
+        while self._holds_replies if replies else self._holds_requests:
+            time.sleep(0.01)
+
+    def _next_cut(self) -> Cut | None:
         with self._lock:
             if not self._cuts:
-                return False
-            self._cuts -= 1
+                return None
             self.cut += 1
-            return True
+            return self._cuts.popleft()
 
+    def _break(self, pair: Pair, cut: Cut, reply: bytes) -> None:
+        client, _ = pair
+        if cut is Cut.LATE:
+            with self._lock:
+                self._silent.add(pair)
+            time.sleep(LATE_S)
+        elif cut is Cut.RESET:
+            client.sendall(reply[: len(reply) // 2])
+            # Closed with no time to linger, a connection is reset; nothing else may end it before.
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            with self._lock:
+                self._silent.add(pair)
+            client.shutdown(socket.SHUT_RD)
+            client.close()
+        self._end(pair)
 
-def _end(*ends: socket.socket) -> None:
-    for end in ends:
-        with suppress(OSError):
-            end.shutdown(socket.SHUT_RDWR)
-        end.close()
+    def _end(self, pair: Pair) -> None:
+        for end in pair:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+        with self._lock:
+            self._pairs.discard(pair)
+            self._silent.discard(pair)
 
 
 @contextmanager
