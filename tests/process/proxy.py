@@ -52,6 +52,12 @@ class Wire:
         """Of the Redis behind the wire."""
         return f"redis://127.0.0.1:{self.port}/0"
 
+    @property
+    def addresses(self) -> list[str]:
+        """From where, as Redis sees it, the connections that stand come."""
+        with self._lock:
+            return ["{}:{}".format(*server.getsockname()) for _, server in self._pairs]
+
     def cut_replies(self, count: int = 1, how: Cut = Cut.CLOSED) -> None:
         """Let the next replies get lost: the command has been done, and the connection breaks instead of an answer."""
         with self._lock:
