@@ -39,7 +39,6 @@ from cluster_tasks.errors import (
     StaleCommit,
     UnavailableError,
 )
-from cluster_tasks.keys import ANY_TYPE
 from workers.load import outcomes
 
 logger = logging.getLogger(__name__)

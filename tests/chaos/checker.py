@@ -35,8 +35,8 @@ IDLE_COMMANDS_PER_S = 100.0
 KEPT = re.compile(
     r"{name}(:(epochs|beats|serves|draining|epoch_counter|fencing_token|tasks|backlog|idle|bell:.*|suspects_held"
     r"|terminal:.*|followed:.*|published:.*|quarantine.*|revoked|revoked_stamps|nodes|loads|node_events|events|checks"
-    r"|queued:.*|counters|rebalanced|slot_limits|lost:.*|condition:.*|breaker:.*|limits:.*)|\.control)|_kombu\.binding.*"
-    r"|unacked(_index|_mutex)?|.*\.reply\.celery\.pidbox|celery-task-meta-.*|celery-taskset-meta-.*|test:.*"
+    r"|queued:.*|counters|rebalanced|slot_limits|lost:.*|condition:.*|breaker:.*|limits:.*)|\.control)"
+    r"|_kombu\.binding.*|unacked(_index|_mutex)?|.*\.reply\.celery\.pidbox|celery-task(set)?-meta-.*|test:.*"
 )
 """What may be in Redis when no job is left: the state of living nodes, ends that expire, and what people look at."""
 
