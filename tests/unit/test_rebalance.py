@@ -110,7 +110,9 @@ def test_what_is_balanced_stays_as_it_is(cluster: tuple[list[NodeList], Jobs]) -
 def test_two_nodes_share_by_their_capacity(mine: int, yours: int, length: int) -> None:
     lists = [NodeList("a", LLM, mine, length), NodeList("b", LLM, yours, 0)]
     after, _, _ = apply(lists, {"a": ["llm"] * length, "b": []})
-    assert abs(after[0].length - share_of(lists[0], lists)) <= max(1, (ACT_ABOVE - 1) * share_of(lists[0], lists))
+    share = share_of(lists[0], lists)
+    # 1.2 - 1 is a little less than 0.2.
+    assert abs(after[0].length - share) <= max(1, (ACT_ABOVE - 1) * share + 1e-9)
 
 
 def test_nodes_without_a_type_in_common_do_not_count_for_each_other() -> None:
