@@ -482,7 +482,6 @@ class Cluster:
                 # With Celery's two minutes, a commit to a master that has fallen silent outlasts the failover.
                 "redis_socket_timeout": SOCKET_TIMEOUT_S,
                 "redis_socket_connect_timeout": CONNECT_TIMEOUT_S,
-                "redis_socket_keepalive": True,
                 "redis_backend_health_check_interval": HEALTH_CHECK_S,
             }
         )

@@ -16,7 +16,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.commands.core import Script
 from redis.retry import Retry
-from redis.sentinel import Sentinel
+from redis.sentinel import Sentinel, SentinelConnectionPool
 
 from cluster_tasks.errors import ConfigurationError, UnavailableError
 
@@ -32,6 +32,23 @@ PASSING_WORDS = ("READONLY", "LOADING", "OOM", "MASTERDOWN", "NOREPLICAS", "BUSY
 """Those words; Redis 6.2 tells the error of a command in a script within words of its own."""
 
 _pools: WeakSet[redis.ConnectionPool] = WeakSet()
+
+
+class _Pool(redis.ConnectionPool):
+    """A pool that learns from one connection that broke.
+
+    The idle ones are older and may lead to the same server that has fallen silent: each would cost a time-out more.
+    """
+
+    def release(self, connection: Any) -> None:
+        is_broken = not connection.is_connected
+        super().release(connection)
+        if is_broken:
+            self.disconnect(inuse_connections=False)
+
+
+class _SentinelPool(_Pool, SentinelConnectionPool):
+    """The same behind Redis Sentinel."""
 
 
 def _renew_pool_locks() -> None:
@@ -70,7 +87,7 @@ def _direct(url: str, settings: dict[str, Any]) -> redis.Redis:
         url = "unix://" + url.removeprefix("redis+socket://").replace("virtual_host=", "db=")
         del settings["socket_connect_timeout"], settings["socket_keepalive"]
     try:
-        return redis.Redis.from_url(url, **settings)
+        return redis.Redis.from_pool(_Pool.from_url(url, **settings))
     except ValueError as exc:
         raise ConfigurationError(f"a Redis URL cannot be used: {exc}") from None
 
@@ -83,7 +100,9 @@ def _behind_sentinel(url: str, master: str, settings: dict[str, Any]) -> redis.R
         raise ConfigurationError(f"the database of a sentinel:// URL is a number, not {database!r}")
     credentials = {"username": parts[0].username, "password": parts[0].password}
     sentinel = Sentinel(hosts, **settings)
-    return sentinel.master_for(master, redis.Redis, db=int(database), **credentials, **settings)  # type: ignore[no-any-return]
+    return sentinel.master_for(  # type: ignore[no-any-return]
+        master, redis.Redis, _SentinelPool, db=int(database), **credentials, **settings
+    )
 
 
 def database_of(url: str) -> int:
@@ -135,10 +154,13 @@ def run_script(client: redis.Redis, script: Script, keys: Sequence[str], argumen
 def refusals_as_outages(client: redis.Redis) -> Iterator[None]:
     """Turn the refusal of a server that cannot work now into the loss of the connection: Celery tries again after it.
 
-    The next command makes a new connection, maybe to another server.
+    After that, and after a loss, the next command makes a new connection, maybe to another server.
     """
     try:
         yield
+    except (redis.ConnectionError, redis.TimeoutError):
+        client.connection_pool.disconnect(inuse_connections=False)
+        raise
     except redis.ResponseError as exc:
         if not isinstance(exc, PASSING_REFUSALS) and not any(word in str(exc) for word in PASSING_WORDS):
             raise
