@@ -6,7 +6,9 @@ whatever database of it: a script cannot span two servers.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from contextvars import ContextVar
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +21,7 @@ from celery.backends.redis import (
     RedisBackend,
     SentinelBackend,
 )
+from kombu.exceptions import OperationalError
 from kombu.utils.encoding import bytes_to_str
 
 from cluster_tasks.broker.message import Delivery
@@ -33,6 +36,20 @@ SEQUELS_LIVE_S = 3600
 """How long it is remembered what has followed an end that is committed: a crash makes others look at it again."""
 REVOKED_UNHELD = "revoked"
 """The marker of a job that was revoked while no node held it."""
+_error_before: ContextVar[BaseException | None] = ContextVar("error_before", default=None)
+_NOT_OF_THE_CHORD = (redis.ConnectionError, redis.TimeoutError, OperationalError, StaleCommit)
+"""What keeps a node from publishing the body of a chord, and is no failure of the chord."""
+
+
+class _BodyNotPublished(redis.ConnectionError):
+    """The part of a chord that was to publish its body is delivered again, and then that is done again."""
+
+
+class _ChordClient(redis.Redis):
+    """Keeps the records of a chord that Celery would delete as it gives the chord up."""
+
+    def delete(self, *names: Any) -> Any:
+        return 0 if isinstance(sys.exception(), _BodyNotPublished) else super().delete(*names)
 
 
 class _FencedCommit(RedisBackend):  # type: ignore[misc]
@@ -113,8 +130,27 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
     def _chord_cleanup_script(self) -> Callable[..., Any]:
         return self._claiming(self.client.register_script(CHORD_CLEANUP_LUA), 0)
 
+    def _get_client(self) -> type[redis.Redis]:
+        return _ChordClient
+
+    def on_chord_part_return(self, request: Any, state: str, result: Any, propagate: Any = None, **kwargs: Any) -> Any:
+        # An error of the task itself may be on its way up here.
+        token = _error_before.set(sys.exception())
+        try:
+            return super().on_chord_part_return(request, state, result, propagate, **kwargs)
+        finally:
+            _error_before.reset(token)
+
+    def chord_error_from_stack(self, callback: Any, exc: Any = None) -> Any:
+        error = sys.exception()
+        if isinstance(error, _NOT_OF_THE_CHORD) and error is not _error_before.get():
+            raise _BodyNotPublished(f"the body of a chord could not be published: {error!r}") from error
+        return super().chord_error_from_stack(callback, exc)
+
     def _claiming(self, script: redis.commands.core.Script, place: int) -> Callable[..., Any]:
         def run(keys: list[str], args: list[Any], client: redis.Redis) -> Any:
+            if isinstance(sys.exception(), _BodyNotPublished):  # Celery would clean up.
+                return 0
             if (holder := being_ended()) is not None:
                 args[place] += f" {self._keys.unacked(holder.node_id, holder.epoch)} {holder.tag}"
             return script(keys=keys, args=args, client=client)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import json
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from celery import Celery, chain, group
+import redis
+from celery import Celery, chain, chord, group, states
 from celery.app.task import Context
 
 from cluster_tasks import Cluster, ClusterTask
@@ -155,3 +158,32 @@ def test_a_fencing_token_is_that_of_the_delivery(app: Celery, broker: Broker, ep
     assert work.fencing_token == int(request.properties[DELIVERY_PROPERTY][2].rpartition(".")[2])
     work.pop_request()
     assert work.fencing_token == 0
+
+
+def test_a_chord_is_not_failed_because_its_body_could_not_be_published(app: Celery, broker: Broker, epoch: str) -> None:
+    work = app.tasks["work"]
+    result = chord([work.s(), work.s()], work.s()).apply_async()
+    deliveries = broker.fetch("a", epoch, 2).messages
+    first, second = (as_run(message, [*("a", epoch), tag]) for tag, message in deliveries.items())
+    held, (_, tag) = broker.keys.unacked("a", epoch), deliveries
+
+    def end(request: Context) -> None:
+        with ending(request):
+            app.backend.on_chord_part_return(request, states.SUCCESS, None)
+
+    end(first)
+    broker.client.hdel(held, tag)
+    with pytest.raises(redis.ConnectionError, match="could not be published"):
+        end(second)
+    assert result.state == states.PENDING
+    assert followers(broker) == []
+    broker.client.hset(held, tag, deliveries[tag])
+    end(second)
+    assert followers(broker) == [result.id]
+
+
+def as_run(message: bytes, delivery: list[str]) -> Context:
+    """The request of the task that a message is for."""
+    payload = json.loads(message)
+    _, _, embedded = json.loads(base64.b64decode(payload["body"]))
+    return Context({**payload["headers"], **embedded, "properties": {DELIVERY_PROPERTY: delivery}})
