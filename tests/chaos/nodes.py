@@ -84,6 +84,11 @@ class Nodes:
         self.kills += done
         return done
 
+    def dismiss(self, worker: WorkerProcess) -> None:
+        """SIGTERM, and do not wait."""
+        worker.signal(signal.SIGTERM)
+        self.alive.remove(worker)
+
     def retire(self, worker: WorkerProcess) -> int | None:
         """SIGTERM, and wait until it has left."""
         code = worker.stop()

@@ -10,8 +10,14 @@ import pytest
 
 from tests.chaos.conftest import ByLevel, Report
 from tests.chaos.harness import FORGIVING, POOLS, Chaos
-from tests.chaos.nodes import Nodes, WorkerProcess
+from tests.chaos.levels import percentile
+from tests.chaos.nodes import Nodes
+from tests.chaos.stalls import Stalls
+from tests.process.nodes import WorkerProcess
 from tests.waiting import wait_until
+
+REOWNED_S = 5.0
+"""So soon after a kill living nodes own the jobs of the dead one, 99 times of 100, on a machine that keeps up."""
 
 
 @pytest.mark.chaos("core")
@@ -24,7 +30,7 @@ def test_nodes_killed_at_random_instants_lose_and_double_nothing(
     # Every setting of time is at its default: here is measured.
     with chaos.nodes(number, pools=POOLS, environ=FORGIVING) as nodes:
         nodes.wait_ready()
-        with chaos.load() as load:
+        with Stalls() as stalls, chaos.load() as load:
             while len(nodes.kills) < kills:
                 victims = choose_victims(chaos, nodes)
                 strike(victims, chaos.rng)
@@ -34,6 +40,11 @@ def test_nodes_killed_at_random_instants_lose_and_double_nothing(
             chaos.checker.check(load, nodes.kills)
         times = report_recovery(chaos, nodes.kills)
         assert len(times) >= kills
+    if by_level(core=False, full=True):
+        told = zip(nodes.kills, times, strict=True)
+        quiet = [reowned_s for kill, (_, reowned_s) in told if not stalls.during(kill.at, kill.at + reowned_s)]
+        print(f"{len(times) - len(quiet)} of {len(times)} kills are set aside: the machine itself stood still")
+        assert percentile(quiet, 0.99) <= REOWNED_S
 
 
 def choose_victims(chaos: Chaos, nodes: Nodes) -> list[WorkerProcess]:

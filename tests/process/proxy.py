@@ -55,8 +55,12 @@ class Wire:
     @property
     def addresses(self) -> list[str]:
         """From where, as Redis sees it, the connections that stand come."""
+        found = []
         with self._lock:
-            return ["{}:{}".format(*server.getsockname()) for _, server in self._pairs]
+            for _, server in self._pairs:
+                with suppress(OSError):  # It has just ended.
+                    found.append("{}:{}".format(*server.getsockname()))
+        return found
 
     def cut_replies(self, count: int = 1, how: Cut = Cut.CLOSED) -> None:
         """Let the next replies get lost: the command has been done, and the connection breaks instead of an answer."""

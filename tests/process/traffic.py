@@ -22,9 +22,10 @@ class Traffic(ABC):
         """Send the next jobs, the ``number``-th time, and keep their results."""
 
     def stop(self) -> None:
-        """Send no more, and wait for what is being sent. Safe to repeat."""
+        """Send no more, and wait for what is being sent. Safe to repeat, and before the start."""
         self._stopping.set()
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def __enter__(self) -> Self:
         self._thread.start()

@@ -1,0 +1,71 @@
+"""With one defence switched off, the same checker that all scenarios use reports the breach."""
+
+from __future__ import annotations
+
+import random
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import states
+
+from tests.chaos.checker import Breach
+from tests.chaos.harness import FORGIVING, QUICK, Chaos, chaos_on
+from tests.process.accounts import END_S
+from tests.waiting import wait_until
+from workers.redis_server import RedisServer
+
+pytestmark = pytest.mark.chaos("short")
+STANDSTILL_S = 15.0
+
+
+@pytest.fixture
+def chaos(redis_server: RedisServer, tmp_path: Path, rng: random.Random) -> Iterator[Chaos]:
+    """A scenario that takes jobs for lost soon."""
+    with chaos_on(redis_server.url, tmp_path, rng, standstill_s=STANDSTILL_S) as made:
+        yield made
+
+
+def mutant(name: str, **more: str) -> dict[str, Any]:
+    return {"app": "tests.chaos.mutants", "environ": {**QUICK, **more, "CHAOS_MUTANT": name}}
+
+
+def test_without_the_fence_a_commit_of_an_old_epoch_is_reported(chaos: Chaos) -> None:
+    with chaos.nodes(2, **mutant("fence", **FORGIVING)) as nodes:
+        nodes.wait_ready()
+        with chaos.load(kinds=("plain",), lengths_s=(3.0,), most_open=8) as load:
+            victim = nodes.pick()[0]
+            wait_until(lambda: chaos.checker.held_by(victim.id), END_S, "it works")
+            victim.signal(signal.SIGSTOP)
+            wait_until(lambda: victim.id in chaos.checker.lost(), END_S, "it is fenced")
+            load.stop()
+            victim.signal(signal.SIGCONT)
+            chaos.checker.every_job_ends(load)
+        with pytest.raises(Breach, match=r"^I3"):
+            wait_until(chaos.checker.no_fenced_epoch_commits, STANDSTILL_S)
+        with pytest.raises(Breach, match=r"^I2"):
+            chaos.checker.nothing_is_committed_twice()
+
+
+def test_without_the_atomic_fetch_a_lost_job_is_reported(chaos: Chaos) -> None:
+    with chaos.nodes(3, **mutant("fetch", **FORGIVING)) as nodes:
+        nodes.wait_ready()
+        with chaos.load(kinds=("plain",), lengths_s=(0.0,), pause_s=0.0) as load:
+            for _ in range(2):
+                # With jobs on every list, every node that is not at work fetches.
+                wait_until(lambda: len(load.open_jobs) >= 20, END_S, "jobs wait")
+                nodes.kill(*nodes.pick())
+            with pytest.raises(Breach, match=r"^I1: .* nowhere"):
+                chaos.checker.check(load, nodes.kills)
+
+
+def test_without_the_count_of_crashes_a_job_that_never_ends_is_reported(chaos: Chaos) -> None:
+    with chaos.nodes(1, pools=("prefork",), **mutant("crashes")) as nodes:
+        nodes.wait_ready()
+        load = chaos.load()
+        load.accept(chaos.jobs.fatal.delay(), states.FAILURE)
+        load.accept(chaos.jobs.work.delay())
+        with pytest.raises(Breach, match=r"^I1"):
+            chaos.checker.check(load)

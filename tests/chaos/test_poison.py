@@ -1,0 +1,66 @@
+"""Jobs that kill, swell or stall their process, and processes that are killed, among jobs that do nothing wrong."""
+
+from __future__ import annotations
+
+import time
+
+import psutil
+import pytest
+from celery import states
+
+from tests.chaos.conftest import ByLevel
+from tests.chaos.harness import Chaos
+from tests.chaos.jobs import BACKTRACKS
+from tests.process.accounts import END_S
+from tests.process.nodes import WorkerProcess
+from tests.waiting import wait_until
+
+
+@pytest.mark.chaos("core")
+@pytest.mark.timeout(600)
+def test_poison_is_set_aside_and_killed_children_cost_nobody_his_job(chaos: Chaos, by_level: ByLevel) -> None:
+    with chaos.nodes(2, pools=("prefork",), slots=3) as nodes:
+        nodes.wait_ready()
+        with chaos.load() as load:
+            poisons = [load.accept(chaos.jobs.fatal.delay(), states.FAILURE) for _ in range(3)]
+            for _ in range(by_level(core=4, full=40)):
+                load.accept(chaos.jobs.huge.delay(), states.FAILURE)
+                kill_a_child(chaos, nodes.pick()[0])
+            wait_until(lambda: len(chaos.jobs.cluster.quarantine.jobs()) >= len(poisons), END_S, "poison is known")
+            chaos.checker.check(load)
+        assert {kept.id for kept in chaos.jobs.cluster.quarantine.jobs()} == {poison.id for poison in poisons}
+        assert [worker.exit_code() for worker in nodes.alive] == [None] * 2
+
+
+def kill_a_child(chaos: Chaos, worker: WorkerProcess) -> None:
+    """As the kernel does when memory is short."""
+
+    def children() -> list[psutil.Process]:
+        return psutil.Process(worker.pid).children()
+
+    wait_until(children, END_S, "the pool has processes")
+    chaos.rng.choice(children()).kill()
+
+
+@pytest.mark.chaos("short")
+@pytest.mark.timeout(600)
+def test_an_expression_that_backtracks_holds_no_node_for_dead(chaos: Chaos, by_level: ByLevel) -> None:
+    # Every setting is at its default: it lasts longer than a lease.
+    length = length_that_takes(by_level(short=5.0, full=13.0))
+    with chaos.nodes(3, pools=("threads", "solo", "prefork")) as nodes:
+        nodes.wait_ready()
+        with chaos.load(kinds=("plain", "silent"), most_open=30) as load:
+            for _ in range(3):
+                load.accept(chaos.jobs.match.delay(length))
+            chaos.checker.check(load)
+        chaos.checker.nothing_ran_twice(load)
+
+
+def length_that_takes(seconds: float) -> int:
+    """How long a text must be for the expression to take so long here."""
+    length, began_s = 16, time.monotonic()
+    BACKTRACKS.match("a" * length)
+    took_s = time.monotonic() - began_s
+    while took_s < seconds:
+        length, took_s = length + 1, took_s * 2
+    return length
