@@ -10,11 +10,13 @@ import os
 import re
 import time
 from collections.abc import Callable, Collection
+from hashlib import sha1
 from typing import Any
 
 import redis
 from redis.commands.core import Script
 
+from cluster_tasks.broker import channel
 from cluster_tasks.broker.deliveries import Deliveries
 from cluster_tasks.redis_store import script_source
 
@@ -67,6 +69,9 @@ if MUTANT:
     redis.Redis.register_script = register_mutated
 if MUTANT == "fetch":
     Deliveries.receive = record_later
+    # The channel writes this one to its socket itself.
+    channel._FETCH = mutate(channel._FETCH)
+    channel._FETCH_SHA = sha1(channel._FETCH.encode(), usedforsecurity=False).hexdigest()
 
 # After the scripts have become the mutant's.
 from tests.chaos.audited import app  # noqa: E402
