@@ -152,6 +152,20 @@ class Checker:
         """The ids of the nodes that were taken for dead so far."""
         return {fence.node_id for fence in self._history.fences.values() if fence.ending == "lost"}
 
+    def epoch_of(self, node_id: str) -> str:
+        """The epoch of a node now; nothing between a fence and the next one."""
+        beat = self._jobs.cluster.epochs.beats().get(node_id)
+        return beat.epoch if beat else ""
+
+    def wait_fenced(self, epoch: str) -> None:
+        """Wait until an epoch is over."""
+        wait_until(lambda: epoch in self._history.fences, self._standstill_s, f"the fence of {epoch}")
+
+    def stale_commits(self) -> int:
+        """How many commits were refused."""
+        found: Any = self._client.hget(self._keys.counters, "stale_commits")
+        return int(found or 0)
+
     def held_by(self, node_id: str) -> int:
         """How many jobs a node holds now."""
         return int(self._client.hlen(held_key(self._jobs, node_id)))

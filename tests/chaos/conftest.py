@@ -14,12 +14,16 @@ from tests.chaos.levels import RECOVERY, at_level, is_left_out
 from tests.chaos.nodes import Kill
 from workers.redis_server import RedisServer
 
+SCENARIO_S = 400
 ByLevel = Callable[..., Any]
 Report = Callable[[Chaos, Collection[Kill]], list[tuple[float, float]]]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the scenarios of higher levels."""
+    """Leave out the scenarios of higher levels, and give the others time: nodes that start share the machine."""
+    for item in items:
+        if item.get_closest_marker("chaos") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SCENARIO_S))
     left_out = [item for item in items if is_left_out(item, config.option.chaos)]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
