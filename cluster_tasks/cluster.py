@@ -15,26 +15,24 @@ import redis
 from celery import Celery, signals
 from celery.app.routes import Router
 from kombu.utils.imports import symbol_by_name
-from pydantic import SecretStr
 
 from cluster_tasks.balancing import create_balancer
 from cluster_tasks.breaker import BreakerPolicy
 from cluster_tasks.broker.amqp import ClusterAMQP, ClusterQueues
 from cluster_tasks.broker.delays import DelayedJob, delayed_jobs
 from cluster_tasks.broker.epochs import EpochTable, Lists
-from cluster_tasks.broker.results import FENCED_BACKENDS
 from cluster_tasks.broker.revocations import ClusterControl, Revocations
 from cluster_tasks.clock import SystemClock
+from cluster_tasks.configuration import configure
 from cluster_tasks.errors import (
     BrokerUnavailable,
     ClusterError,
     ConfigurationError,
-    NodeNotFound,
     RegistryUnavailable,
-    UnavailableError,
 )
 from cluster_tasks.failover.alerts import AlertQueue, AlertSender, Webhook
 from cluster_tasks.failover.detector import Detector
+from cluster_tasks.failover.draining import Draining
 from cluster_tasks.failover.ejection import Ejection
 from cluster_tasks.failover.evacuation import Evacuation, Moved
 from cluster_tasks.failover.events import EventLog
@@ -43,22 +41,19 @@ from cluster_tasks.failover.quarantine import Quarantine
 from cluster_tasks.failover.rebalance import Rebalance, Rebalanced
 from cluster_tasks.failover.release import Release
 from cluster_tasks.gateway.guard import Neighbourhood
-from cluster_tasks.keys import DEFAULT_NAME, Keys
+from cluster_tasks.keys import Keys
 from cluster_tasks.model import Node, NodeEvent, NodeFilter, NodeStatus, check_node_id
 from cluster_tasks.redis_store import (
     CONNECT_TIMEOUT_S,
-    HEALTH_CHECK_S,
     SOCKET_TIMEOUT_S,
     connect,
     foreign_errors,
-    is_same_server,
-    text,
 )
 from cluster_tasks.registry import create_registry
 from cluster_tasks.registry.base import ALL, Registry
 from cluster_tasks.router import ClusterRouter, ClusterView
 from cluster_tasks.runtime import check_runtime
-from cluster_tasks.settings import CONF_PREFIX, ClusterSettings, SecretUrl, load_settings
+from cluster_tasks.settings import CONF_PREFIX, ClusterSettings, load_settings
 from cluster_tasks.tasks import apps
 from cluster_tasks.tasks.base import ClusterTask
 from cluster_tasks.tasks.control import CHECK_HEALTH, REBALANCE, register_control_tasks
@@ -69,7 +64,6 @@ REBALANCED_AT_ONCE = 2_000
 """Jobs that are moved from one list on a beat."""
 PROVIDER_TIMEOUT_S = 1.0
 """The longest that a job waits for what Redis knows of its provider."""
-LOOK_EVERY_S = 0.1
 
 
 def cluster_of(app: Celery) -> Cluster:
@@ -177,6 +171,11 @@ class Cluster:
         return Evacuation(self.client, self.keys)
 
     @cached_property
+    def draining(self) -> Draining:
+        """Nodes that take nothing new."""
+        return Draining(self.client, self.keys, self.clock, self.epochs, self.evacuation, self.registry, self.events)
+
+    @cached_property
     def revocations(self) -> Revocations:
         """Jobs that must not run any more."""
         return Revocations(self.client, self.keys)
@@ -248,51 +247,12 @@ class Cluster:
         return self.registry.watch(stop or Event())
 
     def drain(self, node_id: str, epoch: str = "", *, timeout_s: float | None = None) -> Moved:
-        """Place nothing new on a node and hand its list to the others; what it runs goes on.
-
-        With ``timeout_s`` (``inf``: without end) it also waits until the node holds nothing, and hands back what it
-        holds when the time is over. Raises NodeNotFound if ``epoch`` ('': any) of it does not stand, ClusterError if
-        it is resumed meanwhile.
-        """
-        self._set_draining(node_id, True, epoch)
-        moved = self.evacuation.hand_over(node_id)
-        self.events.add("node draining", node=node_id, listed=moved.listed)
-        beat = self.epochs.beats().get(node_id)
-        if timeout_s is None or beat is None or self._wait_until_quiet(node_id, beat.epoch, timeout_s):
-            return moved
-        return moved + self.hand_back(node_id, beat.epoch)
-
-    def hand_back(self, node_id: str, epoch: str) -> Moved:
-        """Take from a draining node what it holds, and let others run it. Nobody is charged. Safe to repeat.
-
-        What the node has begun of it is not committed any more; see the setting ``on_fenced``.
-        """
-        moved = self.evacuation.hand_back(node_id, epoch)
-        if moved:
-            self.events.add("jobs handed back", node=node_id, epoch=epoch, held=moved.held)
-        return moved
-
-    def _wait_until_quiet(self, node_id: str, epoch: str, timeout_s: float) -> bool:
-        """Whether a draining node came to hold nothing in time, or left. Raises ClusterError if it is resumed."""
-        until_s, queue = self.clock.monotonic() + timeout_s, self.keys.node_queue(node_id)
-        while True:
-            with foreign_errors(BrokerUnavailable, f"waiting for {node_id}"), self.client.pipeline() as pipe:
-                pipe.hlen(self.keys.unacked(node_id, epoch))
-                pipe.hget(self.keys.epochs, queue)
-                pipe.sismember(self.keys.draining, queue)
-                held, standing, drains = pipe.execute()
-            if not held or text(standing or b"") != epoch:
-                return True
-            if not drains:
-                raise ClusterError(f"{node_id} was resumed before it had ended what it runs")
-            if (left_s := until_s - self.clock.monotonic()) <= 0:
-                return False
-            sleep(min(left_s, LOOK_EVERY_S))
+        """Place nothing new on a node and hand its list to the others; see ``Draining.drain``."""
+        return self.draining.drain(node_id, epoch, timeout_s=timeout_s)
 
     def resume(self, node_id: str) -> None:
         """Let a draining node take jobs again. Raises NodeNotFound."""
-        self._set_draining(node_id, False)
-        self.events.add("node resumed", node=node_id)
+        self.draining.resume(node_id)
 
     def rebalance(self, most: int | None = None) -> Rebalanced:
         """Move waiting jobs from lists that are too long to nodes with room; see ``Rebalance.run``.
@@ -322,17 +282,6 @@ class Cluster:
                 self.ejection.check_in_turn()
         except RegistryUnavailable as exc:
             logger.debug("nobody is judged: %s", exc)
-
-    def retire(self, node_id: str, epoch: str) -> None:
-        """End the epoch of a node that leaves in good order, and give back what it holds."""
-        if not self.epochs.close(node_id, epoch):
-            return
-        moved = self.evacuation.move_remains(node_id, epoch)
-        self.events.add("node left", node=node_id, epoch=epoch, held=moved.held, listed=moved.listed)
-        try:
-            self.registry.deregister(node_id, epoch)
-        except UnavailableError as exc:
-            logger.warning("the registry could not be told that %s left: %s", node_id, exc)
 
     def check(self) -> None:
         """Raise ConfigurationError if a setting is wrong or names a strategy that does not exist."""
@@ -390,16 +339,6 @@ class Cluster:
     def _broker_url(self) -> str:
         return self.settings.broker_url.get_secret_value()
 
-    def _set_draining(self, node_id: str, draining: bool, epoch: str = "") -> None:
-        self.epochs.set_draining(node_id, draining, epoch)
-        try:
-            self.registry.set_status(node_id, NodeStatus.DRAINING if draining else NodeStatus.ONLINE)
-        except (UnavailableError, NodeNotFound) as exc:
-            # The epoch table refuses jobs already; the node reports its status with its next load.
-            logger.warning(
-                "the registry does not show yet that %s %s: %s", node_id, "drains" if draining else "is back", exc
-            )
-
     def _read_nodes(self) -> list[Node]:
         lists = self.epochs.lists()
         return [_seen_by_the_broker(node, self.keys.node_queue(node.id), lists) for node in self.registry.list()]
@@ -447,7 +386,7 @@ class Cluster:
             # Celery logs what a receiver raises and goes on: who asks for the settings is told.
             self._settings = exc
         else:
-            self._apply(self._settings)
+            configure(self.app, self._settings)
 
     def _load_settings(self) -> ClusterSettings:
         conf = self.app.conf
@@ -455,65 +394,6 @@ class Cluster:
         if conf.broker_url:
             given.setdefault(f"{CONF_PREFIX}broker_url", conf.broker_url)
         return load_settings(given, os.environ)
-
-    def _apply(self, settings: ClusterSettings) -> None:
-        conf = self.app.conf
-        # Celery shows its configuration in reports and to Flower: what can hold a password shows masked there.
-        conf.update(
-            {f"{CONF_PREFIX}{name}": value for name, value in settings if isinstance(value, SecretUrl | SecretStr)}
-            | {f"{CONF_PREFIX}{name}": value for name, value in settings if name.endswith("_fallbacks") and value}
-        )
-        broker = settings.broker_url.get_secret_value()
-        conf.broker_url = broker
-        conf.broker_transport_options = {
-            "socket_timeout": SOCKET_TIMEOUT_S, "socket_connect_timeout": CONNECT_TIMEOUT_S, "socket_keepalive": True,
-            # Kombu drops a connection that has said nothing for a second longer than this.
-            "health_check_interval": 1,
-            "master_name": settings.sentinel_master, **conf.broker_transport_options, "cluster_name": settings.name,
-            "cluster_timezone": getattr(self.app.timezone, "key", "UTC"),
-            "cluster_max_message_bytes": settings.max_message_bytes,
-        }  # fmt: skip
-        self.app.add_defaults(
-            {
-                # Celery waits this long for the result of a child that died; a committed result is safe without.
-                "worker_lost_wait": 1.0,
-                # A worker that gave up would have to be started by hand after an outage.
-                "broker_connection_max_retries": None,
-                # With Celery's two minutes, a commit to a master that has fallen silent outlasts the failover.
-                "redis_socket_timeout": SOCKET_TIMEOUT_S,
-                "redis_socket_connect_timeout": CONNECT_TIMEOUT_S,
-                "redis_backend_health_check_interval": HEALTH_CHECK_S,
-            }
-        )
-        if settings.name != DEFAULT_NAME:
-            # Remote control and events of two clusters on one Redis are as separate as their jobs.
-            channels = {"control_exchange": f"{settings.name}.celery", "event_exchange": f"{settings.name}.celeryev"}
-            self.app.add_defaults(channels)
-        self._configure_results(broker)
-        conf.update(
-            # A refused command (READONLY, LOADING) is a reason to reconnect, never to exit.
-            broker_channel_error_retry=True,
-            broker_connection_retry_on_startup=True,
-            # Deliveries outlive a connection here: nothing is cancelled or throttled when one breaks.
-            worker_cancel_long_running_tasks_on_connection_loss=False,
-            worker_enable_prefetch_count_reduction=False,
-        )
-
-    def _configure_results(self, broker: str) -> None:
-        conf, own = self.app.conf, self.settings.result_backend
-        results = own.get_secret_value() if own else conf.result_backend or broker
-        conf.result_backend = results
-        if str(results).startswith("sentinel://"):
-            conf.result_backend_transport_options = {
-                "master_name": self.settings.sentinel_master, **conf.result_backend_transport_options,
-            }  # fmt: skip
-        if is_same_server(str(results), broker):
-            self.app.loader.override_backends = {**self.app.loader.override_backends, **FENCED_BACKENDS}
-        elif not str(results).startswith("disabled"):
-            logger.warning(
-                "results do not live in the Redis of the jobs, so the end of a job is not one step with its delivery: "
-                "of two nodes that run a job, as when one was taken for dead, the first that succeeds is believed"
-            )
 
 
 def _seen_by_the_broker(node: Node, queue: str, lists: Lists) -> Node:

@@ -116,7 +116,7 @@ class NodeAgent:
         if self._deliveries is None or not self._deliveries.held():
             return True
         if epoch := self._node.epoch:
-            moved = self._cluster.hand_back(self._node.id, epoch)
+            moved = self._cluster.draining.hand_back(self._node.id, epoch)
             logger.warning("%d jobs have not ended in time and are handed back", moved.held)
         return self._stop_taken(kill=True)
 
@@ -132,7 +132,7 @@ class NodeAgent:
             culprits = [tag for tag in self._deliveries.delivered() if tag not in at_work]
             crash = Crash(node_id, epoch, reason, self._cluster.clock.time())
             self._cluster.evacuation.hand_back(node_id, epoch, crash, culprits)
-        self._cluster.retire(node_id, epoch)
+        self._cluster.draining.retire(node_id, epoch)
 
     def stop(self, *, in_good_order: bool = True) -> None:
         """Leave: end the epoch, give back what is still held, uncharged. Safe to repeat, and before ``start``.
@@ -151,7 +151,7 @@ class NodeAgent:
         if self._deliveries is not None:
             self._deliveries.flush()
         if in_good_order:
-            self._cluster.retire(self._node.id, epoch)
+            self._cluster.draining.retire(self._node.id, epoch)
 
     def _open(self) -> tuple[str, float]:
         """Return a new epoch, and when it was asked for."""
