@@ -95,7 +95,7 @@ class Keys:
 
     @property
     def fenced(self) -> str:
-        """Hash ``<node id>/<epoch>`` → how it ended, of the epochs whose remains are not yet moved."""
+        """Hash ``<node id>/<epoch>`` → how it ended and what it had, of the epochs whose remains are not yet moved."""
         return f"{self.name}:fenced"
 
     @property

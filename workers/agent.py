@@ -31,6 +31,8 @@ RESYNC_S = 10.0
 PRUNE_EVERY_S = 60.0
 ALARM_EVERY_S = 0.25
 """Where jobs fail on all nodes, alarms never end."""
+REAP_EVERY_S = 20.0
+"""So often it looks for nodes in the registry that are no more."""
 UNCHECKED_S = 1.0
 """After so long without a health check by a coordinator, the agents act on what they see."""
 
@@ -63,7 +65,7 @@ class NodeAgent:
         self._checks = (-1, 0.0)
         self._looked_s = 0.0
         self._wants_its_share = False
-        self._resynced_s = cluster.clock.monotonic()
+        self._resynced_s = self._reaped_s = cluster.clock.monotonic()
         self._revoked_since_s = 0.0
         self._alarmed, self._alarmed_s = threading.Event(), float("-inf")
         self._load_report = Periodic("load report", self._settings.heartbeat_s, self._report)
@@ -132,7 +134,7 @@ class NodeAgent:
             culprits = [tag for tag in self._deliveries.delivered() if tag not in at_work]
             crash = Crash(node_id, epoch, reason, self._cluster.clock.time())
             self._cluster.evacuation.hand_back(node_id, epoch, crash, culprits)
-        self._cluster.draining.retire(node_id, epoch)
+        self._cluster.health.retire(node_id, epoch)
 
     def stop(self, *, in_good_order: bool = True) -> None:
         """Leave: end the epoch, give back what is still held, uncharged. Safe to repeat, and before ``start``.
@@ -151,7 +153,7 @@ class NodeAgent:
         if self._deliveries is not None:
             self._deliveries.flush()
         if in_good_order:
-            self._cluster.draining.retire(self._node.id, epoch)
+            self._cluster.health.retire(self._node.id, epoch)
 
     def _open(self) -> tuple[str, float]:
         """Return a new epoch, and when it was asked for."""
@@ -267,6 +269,9 @@ class NodeAgent:
         if self._alarmed.is_set():
             self._alarmed.clear()
             self._cluster.eject_outliers(at_once=True)
+        if (now_s := self._cluster.clock.monotonic()) - self._reaped_s > REAP_EVERY_S:
+            self._reaped_s = now_s
+            self._cluster.health.reap()
 
     def _alarm(self) -> None:
         # A node whose jobs fail at once has fetched hundreds more before the next check.

@@ -224,7 +224,7 @@ class Deliveries:
 
     def hold_back(self, tag: str) -> None:
         """Say that a delivery is not worked on yet, so that the death of this node is not its fault."""
-        self._quietly(lambda: self._client.sadd(self._not_started, tag))
+        self._quietly(lambda: self._placer.hold_back(self.unacked_key, self._not_started, tag))
 
     def take_up(self, tag: str) -> None:
         """Say that work on a delivery that was held back begins."""

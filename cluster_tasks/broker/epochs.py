@@ -6,7 +6,9 @@ import secrets
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from itertools import chain
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import redis
 
@@ -14,6 +16,10 @@ from cluster_tasks.errors import BrokerUnavailable, NodeNotFound
 from cluster_tasks.keys import ANY_TYPE, Keys, node_suffixes
 from cluster_tasks.redis_store import foreign_errors, load_script, text
 
+Event = Mapping[str, str | float]
+"""Fields of an entry in the event stream."""
+MAX_EVENTS = 10_000
+"""How many the stream keeps, about."""
 _PACKAGE = "cluster_tasks.broker"
 LOST_LIVES_S = 24 * 3600
 """For so long it is remembered that a node was lost."""
@@ -87,6 +93,18 @@ class Limit:
         return f"{self.slots} {self.phase} {self.trial} {self.probes}"
 
 
+class Fenced(NamedTuple):
+    """An epoch that has ended and whose remains are not yet moved."""
+
+    node_id: str
+    epoch: str
+    ending: Ending
+    held: int
+    """Jobs that it had fetched when it ended."""
+    listed: int
+    """Jobs that waited in its lists."""
+
+
 @dataclass(frozen=True, slots=True)
 class Lists:
     """How the lists of the cluster stand, by list name."""
@@ -105,13 +123,17 @@ class Lists:
 
 
 class EpochTable:
-    """Begins, beats, drains and ends epochs. Every method raises BrokerUnavailable when Redis does not answer."""
+    """Begins, beats, drains and ends epochs. Every method raises BrokerUnavailable when Redis does not answer.
+
+    An ``event`` is what the event stream is told in the same step, if the step is done; see ``EventLog.entry``.
+    """
 
     def __init__(self, client: redis.Redis, keys: Keys) -> None:
         self._client, self._keys = client, keys
         self._open = load_script(client, _PACKAGE, "open_epoch")
         self._beat = load_script(client, _PACKAGE, "beat")
         self._fence = load_script(client, _PACKAGE, "fence")
+        self._forget = load_script(client, _PACKAGE, "forget_epoch")
         self._drain = load_script(client, _PACKAGE, "set_draining")
         self._limit = load_script(client, _PACKAGE, "limit")
 
@@ -157,32 +179,38 @@ class EpochTable:
                 found[node_id] = Beat(text(epoch), int(counters.get(queue, 0)))
         return found
 
-    def fence(self, node_id: str, seen: Beat) -> bool:
+    def fence(self, node_id: str, seen: Beat, event: Event = MappingProxyType({})) -> bool:
         """End an epoch, unless it has beaten since it was ``seen``; False if it has, or had ended. Safe to repeat."""
-        return self._end(node_id, seen.epoch, str(seen.counter), Ending.LOST)
+        return self._end(node_id, seen.epoch, str(seen.counter), Ending.LOST, event)
 
-    def close(self, node_id: str, epoch: str) -> bool:
+    def close(self, node_id: str, epoch: str, event: Event = MappingProxyType({})) -> bool:
         """End an epoch in good order, whether it beats or not; False if it had ended. Safe to repeat."""
-        return self._end(node_id, epoch, "", Ending.CLOSED)
+        return self._end(node_id, epoch, "", Ending.CLOSED, event)
 
-    def _end(self, node_id: str, epoch: str, counter: str, ending: Ending) -> bool:
-        keys, queue = self._keys, self._keys.node_queue(node_id)
+    def _end(self, node_id: str, epoch: str, counter: str, ending: Ending, event: Event) -> bool:
+        keys, queue, suffixes = self._keys, self._keys.node_queue(node_id), node_suffixes()
+        names = [keys.epochs, keys.beats, keys.serves, keys.draining, keys.backlog, keys.idle, keys.fenced]
+        names += [keys.unacked(node_id, epoch), keys.remains_unacked(node_id, epoch), keys.bell(node_id)]
+        names += [keys.tasks, keys.suspects_held, keys.slot_limits, keys.lost(node_id), keys.events]
+        arguments: list[str | float] = [queue, epoch, counter, f"{node_id}/{epoch}", ending]
+        arguments += [keys.remains(node_id, epoch), LOST_LIVES_S if ending is Ending.LOST else 0]
+        arguments += [MAX_EVENTS, len(suffixes), *suffixes, *chain(*event.items())]
         with foreign_errors(BrokerUnavailable, f"ending an epoch of {node_id}"):
-            ended = self._fence(
-                [keys.epochs, keys.beats, keys.serves, keys.draining, keys.backlog, keys.idle, keys.fenced]
-                + [keys.unacked(node_id, epoch), keys.remains_unacked(node_id, epoch), keys.bell(node_id)]
-                + [keys.tasks, keys.suspects_held, keys.slot_limits, keys.lost(node_id)],
-                [queue, epoch, counter, f"{node_id}/{epoch}", ending, keys.remains(node_id, epoch)]
-                + [LOST_LIVES_S if ending is Ending.LOST else 0, *node_suffixes()],
-            )
+            ended = self._fence(names, arguments)
         return bool(ended)
 
-    def fenced(self) -> list[tuple[str, str, Ending]]:
-        """Return node id, epoch and ending of the epochs whose remains are not yet moved."""
+    def fenced(self) -> list[Fenced]:
+        """Return the epochs that have ended and are not forgotten, sorted by node id and epoch."""
         with foreign_errors(BrokerUnavailable, "reading fenced epochs"):
             found: Any = self._client.hgetall(self._keys.fenced)
-        ended = sorted((text(member).rpartition("/"), Ending(text(ending))) for member, ending in found.items())
-        return [(node_id, epoch, ending) for (node_id, _, epoch), ending in ended]
+        return sorted(_read_fenced(text(member), text(ended)) for member, ended in found.items())
+
+    def forget(self, node_id: str, epoch: str, event: Event = MappingProxyType({})) -> bool:
+        """Forget an epoch whose remains are moved; False if another was first. Safe to repeat."""
+        keys = self._keys
+        with foreign_errors(BrokerUnavailable, f"forgetting an epoch of {node_id}"):
+            arguments = [f"{node_id}/{epoch}", MAX_EVENTS, *chain(*event.items())]
+            return bool(self._forget([keys.fenced, keys.events], arguments))
 
     def knowing(self, task: str, request_type: str) -> list[str]:
         """Return the ids of the nodes that know a task, serve its type and may be given jobs, sorted."""
@@ -247,3 +275,9 @@ class EpochTable:
     def lengths(self) -> Mapping[str, int]:
         """Return how many jobs wait, by list name."""
         return self.lists().lengths
+
+
+def _read_fenced(member: str, ended: str) -> Fenced:
+    node_id, _, epoch = member.rpartition("/")
+    ending, held, listed = ended.split()
+    return Fenced(node_id, epoch, Ending(ending), int(held), int(listed))

@@ -64,6 +64,7 @@ class Placer:
         self._move_newest = client.register_script(placing_script("move_newest"))
         self._unquarantine = client.register_script(placing_script("unquarantine"))
         self._set_aside = load_script(client, _PACKAGE, "set_aside")
+        self._hold_back = load_script(client, _PACKAGE, "hold_back")
         self.index = [keys.epochs, keys.draining, keys.backlog, keys.idle, keys.serves, keys.slot_limits]
         """The keys that every placing script begins with."""
 
@@ -106,6 +107,10 @@ class Placer:
             arguments += [tag, placement.queue, placement.waiting, keys.suspect_queue(kind)]
             arguments += [keys.crashes(placement.job_id or tag), kind, placement.suffix, placement.message]
         return cast(int, self._move_held([*self.index, source, not_started], arguments))
+
+    def hold_back(self, source: str, not_started: str, tag: str) -> None:
+        """Note in the set ``not_started`` that a delivery of the hash ``source`` is not worked on yet, if it stands."""
+        self._hold_back([source, not_started], [tag])
 
     def unquarantine(self, job_id: str, placement: Placement) -> bool:
         """Place a job that is in quarantine, and forget it there; False if it is not any more."""

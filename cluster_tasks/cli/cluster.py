@@ -18,6 +18,7 @@ from celery.platforms import EX_FAILURE, EX_OK
 from celery.utils.nodenames import default_nodename, host_format
 from kombu.utils.imports import symbol_by_name
 
+from cluster_tasks.broker.epochs import MAX_EVENTS
 from cluster_tasks.broker.placement import UNDECODABLE_KEPT
 from cluster_tasks.cli.group import ClusterGroup, json_option, pass_cluster
 from cluster_tasks.cli.quarantine import quarantine
@@ -25,7 +26,7 @@ from cluster_tasks.cli.summary import Summary, summarize
 from cluster_tasks.cli.tables import Cell, Column, moment, print_json, print_rows, printable
 from cluster_tasks.cluster import Cluster, cluster_of
 from cluster_tasks.errors import ClusterError, NodeNotFound
-from cluster_tasks.failover.events import MAX_EVENTS, ClusterEvent
+from cluster_tasks.failover.events import ClusterEvent
 from cluster_tasks.model import Node, NodeFilter, NodeRole, NodeStatus, check_node_id, check_request_type
 from cluster_tasks.runtime import check_runtime
 

@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from cluster_tasks.broker.epochs import MAX_EVENTS
 from cluster_tasks.cluster import Cluster
-from cluster_tasks.failover.events import MAX_EVENTS, ClusterEvent
+from cluster_tasks.failover.events import ClusterEvent
 from cluster_tasks.keys import ANY_TYPE
 from cluster_tasks.model import Node, NodeRole, NodeStatus
 

@@ -68,17 +68,6 @@ class Draining:
         self._set_draining(node_id, False)
         self._events.add("node resumed", node=node_id)
 
-    def retire(self, node_id: str, epoch: str) -> None:
-        """End the epoch of a node that leaves in good order, and give back what it holds."""
-        if not self._epochs.close(node_id, epoch):
-            return
-        moved = self._evacuation.move_remains(node_id, epoch)
-        self._events.add("node left", node=node_id, epoch=epoch, held=moved.held, listed=moved.listed)
-        try:
-            self._registry.deregister(node_id, epoch)
-        except UnavailableError as exc:
-            logger.warning("the registry could not be told that %s left: %s", node_id, exc)
-
     def _wait_until_quiet(self, node_id: str, epoch: str, timeout_s: float) -> bool:
         """Whether a draining node came to hold nothing in time, or left. Raises ClusterError if it is resumed."""
         until_s, queue = self._clock.monotonic() + timeout_s, self._keys.node_queue(node_id)

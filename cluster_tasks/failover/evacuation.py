@@ -39,7 +39,7 @@ class Evacuation:
         self._client, self._keys, self._placer = client, keys, Placer(client, keys)
 
     def move_remains(self, node_id: str, epoch: str, crash: Crash | None = None) -> Moved:
-        """Move all that a fence put away, what was held before what was listed, and forget the epoch.
+        """Move all that a fence put away, what was held before what was listed.
 
         What the epoch was at work on is charged with ``crash``, if it was one.
         """
@@ -48,10 +48,7 @@ class Evacuation:
             not_started = keys.not_started(node_id, epoch)
             moved = Moved(self._move_hash(keys.remains_unacked(node_id, epoch), not_started, crash))
             moved += Moved(listed=self._move_lists(keys.remains(node_id, epoch)))
-            with self._client.pipeline() as pipe:
-                pipe.delete(not_started)
-                pipe.hdel(keys.fenced, f"{node_id}/{epoch}")
-                pipe.execute()
+            self._client.delete(not_started)
         return moved
 
     def hand_over(self, node_id: str) -> Moved:

@@ -10,6 +10,7 @@ from typing import Any
 
 import redis
 
+from cluster_tasks.broker.epochs import MAX_EVENTS, Event
 from cluster_tasks.clock import Clock
 from cluster_tasks.errors import BrokerUnavailable
 from cluster_tasks.keys import Keys
@@ -17,7 +18,6 @@ from cluster_tasks.redis_store import foreign_errors, load_script, text
 
 logger = logging.getLogger(__name__)
 
-MAX_EVENTS = 10_000
 FORGOTTEN_S = 30
 
 
@@ -39,7 +39,7 @@ class EventLog:
     def __init__(self, client: redis.Redis, keys: Keys, clock: Clock) -> None:
         self._client, self._keys, self._key, self._clock = client, keys, keys.events, clock
 
-    def entry(self, kind: str, **facts: Any) -> dict[str, str | float]:
+    def entry(self, kind: str, **facts: Any) -> Event:
         """Return an event as the stream has it, for a script that writes it in the step of which it tells."""
         return {"kind": kind, "timestamp": self._clock.time(), "facts": json.dumps(facts)}
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 
-from cluster_tasks.broker.epochs import Beat, Ending, EpochTable
+from cluster_tasks.broker.epochs import Beat, Ending, EpochTable, Fenced
 from cluster_tasks.broker.placement import Crash
 from cluster_tasks.clock import Clock
 from cluster_tasks.errors import BrokerUnavailable, RegistryUnavailable
 from cluster_tasks.failover.detector import Detector, Silent
-from cluster_tasks.failover.evacuation import Evacuation, Moved
+from cluster_tasks.failover.evacuation import Evacuation
 from cluster_tasks.failover.events import EventLog
 from cluster_tasks.registry.base import Registry
 
@@ -56,39 +56,77 @@ class HealthCheck:
 
     def act(self, silent: list[Silent]) -> int:
         """Fence these nodes, move their work and whatever else has no owner; return how many were fenced."""
-        fenced = sum(self.fail_over(node.node_id, node.beat, node.silent_s) for node in silent)
-        for node_id, epoch, ending in self._epochs.fenced():
-            self._moved(
-                node_id, epoch, self._evacuation.move_remains(node_id, epoch, self._crash(node_id, epoch, ending))
-            )
+        # All fences first: they are quick, and what one node leaves behind must not let the others run on.
+        fenced = sum(self._fence(node.node_id, node.beat, node.silent_s) for node in silent)
+        self.finish()
         if self._checks % ORPHANS_EVERY == 0 and (moved := self._evacuation.move_orphans()):
-            self._moved("", "", moved)
+            self._events.add("jobs moved", node="", epoch="", held=moved.held, listed=moved.listed)
+            logger.warning("jobs moved that nobody owned: %d held, %d listed", moved.held, moved.listed)
         self._checks += 1
         return fenced
 
     def fail_over(self, node_id: str, seen: Beat, silent_s: float) -> bool:
         """Fence a node and move its work. False if it has beaten since, or another observer was first."""
-        if not self._epochs.fence(node_id, seen):
+        fenced = self._fence(node_id, seen, silent_s)
+        self.finish()
+        return fenced
+
+    def retire(self, node_id: str, epoch: str) -> bool:
+        """End the epoch of a node that leaves in good order and give back what it holds; False if it had ended."""
+        closed = self._epochs.close(node_id, epoch, self._events.entry("node left", node=node_id, epoch=epoch))
+        self.finish()
+        return closed
+
+    def finish(self) -> None:
+        """Do what is left of every epoch that has ended, whoever ended it and died on the way. Safe to repeat.
+
+        Jobs first, for the registry may hang; an epoch is forgotten last, so that each step is done and told.
+        """
+        ended = self._epochs.fenced()
+        for epoch in ended:
+            self._evacuation.move_remains(epoch.node_id, epoch.epoch, self._crash(epoch))
+        for epoch in ended:
+            self._deregister(epoch.node_id, epoch.epoch)
+            self._forget(epoch)
+
+    def reap(self) -> None:
+        """Let the registry forget the nodes whose epochs do not stand. Raises UnavailableError.
+
+        It learns of a failover at once; this is for one that was left undone, or done while it did not answer.
+        """
+        registered = self._registry.list()
+        # Read later: what was registered before had begun before.
+        standing = self._epochs.beats()
+        for node in registered:
+            beat = standing.get(node.id)
+            if beat is None or beat.epoch != node.epoch:
+                self._registry.deregister(node.id, node.epoch)
+
+    def _fence(self, node_id: str, seen: Beat, silent_s: float) -> bool:
+        event = self._events.entry("node lost", node=node_id, epoch=seen.epoch, silent_s=round(silent_s, 3))
+        if not self._epochs.fence(node_id, seen, event):
             return False
         logger.warning("node lost: %s was silent for %.1f s", node_id, silent_s, extra={"node": node_id})
-        self._events.add("node lost", node=node_id, epoch=seen.epoch, silent_s=round(silent_s, 3))
-        crash = self._crash(node_id, seen.epoch, Ending.LOST)
-        self._moved(node_id, seen.epoch, self._evacuation.move_remains(node_id, seen.epoch, crash))
-        self._forget(node_id, seen.epoch)
         return True
 
-    def _crash(self, node_id: str, epoch: str, ending: Ending) -> Crash | None:
-        if ending is Ending.CLOSED:
+    def _crash(self, ended: Fenced) -> Crash | None:
+        if ended.ending is Ending.CLOSED:
             return None
-        return Crash(node_id, epoch, "the node was lost", self._clock.time())
+        return Crash(ended.node_id, ended.epoch, "the node was lost", self._clock.time())
 
-    def _moved(self, node_id: str, epoch: str, moved: Moved) -> None:
-        self._events.add("jobs moved", node=node_id, epoch=epoch, held=moved.held, listed=moved.listed)
-        logger.warning("jobs moved from %s: %d held, %d listed", node_id or "nobody", moved.held, moved.listed)
+    def _forget(self, ended: Fenced) -> None:
+        node_id, epoch, ending, held, listed = ended
+        if ending is Ending.CLOSED and not held + listed:
+            # A node that left with nothing: that it left has been told.
+            self._epochs.forget(node_id, epoch)
+            return
+        event = self._events.entry("jobs moved", node=node_id, epoch=epoch, held=held, listed=listed)
+        if self._epochs.forget(node_id, epoch, event):
+            logger.warning("jobs moved from %s: %d held, %d listed", node_id, held, listed)
 
-    def _forget(self, node_id: str, epoch: str) -> None:
+    def _deregister(self, node_id: str, epoch: str) -> None:
         try:
             self._registry.deregister(node_id, epoch)
         except RegistryUnavailable as exc:
-            # Its work is safe; the registry learns of it by its own time-out.
+            # Its work is safe, and ``reap`` will tell.
             logger.warning("the registry could not be told that %s is gone: %s", node_id, exc)

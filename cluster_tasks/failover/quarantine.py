@@ -12,11 +12,12 @@ from typing import Any
 import redis
 from kombu.utils.uuid import uuid
 
+from cluster_tasks.broker.epochs import MAX_EVENTS
 from cluster_tasks.broker.message import INTERRUPTED, place_message
 from cluster_tasks.broker.placement import Crash, Placer
 from cluster_tasks.clock import Clock
 from cluster_tasks.errors import BrokerUnavailable, JobNotFound
-from cluster_tasks.failover.events import MAX_EVENTS, EventLog
+from cluster_tasks.failover.events import EventLog
 from cluster_tasks.keys import Keys
 from cluster_tasks.redis_store import foreign_errors, load_script, text
 

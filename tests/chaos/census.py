@@ -7,6 +7,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+import redis
+
 from cluster_tasks.keys import Keys
 from cluster_tasks.redis_store import text
 from tests.chaos.jobs import ChaosJobs
@@ -49,8 +51,12 @@ class Census:
 
 def take_census(jobs: ChaosJobs) -> Census:
     """Read all lists, hashes and markers of the cluster of the default name, in one script."""
-    keys: Keys = jobs.cluster.keys
-    found: Any = jobs.cluster.client.eval(READ, 0, keys.name)
+    return census_of(jobs.cluster.client, jobs.cluster.keys)
+
+
+def census_of(client: redis.Redis, keys: Keys) -> Census:
+    """The same, of what is in a Redis."""
+    found: Any = client.eval(READ, 0, keys.name)
     places: dict[str, list[str]] = {}
     ended: set[str] = set()
     for key, *messages in found:

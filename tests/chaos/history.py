@@ -70,7 +70,8 @@ class History:
         fenced = re.escape(keys.fenced)
         pattern = (
             rf'^\+(\d+\.\d+) \[[^\]]*\] "(?:SET" "{re.escape(keys.terminal(""))}([^"]+)" "([^"]*)"'
-            rf'|HSET" "{fenced}" "([^"]+)/([^"/]+)" "(\w+)"|HDEL" "{fenced}" "[^"]+/([^"/]+)"|ECHO" "history:(\w+)")'
+            rf'|HSET" "{fenced}" "([^"]+)/([^"/]+)" "(\w+)[^"]*"|HDEL" "{fenced}" "[^"]+/([^"/]+)"'
+            r'|ECHO" "history:(\w+)")'
         )
         self._pattern = re.compile(pattern.encode())
         words = (f'"SET" "{keys.terminal("")}', f'SET" "{keys.fenced}"', f'"HDEL" "{keys.fenced}"', '"ECHO" "history:')

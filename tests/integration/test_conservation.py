@@ -308,6 +308,7 @@ class Conservation(RuleBasedStateMachine):
     def move_remains(self, data: st.DataObject) -> None:
         node, epoch = data.draw(st.sampled_from(sorted(self.fenced)))
         self.broker.evacuation.move_remains(node, epoch)
+        assert self.broker.epochs.forget(node, epoch)
         for job in reversed(self.held.pop((node, epoch)).values()):
             if job in self.kinds:
                 self.push(self.foretell_place("", self.kinds[job]), job, front=True)

@@ -132,7 +132,7 @@ def test_what_a_node_closed_in_good_order_held_is_nobodys_fault(broker: Broker, 
     broker.publish("one")
     fetch(broker, node)
     assert broker.epochs.close("a", node.epoch)
-    assert [ending for *_, ending in broker.epochs.fenced()] == ["closed"]
+    assert [ended.ending for ended in broker.epochs.fenced()] == ["closed"]
     broker.evacuation.move_remains("a", node.epoch)
     assert (broker.waiting(), node.past("one").crashes) == (["one"], ())
 

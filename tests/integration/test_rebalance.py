@@ -255,7 +255,7 @@ def test_nothing_is_lost_or_doubled_beside_fetches_fences_purges_and_others(brok
         beat = broker.epochs.beats().get(node_id)
         if beat is not None:
             broker.epochs.close(node_id, beat.epoch)
-    for node_id, epoch, _ in broker.epochs.fenced():
+    for node_id, epoch, *_ in broker.epochs.fenced():
         broker.evacuation.move_remains(node_id, epoch)
     broker.evacuation.move_orphans()
     left = broker.waiting("llm")

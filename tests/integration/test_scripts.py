@@ -395,13 +395,13 @@ def test_a_fence_puts_all_away_and_leaves_no_trace_of_the_node_but_that_it_was_l
         *(remains + suffix for suffix in SUFFIXES),
     }
     assert broker.listed(remains) == [f"listed {priority}" for priority in (0, 3, 6, 9)]
-    assert broker.epochs.fenced() == [("a", epoch, "lost")]
+    assert broker.epochs.fenced() == [("a", epoch, "lost", 4, 4)]
 
 
 def test_a_fence_of_a_node_with_nothing_leaves_only_its_name(broker: Broker) -> None:
     epoch = broker.open("a", "llm")
     assert broker.epochs.fence("a", Beat(epoch, 0))
-    assert broker.epochs.fenced() == [("a", epoch, "lost")]
+    assert broker.epochs.fenced() == [("a", epoch, "lost", 0, 0)]
     assert not broker.client.exists(broker.keys.remains_unacked("a", epoch), broker.keys.remains("a", epoch))
 
 
