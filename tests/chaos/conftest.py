@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.chaos.forks import Forks
 from tests.chaos.harness import Chaos, chaos_on
 from tests.chaos.levels import RECOVERY, at_level, is_left_out
 from tests.chaos.nodes import Kill
@@ -69,3 +70,10 @@ def report_recovery(record_property: Callable[[str, object], None]) -> Report:
         return times
 
     return report
+
+
+@pytest.fixture
+def forks(tmp_path: Path) -> Iterator[Forks]:
+    """Celery's command line in processes that start at once."""
+    with Forks(tmp_path) as made:
+        yield made
