@@ -49,6 +49,9 @@ def configure(app: Celery, settings: ClusterSettings) -> None:
         # Remote control and events of two clusters on one Redis are as separate as their jobs.
         channels = {"control_exchange": f"{settings.name}.celery", "event_exchange": f"{settings.name}.celeryev"}
         app.add_defaults(channels)
+    if "redbeat" in str(conf.beat_scheduler).lower():
+        # Its lock outlives a beat that died by five of its longest sleeps, which are five minutes by default.
+        app.add_defaults({"beat_max_loop_interval": settings.lease_s, "redbeat_redis_url": broker})
     _configure_results(app, settings, broker)
     conf.update(
         # A refused command (READONLY, LOADING) is a reason to reconnect, never to exit.
