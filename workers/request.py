@@ -191,7 +191,7 @@ class ClusterRequest(Request):  # type: ignore[misc]
         if isinstance(exc, MemoryError):
             # Of the task, which may go on in a node that has memory again; Celery would end the worker.
             exc = exc_info.exception = OutOfMemory(str(exc) or repr(exc))
-        if isinstance(exc, Reject) and isinstance(exc.reason, StaleCommit | UnpublishableError):
+        if isinstance(exc, Reject) and isinstance(exc.reason, StaleCommit | EndNotStored | UnpublishableError):
             # Of a retry that could not be published, which Celery takes for the end of the job.
             exc_info.internal, exc = True, exc.reason
         if exc_info.internal and not isinstance(exc, Reject | Ignore):

@@ -7,11 +7,15 @@ from typing import Any
 
 from celery.app.amqp import AMQP, Queues
 from kombu.connection import Connection, ConnectionPool, PooledConnection
+from kombu.exceptions import OperationalError
 from kombu.transport import redis as stock
 
 from cluster_tasks.broker.channel import ClusterSentinelTransport, ClusterTransport
-from cluster_tasks.broker.sequels import announce
+from cluster_tasks.broker.sequels import FOLLOWS_PROPERTY, announce
+from cluster_tasks.errors import EndNotStored
 
+SEQUEL_POLICY = {"max_retries": 20, "interval_start": 0, "interval_step": 0.2, "interval_max": 1}
+"""How what follows a job is published again: as often as Celery stores a result again."""
 RECONNECT_S = 2.0
 """Longest wait between two attempts to reach Redis."""
 
@@ -70,7 +74,14 @@ class ClusterAMQP(AMQP):  # type: ignore[misc]
 
         def send_task_message(producer: Any, name: str, message: Any, **options: Any) -> Any:
             announce(app, message)
-            return send(producer, name, message, **options)
+            if FOLLOWS_PROPERTY not in message.properties:
+                return send(producer, name, message, **options)
+            # The work is done: it must not fail for an outage that its end can wait for.
+            options["retry_policy"] = {**(options.get("retry_policy") or {}), **SEQUEL_POLICY}
+            try:
+                return send(producer, name, message, **{**options, "retry": True})
+            except OperationalError as exc:
+                raise EndNotStored(f"what follows a job could not be published: {exc}") from exc
 
         return send_task_message
 

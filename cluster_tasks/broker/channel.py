@@ -67,8 +67,8 @@ class ClusterQoS(stock.QoS):
         return bool(node.free_slots() > foreign)
 
     def append(self, message: Any, delivery_tag: str) -> None:
-        node = deliveries.current()
-        if node is None or not node.holds(delivery_tag):
+        # Not "whether the node holds it": it may have let go of it just now, and Kombu must never hold it then.
+        if Delivery.of(message.properties) is None:
             super().append(message, delivery_tag)
 
     def ack(self, delivery_tag: str) -> None:

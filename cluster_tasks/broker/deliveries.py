@@ -169,10 +169,12 @@ class Deliveries:
     def next(self) -> tuple[Delivery, bytes, bool] | None:
         """Return a delivery that no consumer has seen yet, its message, and whether this node had it before."""
         with self._lock:
-            if not self._inbox:
-                return None
-            tag, message, again = self._inbox.popleft()
-            return Delivery(self.node_id, self.epoch, tag), message, again
+            while self._inbox:
+                tag, message, again = self._inbox.popleft()
+                # One that was to be delivered again may have come to its end meanwhile.
+                if tag in self._held:
+                    return Delivery(self.node_id, self.epoch, tag), message, again
+            return None
 
     def is_of_trial(self, tag: str) -> bool:
         """Whether a delivery was given under the trial of now, or, without one, since the last."""

@@ -37,7 +37,7 @@ SEQUELS_LIVE_S = 3600
 REVOKED_UNHELD = "revoked"
 """The marker of a job that was revoked while no node held it."""
 _error_before: ContextVar[BaseException | None] = ContextVar("error_before", default=None)
-_NOT_OF_THE_CHORD = (redis.ConnectionError, redis.TimeoutError, OperationalError, StaleCommit)
+_NOT_OF_THE_CHORD = (redis.ConnectionError, redis.TimeoutError, OperationalError, EndNotStored, StaleCommit)
 """What keeps a node from publishing the body of a chord, and is no failure of the chord."""
 
 

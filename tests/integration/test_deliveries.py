@@ -47,11 +47,11 @@ def test_past_its_deadline_a_node_starts_and_fetches_nothing_until_it_has_beaten
     (tag,) = fetch(broker, node)
     assert node.may_start(tag)
     assert node.free_slots() == 1
+    assert delivered(node) == [("one", False)]
     clock.advance(10)
     assert not node.may_start(tag)
     assert node.free_slots() == 0
     node.let_lie(tag)
-    assert delivered(node) == [("one", False)]
     assert node.renew(20), "it was late"
     assert node.resync() == 1
     assert delivered(node) == [("one", True)]
@@ -215,3 +215,13 @@ def test_only_the_chosen_deliveries_are_taken_back_and_charged(broker: Broker, n
     assert broker.evacuation.hand_back("a", node.epoch, CRASH, [first]).held == 1
     assert broker.held("a", node.epoch) == ["two"]
     assert broker.client.llen(broker.keys.crashes("one")) == 1
+
+
+def test_what_ends_before_it_is_delivered_again_is_not_delivered(broker: Broker, node: Deliveries) -> None:
+    broker.publish("job", "a")
+    (tag,) = fetch(broker, node)
+    assert delivered(node) == [("job", False)]
+    # Its connection broke, it is to be delivered again, and the thread that runs it comes to its end.
+    node.resync(set())
+    node.ack(tag)
+    assert delivered(node) == []
