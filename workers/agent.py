@@ -59,7 +59,7 @@ class NodeAgent:
         self.beats = 0
         """How often it has tried to beat."""
         self._kills = cluster.settings.on_fenced == "kill"
-        self._standing = Standing.OK
+        self._standing, self._is_leaving = Standing.OK, False
         self._abandoned: set[str] = set()
         """What runs here and others have been given."""
         self._checks = (-1, 0.0)
@@ -141,12 +141,23 @@ class NodeAgent:
 
         Not in good order: fall silent, so that the others take it for the death that it is, and charge what it held.
         """
-        for duty in self._duties:
+        self._is_leaving = True
+        heartbeat, *others = self._duties
+        for duty in others:
             duty.stop()
-        if self._alerts is not None:
-            self._alerts.stop()
-        if self._helper is not None:
-            self._helper.stop()
+        try:
+            # Under its heartbeat still: to wait for what else is to be stopped can take longer than a lease.
+            self._give_back(in_good_order)
+        finally:
+            heartbeat.stop()
+            if self._helper is not None:
+                self._helper.stop()
+            if self._alerts is not None:
+                self._alerts.stop()
+        # The heartbeat may have found itself fenced, and have begun another epoch, just before.
+        self._give_back(in_good_order)
+
+    def _give_back(self, in_good_order: bool) -> None:
         epoch, self._node = self._node.epoch, self._node.model_copy(update={"epoch": ""})
         if not epoch:
             return
@@ -221,7 +232,7 @@ class NodeAgent:
             raise
         if self._standing is not Standing.OK:
             self._stop_taken(kill=self._kills)
-        if self._standing is Standing.FENCED:
+        if self._standing is Standing.FENCED and not self._is_leaving:
             self._rejoin()
             if was_draining:
                 self.drain()
