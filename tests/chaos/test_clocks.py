@@ -66,6 +66,13 @@ def test_clocks_that_are_set_by_five_minutes_lose_and_double_nothing(times: Time
         chaos.checker.check(load)
     chaos.checker.nothing_ran_twice(load)
     assert [worker.exit_code() for worker in times.workers] == [None] * 3
+    victim = rng.choice(times.workers)
+    epoch = chaos.jobs.cluster.epochs.beats()[victim.id].epoch
+    for clock in times.clocks:
+        clock.step(-600)
+    victim.kill()
+    # Whoever measured a lease by the wall clock would now wait for minutes.
+    wait_until(lambda: epoch in chaos.history.fences, END_S, "a death is noticed")
 
 
 @pytest.mark.chaos("short")
