@@ -6,7 +6,7 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy
 from functools import cache, partial
 from traceback import format_exception
@@ -201,6 +201,9 @@ class ClusterRequest(Request):  # type: ignore[misc]
         if isinstance(exc, WorkerLostError | SystemExit | KeyboardInterrupt):
             self._charge(str(exc) or repr(exc), exc_info.traceback or "")
         with self._letting_go_last():
+            if isinstance(exc, Retry) and self._delivery is not None and self._context.chord:
+                # One that was revoked meanwhile is not tried again, and nobody but us knows its chord.
+                complete(self._task.backend, self._context)
             return super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
 
     def _success_was_stored(self) -> Any:
@@ -224,9 +227,13 @@ class ClusterRequest(Request):  # type: ignore[misc]
         """Its end was refused, or could not be stored: then it must be delivered again."""
         task_ready(self)
         self._failed, node = True, deliveries.current()
-        if isinstance(exc, StaleCommit) or self._delivery is None or node is None:
+        if self._delivery is None or node is None:
             logger.warning("job %s[%s]: %s", self.name, self.id, exc)
             self.acknowledge()
+            return
+        if isinstance(exc, StaleCommit):
+            with self._letting_go_last():
+                self._on_refused(exc)
             return
         logger.error("the end of job %s[%s] is not stored, it will be delivered again: %r", self.name, self.id, exc)
         if isinstance(exc, EndNotStored | redis.ConnectionError | redis.TimeoutError | UnpublishableError):
@@ -272,10 +279,10 @@ class ClusterRequest(Request):  # type: ignore[misc]
             return
         self._is_ending = True
         try:
-            yield
-        except StaleCommit as exc:
-            logger.warning("%s", exc)
-            self._letting_go = self._letting_go or self.acknowledge
+            try:
+                yield
+            except StaleCommit as exc:
+                self._on_refused(exc)
         except BaseException as exc:
             node, self._letting_go = deliveries.current(), None
             if self._delivery is None or node is None:
@@ -290,6 +297,13 @@ class ClusterRequest(Request):  # type: ignore[misc]
             self._is_ending = False
             if self._letting_go is not None:
                 self._letting_go()
+
+    def _on_refused(self, exc: StaleCommit) -> None:
+        logger.warning("job %s[%s]: %s", self.name, self.id, exc)
+        self._letting_go = self._letting_go or self.acknowledge
+        # Who ended it elsewhere may not know what follows: one who revoked it does not.
+        with suppress(StaleCommit):
+            complete(self._task.backend, self._context)
 
     def acknowledge(self) -> None:
         if self._is_ending:

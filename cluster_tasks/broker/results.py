@@ -21,6 +21,7 @@ from celery.backends.redis import (
     RedisBackend,
     SentinelBackend,
 )
+from celery.exceptions import TaskRevokedError
 from kombu.exceptions import OperationalError
 from kombu.utils.encoding import bytes_to_str
 
@@ -89,7 +90,7 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
     ) -> None:
         with ending(request):
             if not store_result or getattr(request, "ignore_result", False):
-                self._end_without_result(task_id, state, request)
+                self._end_without_result(task_id, result, state, None, request)
             super().mark_as_done(task_id, result, request=request, store_result=store_result, state=state)
 
     def mark_as_failure(
@@ -102,7 +103,7 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
             raise exc
         with ending(request):
             if not store_result:
-                self._end_without_result(task_id, state, request)
+                self._end_without_result(task_id, exc, state, traceback, request)
             super().mark_as_failure(task_id, exc, traceback, request, store_result, call_errbacks, state)
 
     def mark_as_revoked(
@@ -111,7 +112,7 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
     ) -> None:  # fmt: skip
         with ending(request):
             if not store_result:
-                self._end_without_result(task_id, state, request)
+                self._end_without_result(task_id, TaskRevokedError(reason), state, None, request)
             super().mark_as_revoked(task_id, reason, request, store_result, state)
 
     # Celery's scripts for chords take a claim, random characters, that its holder alone may use. Here it also says
@@ -169,22 +170,32 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
         if delivery is None:
             self.ensure(self._end_unheld, (task_id, self.encode(meta)))
         elif state in states.READY_STATES:
-            self._commit(delivery, task_id, state, self.encode(meta), _has_sequel(request, state))
+            expires = self.failure_expires if state == states.FAILURE else self.expires
+            sequel = _has_sequel(request, state)
+            self._commit(delivery, task_id, state, self.encode(meta), int(expires or 0), sequel=sequel)
         else:
             self.ensure(self._note, (delivery, task_id, self.encode(meta)))
         return result
 
-    def _end_without_result(self, task_id: str, state: str, request: Any) -> None:
+    def _end_without_result(self, task_id: str, result: Any, state: str, traceback: Any, request: Any) -> None:
         delivery = _delivery(task_id, request)
-        if delivery is not None:
-            self._commit(delivery, task_id, state, "", _has_sequel(request, state))
+        if delivery is None:
+            return
+        if not _has_sequel(request, state):
+            self._commit(delivery, task_id, state, "", ENDED_LIVES_S, sequel=False)
+            return
+        # Whoever completes this end after a crash has to know it.
+        told = self.encode_result(result, state)
+        meta = self._get_result_meta(result=told, state=state, traceback=traceback, request=request)
+        meta["task_id"] = bytes_to_str(task_id)
+        self._commit(delivery, task_id, state, self.encode(meta), SEQUELS_LIVE_S, sequel=True)
 
     def _note(self, delivery: Delivery, task_id: str, encoded: Any) -> None:
         self._note_script(self._job_keys(delivery, task_id), [delivery.tag, encoded, int(self.expires or 0)])
 
-    def _commit(self, delivery: Delivery, task_id: str, state: str, encoded: Any, sequel: bool) -> None:
-        expires = self.failure_expires if state == states.FAILURE else self.expires
-        lives_s = int(expires or 0) if encoded else ENDED_LIVES_S
+    def _commit(
+        self, delivery: Delivery, task_id: str, state: str, encoded: Any, lives_s: int, *, sequel: bool
+    ) -> None:
         keys = self._keys
         names = [*self._job_keys(delivery, task_id), keys.counters, keys.crashes(task_id), keys.followed(task_id)]
         same_end = REVOKED_UNHELD if state == states.REVOKED else ""

@@ -48,9 +48,9 @@ def ending(request: Any) -> Iterator[None]:
 
 
 def complete(backend: Any, request: Any) -> None:
-    """Do again what follows the stored result of a job: a crash may have come between the two.
+    """Do again what follows the end of a job, if it has ended: a crash may have come between the two.
 
-    Nothing is known to follow a result that nobody wanted. Chords count each part once.
+    A result that nobody wanted is kept for this where something follows it. Chords count each part once.
     """
     meta = backend.get_task_meta(request.id)
     state, result, traceback = meta["status"], meta["result"], meta.get("traceback")

@@ -11,6 +11,7 @@ from celery.app.task import Context
 
 from cluster_tasks import Cluster
 from cluster_tasks.broker.message import DELIVERY_PROPERTY
+from cluster_tasks.broker.sequels import complete
 from cluster_tasks.errors import EndNotStored, StaleCommit
 from tests.broker import Broker
 
@@ -91,6 +92,18 @@ def test_what_is_followed_by_something_is_held_until_that_is_done(broker: Broker
     request.errbacks = [app.signature("told")]
     app.backend.mark_as_failure("job", ValueError("no"), request=request, call_errbacks=False)
     assert broker.held("a", epoch) == ["job"]
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_what_follows_an_end_can_be_done_later_though_nobody_wanted_the_result(
+    wanted: bool, broker: Broker, app: Celery, epoch: str
+) -> None:
+    request = take(broker, epoch, "job", delivery_info={})
+    request.errbacks = [app.signature("told", options={"task_id": "told", "queue": "node.a"})]
+    app.backend.mark_as_failure("job", ValueError(), request=request, store_result=wanted, call_errbacks=False)
+    # A crash comes between the two.
+    complete(app.backend, request)
+    assert broker.listed("node.a") == ["told"]
 
 
 def test_a_job_that_was_revoked_in_its_list_cannot_succeed_any_more(broker: Broker, app: Celery, epoch: str) -> None:
