@@ -31,7 +31,7 @@ from cluster_tasks.broker.message import (
     place_message,
 )
 from cluster_tasks.broker.placement import Placer, placing_script
-from cluster_tasks.broker.publishing import PUBLISH_PROPERTY, next_publish
+from cluster_tasks.broker.publishing import PUBLISH_PROPERTY, begin_publish, end_publish
 from cluster_tasks.broker.sequels import FOLLOWS_PROPERTY, Sequel
 from cluster_tasks.errors import ConfigurationError, PayloadTooLarge, StaleCommit
 from cluster_tasks.keys import DEFAULT_NAME, Keys, priority_suffixes
@@ -143,10 +143,9 @@ class ClusterChannel(stock.Channel):
             elif not self.keys.owns(queue):
                 super()._put(queue, message, **kwargs)
             else:
-                way.setdefault(PUBLISH_PROPERTY, next_publish())
                 self._put_job(queue, message, way, kwargs.get("_publish_batch"))
         finally:
-            # Kombu repeats a publish with these very properties.
+            # Kombu repeats a publish that has failed with these very properties.
             properties.update(way)
 
     def _put_job(self, queue: str, message: dict[str, Any], way: dict[str, Any], batch: Any) -> None:
@@ -157,7 +156,9 @@ class ClusterChannel(stock.Channel):
             if FOLLOWS_PROPERTY in way:
                 self._follow(placement, due, Sequel(*way[FOLLOWS_PROPERTY]))
             elif batch is None or due is not None:
-                self._placer.publish(placement, way[PUBLISH_PROPERTY], due, BELL_WAIT_S)
+                publish = way[PUBLISH_PROPERTY] = way.get(PUBLISH_PROPERTY) or begin_publish()
+                self._placer.publish(placement, publish, due, BELL_WAIT_S)
+                end_publish(way.pop(PUBLISH_PROPERTY))
             else:
                 arguments = [self.keys.bell_prefix, *placement.arguments()]
                 batch.add("eval", placing_script("place"), len(self._placer.index), *self._placer.index, *arguments)

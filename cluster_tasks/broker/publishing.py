@@ -1,14 +1,17 @@
 """A publish that is repeated, because its reply was lost, places its job once.
 
-Every thread that publishes numbers its publishes, and Redis keeps the number of its last one. A command that was given
-up may still be on its way when a later publish has been done: it comes too late, and changes nothing.
+A producer numbers its publishes, and Redis keeps the number of its last one: a try that arrives after its repetition,
+or after a later publish, changes nothing. So a producer has one publish under way at a time. Who publishes while others
+do it, be it a thread, a greenlet or the handler of a signal within a publish, is another producer.
+
+One whose publish has failed for good is not used again: nobody tells here whether Celery repeats that.
 """
 
 from __future__ import annotations
 
 import os
 import secrets
-import threading
+from collections import deque
 from typing import NamedTuple
 
 PUBLISH_PROPERTY = "cluster_publish"
@@ -21,23 +24,24 @@ class Publish(NamedTuple):
     """One publish, however often it is tried."""
 
     producer: str
-    """The thread."""
     number: int
 
 
-class _Numbers(threading.local):
-    # A forked child is a copy of its parent's thread and another producer.
-    pid = 0
-    producer = ""
-    last = 0
+_done: deque[Publish] = deque()
+"""The last publishes of the producers of this process that have none under way."""
+# A forked child is a copy, and has producers of its own.
+os.register_at_fork(after_in_child=_done.clear)
 
 
-_numbers = _Numbers()
+def begin_publish() -> Publish:
+    """Number a publish of a producer that has none under way."""
+    try:
+        producer, number = _done.pop()
+    except IndexError:
+        producer, number = secrets.token_hex(8), 0
+    return Publish(producer, number + 1)
 
 
-def next_publish() -> Publish:
-    """Number a publish of this thread."""
-    if _numbers.pid != os.getpid():
-        _numbers.pid, _numbers.producer, _numbers.last = os.getpid(), secrets.token_hex(8), 0
-    _numbers.last += 1
-    return Publish(_numbers.producer, _numbers.last)
+def end_publish(publish: Publish) -> None:
+    """A publish was done, and will not be repeated."""
+    _done.append(publish)

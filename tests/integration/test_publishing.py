@@ -13,7 +13,7 @@ from celery import Celery
 from cluster_tasks import Cluster, ClusterTask
 from cluster_tasks.broker.delays import delayed_jobs
 from cluster_tasks.broker.message import place_message
-from cluster_tasks.broker.publishing import next_publish
+from cluster_tasks.broker.publishing import begin_publish, end_publish
 from tests.broker import Broker, make_message
 from tests.process.proxy import Wire, wire_to
 from workers.redis_server import RedisServer
@@ -56,21 +56,34 @@ def delayed(broker: Broker) -> list[str]:
     return [job.payload["headers"]["id"] for job in delayed_jobs(broker.client, broker.keys, 100)]
 
 
-def test_a_command_that_arrives_after_a_later_publish_changes_nothing(broker: Broker) -> None:
+def test_a_try_that_arrives_after_its_repetition_and_a_later_publish_changes_nothing(broker: Broker) -> None:
     first, second = (place_message({}, make_message(job), broker.keys) for job in ("first", "second"))
-    given_up, later = next_publish(), next_publish()
-    assert broker.placer.publish(second, later, None, 1.0)
-    assert not broker.placer.publish(first, given_up, None, 1.0)
-    assert broker.waiting() == ["second"]
+    repeated = begin_publish()
+    assert broker.placer.publish(first, repeated, None, 1.0)
+    end_publish(repeated)
+    assert broker.placer.publish(second, begin_publish(), None, 1.0)
+    assert not broker.placer.publish(first, repeated, None, 1.0)
+    assert broker.waiting() == ["first", "second"]
+
+
+def test_a_publish_that_begins_while_another_is_under_way_may_be_done_before_it(broker: Broker) -> None:
+    # By a thread, by a greenlet, or by the handler of a signal.
+    first, second = (place_message({}, make_message(job), broker.keys) for job in ("first", "second"))
+    outer, inner = begin_publish(), begin_publish()
+    assert broker.placer.publish(second, inner, None, 1.0)
+    assert broker.placer.publish(first, outer, None, 1.0)
+    assert broker.waiting() == ["second", "first"]
 
 
 def test_a_forked_process_is_another_producer() -> None:
-    mine = next_publish()
+    end_publish(begin_publish())
+    mine = begin_publish()
+    end_publish(mine)
     read, write = os.pipe()
     if not (pid := os.fork()):
-        os.write(write, next_publish().producer.encode())
+        os.write(write, begin_publish().producer.encode())
         os._exit(0)
     os.waitpid(pid, 0)
-    assert os.read(read, 100).decode() != mine.producer == next_publish().producer
+    assert os.read(read, 100).decode() != mine.producer == begin_publish().producer
     os.close(read)
     os.close(write)
