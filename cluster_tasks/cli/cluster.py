@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from math import inf
 from typing import Any
@@ -25,7 +26,7 @@ from cluster_tasks.cli.quarantine import quarantine
 from cluster_tasks.cli.summary import Summary, summarize
 from cluster_tasks.cli.tables import Cell, Column, moment, print_json, print_rows, printable
 from cluster_tasks.cluster import Cluster, cluster_of
-from cluster_tasks.errors import ClusterError, NodeNotFound
+from cluster_tasks.errors import ClusterError, NodeNotFound, UnavailableError
 from cluster_tasks.failover.events import ClusterEvent
 from cluster_tasks.model import Node, NodeFilter, NodeRole, NodeStatus, check_node_id, check_request_type
 from cluster_tasks.runtime import check_runtime
@@ -156,6 +157,7 @@ def _status_cells(summary: Summary) -> Iterator[tuple[str, str]]:
     yield "waiting", _counts(summary.waiting)
     yield "held", str(summary.held)
     yield "in flight", str(summary.in_flight)
+    yield "quarantined", str(summary.quarantined)
     yield "last node lost", f"{lost.facts['node']} at {moment(lost.timestamp)}" if lost else ""
     yield "health checks", str(summary.checks)
     yield "stale commits", str(summary.stale_commits)
@@ -230,6 +232,7 @@ def drain(cluster: Cluster, node: str, wait: bool, timeout: float | None, as_jso
     Example: celery -A cluster_tasks cluster drain gpu1 --timeout 60
     """
     node_id = _node_id(cluster, node)
+    _refuse_coordinator(cluster, node_id)
     moved = cluster.drain(node_id, timeout_s=inf if wait and timeout is None else timeout)
     waited = wait or timeout is not None
     if as_json:
@@ -360,6 +363,12 @@ def cluster_of_or_new(app: Celery) -> Cluster:
         return cluster_of(app)
     except ClusterError:
         return Cluster(app)
+
+
+def _refuse_coordinator(cluster: Cluster, node_id: str) -> None:
+    with suppress(UnavailableError):  # Nodes are drained without discovery, too.
+        if any(master.id == node_id for master in cluster.nodes(NodeFilter(role=NodeRole.MASTER))):
+            raise ClusterError(f"{node_id} is a coordinator and runs no jobs: to end it, send it SIGTERM")
 
 
 def _node_id(cluster: Cluster, given: str) -> str:

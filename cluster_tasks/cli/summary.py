@@ -35,6 +35,8 @@ class Summary:
     """Jobs that nodes run or have reserved, as they reported it."""
     in_flight: int
     """Held and waiting."""
+    quarantined: int
+    """Jobs in quarantine, which wait for somebody to look at them."""
     last_node_lost: ClusterEvent | None
     checks: int
     """Health checks that coordinators have run."""
@@ -59,6 +61,7 @@ def summarize(cluster: Cluster) -> Summary:
         waiting=lists,
         held=held,
         in_flight=held + sum(lists.values()),
+        quarantined=cluster.quarantine.count(),
         last_node_lost=_last(cluster.events.latest(MAX_EVENTS), "node lost"),
         checks=cluster.checks_done(),
         stale_commits=cluster.stale_commits(),
@@ -82,7 +85,8 @@ def _silent(cluster: Cluster, nodes: Sequence[Node]) -> Collection[str]:
 def _problems(cluster: Cluster, working: Sequence[Node], lists: Mapping[str, int]) -> Iterator[str]:
     if not working:
         yield "no worker node is online"
-    served = {cluster.keys.waiting_queue(name) for node in working for name in (*node.serves, ANY_TYPE)}
+    lists_of = cluster.keys.waiting_queue, cluster.keys.suspect_queue
+    served = {queue(name) for node in working for name in (*node.serves, ANY_TYPE) for queue in lists_of}
     for queue in sorted(lists):
         if cluster.keys.node_of(queue) is None and queue not in served:
             yield f"jobs wait in {queue}, and no node that is online serves them"

@@ -107,6 +107,11 @@ class Quarantine:
             found: Any = self._client.zrange(self._keys.quarantined, 0, -1)
         return [text(job_id) for job_id in found]
 
+    def count(self) -> int:
+        """Return how many jobs are in quarantine."""
+        self.prune()
+        return len(self._ids())
+
     def get(self, job_id: str) -> Quarantined:
         """Return one job. Raises JobNotFound."""
         self.prune()

@@ -20,8 +20,10 @@ from celery.bin.base import CLIContext
 from click.testing import CliRunner, Result
 
 from cluster_tasks import Node, NodeRole
+from cluster_tasks.broker.placement import Crash
 from cluster_tasks.cli.cluster import cluster as group
 from cluster_tasks.model import Capacity
+from tests.broker import make_message
 from tests.process.jobs import Jobs, make_jobs
 from tests.process.nodes import WorkerProcess, running
 from tests.waiting import wait_until
@@ -215,6 +217,9 @@ def test_the_status_of_a_healthy_cluster_sums_it_up(jobs: Jobs) -> None:
     joined = join(jobs, node_of("a")), join(jobs, Node(id="master@host", roles=MASTER))
     jobs.cluster.events.add("node lost", node="b@host", epoch="1-x", silent_s=3.1)
     jobs.cluster.events.add("node draining", node="a@host", listed=0)
+    jobs.cluster.quarantine.put(
+        "poison", "jobs.work", make_message("poison", "llm"), [Crash("a@host", "1-x", "killed", 1.0)]
+    )
     results = [jobs.work.delay() for _ in range(3)]
     with beating(jobs, *joined):
         done = run("status", "--json")
@@ -226,7 +231,7 @@ def test_the_status_of_a_healthy_cluster_sums_it_up(jobs: Jobs) -> None:
     assert summary == {
         "healthy": True, "problems": [], "cluster": "cluster", "broker": str(jobs.cluster.settings.broker_url),
         "nodes": {"online": 1}, "coordinators": ["master@host"], "waiting": {"node.a@host": len(results)},
-        "held": 0, "in_flight": len(results), "checks": 0, "stale_commits": 0,
+        "held": 0, "in_flight": len(results), "quarantined": 1, "checks": 0, "stale_commits": 0,
     }  # fmt: skip
 
 
@@ -236,6 +241,15 @@ def test_jobs_that_no_node_serves_degrade_the_cluster(jobs: Jobs) -> None:
     done = ask(jobs.app, "status", "--json")
     assert done.exit_code == 1
     assert told(done)["problems"] == ["jobs wait in waiting.llm, and no node that is online serves them"]
+
+
+def test_suspects_that_wait_for_a_node_that_serves_them_do_not_degrade_the_cluster(jobs: Jobs) -> None:
+    joined = join(jobs, node_of("a"))
+    jobs.cluster.client.zadd(jobs.cluster.keys.backlog, {jobs.cluster.keys.suspect_queue("llm"): 1})
+    with beating(jobs, joined):
+        done = ask(jobs.app, "status", "--json")
+    assert done.exit_code == 0
+    assert told(done)["waiting"] == {"suspect.llm": 1}
 
 
 def test_a_node_that_was_killed_counts_as_silent_even_if_nobody_checks(
@@ -293,6 +307,14 @@ def test_the_nearest_name_is_told_for_an_unknown_node(command: str, jobs: Jobs) 
     done = run(command, "gpu2")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "Error: no node 'gpu2' is registered; did you mean 'gpu1'?\n"
+
+
+def test_a_coordinator_is_not_drained(jobs: Jobs) -> None:
+    join(jobs, Node(id="master@host", roles=MASTER))
+    done = ask(jobs.app, "drain", "master@host")
+    assert done.exit_code == 1
+    assert "master@host is a coordinator and runs no jobs" in done.output
+    assert not jobs.cluster.epochs.lists().draining
 
 
 def test_a_name_that_several_nodes_have_is_refused(jobs: Jobs) -> None:
