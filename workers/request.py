@@ -221,6 +221,7 @@ class ClusterRequest(Request):  # type: ignore[misc]
         )
         node = deliveries.current()
         if self.time_start and not is_ending and self._delivery is not None and node is not None:
+            logger.warning("job %s[%s] is charged with a crash: %s", self.name, self.id, reason)
             node.blame(self._delivery.tag, reason, traceback)
 
     def _on_end_not_stored(self, exc: Exception) -> None:

@@ -188,7 +188,8 @@ class SupervisorClient:
         except Fault as exc:
             raise ClusterError(f"supervisord refused: {exc.faultString}") from exc
         except (OSError, HTTPException, ProtocolError) as exc:
-            raise ClusterError(f"no cluster-tasks up answers in {self._directory}: {exc}") from exc
+            where = f"{self._directory} (--data-dir names another)"
+            raise ClusterError(f"no cluster-tasks up answers in {where}: {exc}") from exc
         finally:
             self._transport.close()
 

@@ -79,6 +79,7 @@ def test_a_job_that_exits_is_quarantined_and_takes_neither_slot_nor_node_along(
             with pytest.raises(QuarantinedError):
                 job.get(timeout=END_S)
         assert set(starts_of(jobs, leaving).values()) == {3}
+        assert all(worker.read_log().count(f"[{job.id}] is charged with a crash") == 3 for job in leaving)
         assert sum(finish(neighbours).values()) == 6
         assert worker.exit_code() is None
         wait_until_nothing_is_left(jobs)
