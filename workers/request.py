@@ -107,9 +107,13 @@ class ClusterRequest(Request):  # type: ignore[misc]
             if past.ended or (error := self._verdict(node, tag, past)):
                 self._end_without_running(node, None if past.ended else error)
                 return False
-        if self._is_held_back:
-            node.take_up(tag)
+        self._take_up()
         return True
+
+    def _take_up(self) -> None:
+        if self._is_held_back and self._delivery is not None and (node := deliveries.current()) is not None:
+            self._is_held_back = False
+            node.take_up(self._delivery.tag)
 
     def _let_lie(self, node: Deliveries, tag: str) -> bool:
         """Do not start it now: it may belong to others already. If it does not, it is delivered again."""
@@ -311,6 +315,8 @@ class ClusterRequest(Request):  # type: ignore[misc]
             self._letting_go = self.acknowledge
             return
         if not self.acknowledged:
+            # It may have been revoked, or have expired, before it began.
+            self._take_up()
             outcomes.record(not self._failed)
             self._record_run()
         super().acknowledge()

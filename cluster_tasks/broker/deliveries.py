@@ -229,7 +229,7 @@ class Deliveries:
         self._quietly(lambda: self._placer.hold_back(self.unacked_key, self._not_started, tag))
 
     def take_up(self, tag: str) -> None:
-        """Say that work on a delivery that was held back begins."""
+        """Say that work on a delivery that was held back begins, or will not."""
         self._quietly(lambda: self._client.srem(self._not_started, tag))
 
     def message(self, tag: str) -> bytes:

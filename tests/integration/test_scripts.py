@@ -10,7 +10,7 @@ import pytest
 from cluster_tasks.broker.delays import delayed_jobs
 from cluster_tasks.broker.epochs import Beat, Predecessor, Standing
 from cluster_tasks.broker.message import replace_message
-from cluster_tasks.broker.placement import UNDECODABLE_KEPT
+from cluster_tasks.broker.placement import UNDECODABLE_KEPT, Crash
 from cluster_tasks.redis_store import load_script
 from tests.broker import SUFFIXES, Broker, Fetched, job_of, make_message
 
@@ -445,6 +445,19 @@ def test_held_jobs_go_to_the_front_and_those_that_are_gone_are_passed_over(broke
     assert broker.waiting("llm") == ["held", "waits"]
     assert broker.held("a", epoch) == []
     assert broker.epochs.lengths() == {"waiting.llm": 2}
+
+
+def test_a_suspect_reaches_the_node_that_alone_can_run_it(broker: Broker) -> None:
+    # Among the suspects, a node that cannot would find it again, and give it back, without end.
+    old = broker.open("old", "llm")
+    broker.open("new", "llm")
+    for queue in ("", "node.new", "node.new.bound"):
+        broker.publish("job", "", "llm")
+        ((tag, message),) = broker.fetch("old", old, serves=["llm"]).messages.items()
+        placement = replace_message(message, broker.keys, delivered=True, queue=queue)
+        broker.move_held("old", old, [(tag, placement)], Crash("old", old, "it died", 0.0))
+        assert broker.listed("node.new.bound" if queue.endswith("bound") else "suspect.llm") == ["job"]
+        broker.client.delete("suspect.llm", broker.keys.backlog)
 
 
 def test_a_moved_list_stops_at_what_is_not_its_head(broker: Broker) -> None:

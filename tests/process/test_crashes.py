@@ -145,6 +145,16 @@ def test_what_had_not_started_is_not_charged_with_the_death_of_its_node(jobs: Jo
         assert not client.exists(keys.suspect_queue("llm"))
 
 
+def test_of_what_was_held_back_and_never_began_nothing_is_left(jobs: Jobs, new_worker: NewWorker) -> None:
+    with running(new_worker("a")):
+        jobs.app.control.revoke("called back")
+        wait_until(lambda: jobs.app.control.inspect().revoked() == {"a@test": ["called back"]}, END_S)
+        result = jobs.limited.apply_async(task_id="called back")
+        with pytest.raises(Exception, match="revoked"):
+            result.get(timeout=END_S)
+        wait_until_nothing_is_left(jobs)
+
+
 def test_a_drained_nodes_running_job_is_given_back_uncharged(jobs: Jobs, new_worker: NewWorker) -> None:
     with running(new_worker("a"), new_worker("b")) as (leaving, _):
         jobs.cluster.drain("b@test")

@@ -1,6 +1,6 @@
 -- Move held messages out of a hash of deliveries, to the front of the lists. Those that had started may be charged with
--- a crash; a job that was ever charged waits among the suspects. Safe to repeat and to run twice at once: a delivery
--- that is gone is passed over.
+-- a crash; a job that was ever charged waits among the suspects, unless it goes to the list of which only one node takes.
+-- Safe to repeat and to run twice at once: a delivery that is gone is passed over.
 --
 -- KEYS     1 epochs, 2 draining, 3 backlog, 4 idle, 5 serves, 6 limits, 7 hash of deliveries, 8 tags of those not
 --          started
@@ -21,7 +21,10 @@ for i = 4, #ARGV, 8 do
       redis.call('RPUSH', crashes, ARGV[2])
       redis.call('EXPIRE', crashes, ARGV[3])
     end
-    if redis.call('EXISTS', crashes) == 1 then queue, waiting = '', suspects end
+    if redis.call('EXISTS', crashes) == 1 then
+      waiting = suspects
+      if not string.match(queue, '%.bound$') then queue = '' end
+    end
     place(keys, queue, waiting, ARGV[i + 5], ARGV[i + 6], ARGV[i + 7], 'RPUSH')
     moved = moved + 1
   end
