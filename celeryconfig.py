@@ -19,6 +19,9 @@ cluster_strategy_llm = "consistent_hash"
 # Of the request types of your own tasks:
 # cluster_strategies = {"ocr": "weighted"}
 
+# cluster_virtual_nodes = 160  # points of a node on the ring of consistent_hash
+# cluster_snapshot_s = 0.25  # how old a producer's view of the nodes may be
+
 # --- When a node is lost ---------------------------------------------------------------------------------------------
 
 # A node beats once in heartbeat_s. Its work goes to others when no beat came for lease_s (at least twice as long).
@@ -60,6 +63,15 @@ cluster_drain_timeout_s = 30.0
 # cluster_serves = ["llm", "retrieval", "embedding"]  # else all types that its tasks declare
 # cluster_metadata = {"zone": "a", "weight": "2"}
 # cluster_max_qps = 0.0  # 0: no limit
+# cluster_max_memory_mb = 0  # what the strategy adaptive measures the node's memory by; 0: not at all
+# cluster_roles = ["worker"]
+# cluster_address = None  # else the name of the host
+# cluster_port = 0
+
+# --- What is the same for all ----------------------------------------------------------------------------------------
+
+# cluster_name = "cluster"  # two clusters on one Redis have two names
+# cluster_sentinel_master = "mymaster"  # the group behind a sentinel:// URL
 
 # A job whose message is larger is refused in its caller.
 # cluster_max_message_bytes = 16777216
@@ -73,6 +85,13 @@ cluster_drain_timeout_s = 30.0
 # cluster_embedding_model = "name-of-the-model"
 # Who answers when that one is unavailable, in this order; without base_url another model of the same endpoint.
 # cluster_llm_fallbacks = [{"model": "a-smaller-one"}, {"base_url": "http://backup:8000/v1", "model": "name"}]
+# The same model at other addresses:
+# cluster_embedding_fallbacks = [{"base_url": "http://backup:8000/v1"}]
+# How long a request may take, how often it is repeated, and how long it waits for its turn under a limit.
+# cluster_llm_timeout_s = 120.0
+# cluster_embedding_timeout_s = 30.0
+# cluster_provider_max_retries = 4
+# cluster_provider_wait_s = 10.0
 # What an endpoint may be asked by the whole cluster in a minute; 0: no limit. Fallbacks have keys of the same names.
 # cluster_llm_requests_per_minute = 0
 # cluster_llm_tokens_per_minute = 0
