@@ -265,8 +265,8 @@ class ClusterSettings(BaseSettings):
     @field_validator("name", mode="after")
     @classmethod
     def _check_name(cls, value: str) -> str:
-        if value == "node":
-            raise ValueError("its queues, node.node.…, would be those of nodes of the cluster of the default name")
+        if value in ("node", "waiting", "suspect"):
+            raise ValueError(f"its queues, {value}.node.…, would be lists of the cluster of the default name")
         return value
 
     @field_validator("broker_url", "result_backend", mode="after")

@@ -28,6 +28,8 @@ SURE_SHARE = 0.8
 UNCOORDINATED_S = 10.0
 """After so long it is worth an alert: a restart of the coordinator is none."""
 RESYNC_S = 10.0
+RELEARN_EVERY_S = 3600.0
+"""So often it reads all revocations, and not the new ones only."""
 PRUNE_EVERY_S = 60.0
 ALARM_EVERY_S = 0.25
 """Where jobs fail on all nodes, alarms never end."""
@@ -66,7 +68,7 @@ class NodeAgent:
         self._looked_s = 0.0
         self._wants_its_share = False
         self._resynced_s = self._reaped_s = cluster.clock.monotonic()
-        self._revoked_since_s = 0.0
+        self._revoked_since_s, self._relearn_s = 0.0, 0.0
         self._alarmed, self._alarmed_s = threading.Event(), float("-inf")
         self._load_report = Periodic("load report", self._settings.heartbeat_s, self._report)
         self._uncoordinated = cluster.events.condition("no coordinator", "coordinator back")
@@ -264,7 +266,9 @@ class NodeAgent:
         self._begin(opened, asked_at_s)
 
     def _learn_revocations(self) -> None:
-        # Broadcasts are lost on a node that joins or reconnects just then.
+        # Broadcasts are lost on a node that joins or reconnects just then, and Celery forgets them after three hours.
+        if (now_s := self._cluster.clock.monotonic()) >= self._relearn_s:
+            self._revoked_since_s, self._relearn_s = 0.0, now_s + RELEARN_EVERY_S
         ids, stamps = self._cluster.revocations.since(self._revoked_since_s)
         state.merge_revoked([job_id for job_id in ids if job_id not in state.revoked])
         state.revoked_stamps.update(stamps)

@@ -40,6 +40,8 @@ from cluster_tasks.redis_store import load_script, refusals_as_outages, script_s
 logger = logging.getLogger(__name__)
 
 BELL_WAIT_S = 1.0
+LIMITED_WAIT_S = 0.1
+"""At the doorbell, of a node that is not given all it could run."""
 SHORTEST_WAIT_S = 0.01
 """Redis 6.2 takes a millisecond for endless."""
 GLANCE_EVERY_S = 0.02
@@ -291,6 +293,9 @@ class ClusterChannel(stock.Channel):
         status, due_ms, *items = self._reply("EVALSHA")
         self._fetch_by_text = False
         self._bell_wait_s = min(max(int(due_ms) / 1000, SHORTEST_WAIT_S), BELL_WAIT_S) if due_ms else BELL_WAIT_S
+        if text(status).startswith("limited "):
+            # It may be given more as soon as a job ends, and nobody rings it for that.
+            self._bell_wait_s = min(self._bell_wait_s, LIMITED_WAIT_S)
         node = self.node
         if node is None:
             # The consumer was cancelled meanwhile: what was given stays recorded, and the end of the epoch moves it.
