@@ -128,7 +128,7 @@ def test_a_refusal_is_an_error_of_this_package_and_a_value_error() -> None:
         ({"cluster_failure_threshold": 0}, "cluster_failure_threshold=0"),
         ({"cluster_provider_max_retries": 21}, "cluster_provider_max_retries=21"),
         ({"cluster_name": "Two Words"}, "cluster_name='Two Words'"),
-        ({"cluster_name": "suspect"}, "cluster_name='suspect': its queues, suspect.node.…, would be lists of the cluster"),
+        ({"cluster_name": "suspect"}, "cluster_name='suspect': its queues, suspect.node.…, would be lists of"),
         ({"cluster_serves": ["LLM!"]}, "'LLM!'"),
         ({"cluster_roles": ["boss"]}, "cluster_roles=['boss']: Input should be 'master', 'worker' or 'cache'"),
         ({"cluster_metadata": "zone"}, "cluster_metadata='zone': expected key=value pairs"),
