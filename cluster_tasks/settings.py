@@ -392,13 +392,20 @@ def _explain(exc: ValidationError, given: Mapping[str, Any], environ: Mapping[st
         if len(error["loc"]) > 2:
             message = f"{'.'.join(map(str, error['loc'][1:]))}: {message}"
         if not key:
-            lines.append(message)
+            # It is about several settings, which it calls by their fields.
+            lines.append(re.sub(r"\b[a-z_]+(?==| is not| are set)", lambda word: _set_as(word[0], environ), message))
             continue
-        variable = ENV_PREFIX + key.upper()
-        value = environ.get(variable) or given.get(key)
-        name = variable if environ.get(variable) else CONF_PREFIX + key
-        lines.append(f"{name}={_shown(key, value)}: {message}")
+        value = environ.get(ENV_PREFIX + key.upper()) or given.get(key)
+        lines.append(f"{_set_as(key, environ)}={_shown(key, value)}: {message}")
     return "; ".join(lines)
+
+
+def _set_as(key: str, environ: Mapping[str, str]) -> str:
+    """The name by which a setting is set: that of the variable, if there is one."""
+    if key not in ClusterSettings.model_fields:
+        return key
+    variable = ENV_PREFIX + key.upper()
+    return variable if environ.get(variable) else CONF_PREFIX + key
 
 
 def _shown(key: str, value: object) -> str:

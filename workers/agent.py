@@ -264,6 +264,7 @@ class NodeAgent:
             logger.error("another worker has taken the name %s: this one takes no more jobs", self._node.id)
             return
         self._begin(opened, asked_at_s)
+        logger.warning("node %s has joined anew", self._node.id)
 
     def _learn_revocations(self) -> None:
         # Broadcasts are lost on a node that joins or reconnects just then, and Celery forgets them after three hours.

@@ -78,9 +78,12 @@ def _for_each(cluster: Cluster, job_ids: tuple[str, ...], every: bool, task: str
         raise click.UsageError("give ids, or --task NAME, or --all")
     for job_id in job_ids:
         do(job_id)
-    for job_id in [] if job_ids else [job.id for job in cluster.quarantine.each(task)]:
+    chosen = [] if job_ids else [job.id for job in cluster.quarantine.each(task)]
+    for job_id in chosen:
         with suppress(JobNotFound):  # Somebody else was faster.
             do(job_id)
+    if not job_ids and not chosen:
+        click.echo("there is no such job in quarantine", err=True)
 
 
 def _choosing(command: Callable[..., None]) -> Callable[..., None]:
