@@ -6,6 +6,7 @@ whatever database of it: a script cannot span two servers.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -30,6 +31,8 @@ from cluster_tasks.broker.sequels import being_ended, ending
 from cluster_tasks.errors import EndNotStored, StaleCommit
 from cluster_tasks.keys import DEFAULT_NAME, Keys
 from cluster_tasks.redis_store import database_of, refusals_as_outages, run_script, script_source
+
+logger = logging.getLogger(__name__)
 
 ENDED_LIVES_S = 300
 """How long it is remembered that a job without a result has ended."""
@@ -174,8 +177,15 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
             sequel = _has_sequel(request, state)
             self._commit(delivery, task_id, state, self.encode(meta), int(expires or 0), sequel=sequel)
         else:
-            self.ensure(self._note, (delivery, task_id, self.encode(meta)))
+            self._tell(delivery, task_id, state, self.encode(meta))
         return result
+
+    def _tell(self, delivery: Delivery, task_id: str, state: str, encoded: Any) -> None:
+        try:
+            self.ensure(self._note, (delivery, task_id, encoded))
+        except (redis.ConnectionError, redis.TimeoutError) as exc:
+            # It is news of the job and no end: a job that goes on, or is tried again, must not fail for it.
+            logger.warning("it could not be told that job %s is %s: %r", task_id, state, exc)
 
     def _end_without_result(self, task_id: str, result: Any, state: str, traceback: Any, request: Any) -> None:
         delivery = _delivery(task_id, request)
@@ -191,7 +201,8 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
         self._commit(delivery, task_id, state, self.encode(meta), SEQUELS_LIVE_S, sequel=True)
 
     def _note(self, delivery: Delivery, task_id: str, encoded: Any) -> None:
-        self._note_script(self._job_keys(delivery, task_id), [delivery.tag, encoded, int(self.expires or 0)])
+        with refusals_as_outages(self.client):
+            self._note_script(self._job_keys(delivery, task_id), [delivery.tag, encoded, int(self.expires or 0)])
 
     def _commit(
         self, delivery: Delivery, task_id: str, state: str, encoded: Any, lives_s: int, *, sequel: bool

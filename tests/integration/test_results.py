@@ -142,3 +142,16 @@ def test_an_end_that_was_refused_or_not_stored_is_not_replaced_by_a_failure(
         app.backend.mark_as_failure("job", error, request=request)
     assert app.AsyncResult("job").state == "PENDING"
     assert broker.held("a", epoch) == ["job"]
+
+
+def test_a_job_goes_on_though_redis_takes_no_news_of_it(
+    broker: Broker, app: Celery, epoch: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    request = take(broker, epoch, "job")
+    broker.client.config_set("min-replicas-to-write", 1)
+    app.backend.retry_policy = {"max_retries": 1, "interval_start": 0.0}
+    try:
+        app.backend.mark_as_retry("job", ValueError("not yet"), request=request)
+    finally:
+        broker.client.config_set("min-replicas-to-write", 0)
+    assert "it could not be told that job job is RETRY" in caplog.text
