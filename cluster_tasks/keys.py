@@ -170,7 +170,7 @@ class Keys:
         return f"{self.name}:remains_unacked:{check_node_id(node_id)}/{epoch}"
 
     def terminal(self, job_id: str) -> str:
-        """Set when a job has ended; holds the tag of the delivery that ended it."""
+        """Set when a job has ended; holds the tag of the delivery that ended it, a space, and how."""
         return f"{self.name}:terminal:{job_id}"
 
     def followed(self, job_id: str) -> str:

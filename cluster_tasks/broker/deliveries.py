@@ -343,7 +343,7 @@ class Deliveries:
         if not gone:
             return []
         ended_by: Any = self._client.mget([self._keys.terminal(_job_of(held[tag])) for tag in gone])
-        return [tag for tag, ender in zip(gone, ended_by, strict=True) if text(ender or b"") != tag]
+        return [tag for tag, ender in zip(gone, ended_by, strict=True) if text(ender or b"").partition(" ")[0] != tag]
 
     def wake(self) -> None:
         """Let the event loop look for work."""

@@ -210,7 +210,7 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
         keys = self._keys
         names = [*self._job_keys(delivery, task_id), keys.counters, keys.crashes(task_id), keys.followed(task_id)]
         same_end = REVOKED_UNHELD if state == states.REVOKED else ""
-        arguments = [delivery.tag, encoded, lives_s, int(sequel), same_end, SEQUELS_LIVE_S]
+        arguments = [delivery.tag, encoded, lives_s, int(sequel), same_end, SEQUELS_LIVE_S, state]
         try:
             done = self.ensure(self._run_commit, (names, arguments))
         except (redis.ConnectionError, redis.TimeoutError) as exc:

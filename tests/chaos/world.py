@@ -261,7 +261,7 @@ class World:
             self.client.srem(not_started, tag)
             member.held_back.discard(tag)
         names = [unacked, keys.terminal(job), "result", keys.counters, keys.crashes(job), keys.followed(job)]
-        done = self.commit_script(names, [tag, "", 0, int(leave), "", 3600])
+        done = self.commit_script(names, [tag, "", 0, int(leave), "", 3600, "SUCCESS"])
         assert (done == 1) == ((stands and job not in self.ended) or self.ended.get(job) == tag)
         if done == 1:
             self.ended.setdefault(job, tag)

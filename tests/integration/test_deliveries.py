@@ -178,9 +178,9 @@ def test_what_a_node_has_committed_itself_was_not_taken_from_it(broker: Broker, 
     assert node.next() is not None
     # As a commit in a process of the pool leaves it, before the parent hears of it.
     broker.client.hdel(node.unacked_key, tag)
-    broker.client.set(broker.keys.terminal("one"), tag)
+    broker.client.set(broker.keys.terminal("one"), f"{tag} SUCCESS")
     assert node.disown() == set()
-    broker.client.set(broker.keys.terminal("one"), "others.1.1")
+    broker.client.set(broker.keys.terminal("one"), "others.1.1 SUCCESS")
     assert node.disown() == {tag}
 
 

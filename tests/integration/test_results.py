@@ -155,3 +155,13 @@ def test_a_job_goes_on_though_redis_takes_no_news_of_it(
     finally:
         broker.client.config_set("min-replicas-to-write", 0)
     assert "it could not be told that job job is RETRY" in caplog.text
+
+
+@pytest.mark.parametrize("chord", [None, {"task": "body", "options": {"task_id": "body"}}])
+def test_of_two_ends_by_one_delivery_the_first_counts(chord: Any, broker: Broker, app: Celery, epoch: str) -> None:
+    # A child succeeds, and its parent, which has not heard of it yet, ends the job for its time limit.
+    request = take(broker, epoch, "job", chord=chord)
+    app.backend.mark_as_done("job", 42, request=request)
+    with pytest.raises(StaleCommit):
+        app.backend.mark_as_failure("job", TimeoutError(), request=request)
+    assert app.AsyncResult("job").result == 42

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from celery import states
+from kombu.utils.uuid import uuid
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -24,7 +26,9 @@ STILL_S = 60.0
 """Jobs are given up when none has ended for so long: many times what a failover may take."""
 LOOK_EVERY_S = 0.1
 KILL_AT = 0.1
-"""Share of the jobs that have ended when a node is killed."""
+"""Share of the jobs that have ended when a node is killed, if jobs wait in its list."""
+KILL_ANYWAY_AT = 0.3
+"""The same, if it only runs some: the nodes are faster than who sends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +54,9 @@ class Story:
 
     def index(self, passages: Sequence[Passage]) -> None:
         """Put all passages into the collection. Raises ClusterError if a job for it fails."""
-        sent = self._send(indexing(passages))
+        jobs = _with_ids(indexing(passages))
+        sent = {job_id: job.task for job_id, job in jobs.items()}
+        self._send(jobs)
         for _ in self._progress(sent):
             pass
         for job_id, state in self._states(sent).items():
@@ -60,12 +66,17 @@ class Story:
 
     def work(self, passages: Sequence[Passage], count: int) -> Report:
         """Send ``count`` jobs, kill a node amid them, and wait until each job has ended or none does any more."""
-        sent = self._send(mixed(passages, count))
-        self._console.print(f"{count} jobs are sent")
-        for share in self._progress(sent):
-            if self._kill is None and share >= KILL_AT:
-                self._kill = self._kill_one()
-            self._look_for_failover()
+        jobs = _with_ids(mixed(passages, count))
+        sent = {job_id: job.task for job_id, job in jobs.items()}
+        with ThreadPoolExecutor(1) as executor:
+            # Beside the rest, for the nodes may be faster than this.
+            sending = executor.submit(self._send, jobs)
+            self._console.print(f"{count} jobs are on their way")
+            for share in self._progress(sent):
+                if self._kill is None and share >= KILL_AT:
+                    self._kill = self._kill_one(share)
+                self._look_for_failover()
+            sending.result()
         outcome = self._states(sent)
         self._tell_failure(outcome)
         return report(
@@ -77,14 +88,10 @@ class Story:
             self._local.plan.strategy,
         )
 
-    def _send(self, jobs: Sequence[Job]) -> dict[str, str]:
-        """Send jobs; return the task of each by id."""
-        sent = {}
-        for job in jobs:
-            job_id = self._local.app.tasks[job.task].apply_async(kwargs=job.arguments).id
+    def _send(self, jobs: Mapping[str, Job]) -> None:
+        for job_id, job in jobs.items():
+            self._local.app.tasks[job.task].apply_async(kwargs=job.arguments, task_id=job_id)
             self._record.note(ACCEPTED, job_id, job.task)
-            sent[job_id] = job.task
-        return sent
 
     def _progress(self, sent: dict[str, str]) -> Iterator[float]:
         """Yield the share of the jobs that have ended, until all have and a killed node's jobs are in new hands."""
@@ -103,11 +110,11 @@ class Story:
                 if time.monotonic() - moved_at_s > STILL_S:
                     break
 
-    def _kill_one(self) -> _Kill | None:
-        """Kill the node that holds most, if one runs jobs while others wait in its list."""
+    def _kill_one(self, share: float) -> _Kill | None:
+        """Kill the node that holds most, if it runs jobs while others wait in its list; later, if it only runs some."""
         holding = [(self._held(node), node) for node in self._cluster.nodes()]
         (running, listed), node = max(holding, key=lambda item: sum(item[0]))
-        if not (running and listed):
+        if not running or not (listed or share >= KILL_ANYWAY_AT):
             return None
         pid = self._local.supervisor.pids()[node.name]
         events = self._cluster.events.latest(1)
@@ -152,3 +159,7 @@ class Story:
         if failed:
             error = self._local.app.AsyncResult(failed[0]).result
             self._console.print(f"{len(failed)} jobs failed, the first with {error!r}")
+
+
+def _with_ids(jobs: Sequence[Job]) -> dict[str, Job]:
+    return {uuid(): job for job in jobs}
