@@ -8,6 +8,8 @@ import pytest
 
 from tests.chaos.conftest import ByLevel, Report
 from tests.chaos.harness import FORGIVING, QUICK, Chaos
+from tests.process.accounts import END_S
+from tests.waiting import wait_until
 
 
 @pytest.mark.chaos("short")
@@ -51,10 +53,10 @@ def test_the_first_node_that_joins_does_the_work_of_the_last_that_died(chaos: Ch
     with chaos.nodes(1, pools=("prefork",), environ=QUICK | FORGIVING) as nodes:
         nodes.wait_ready()
         with chaos.load() as load:
-            while len(chaos.history.committed) < 20:
-                time.sleep(0.05)
+            wait_until(lambda: len(chaos.history.committed) >= 20, END_S, "it works")
             nodes.kill(*nodes.alive)
-            time.sleep(1.0)  # Jobs come though nobody lives.
+            accepted = len(load.expected)
+            wait_until(lambda: len(load.expected) > accepted + 10, END_S, "jobs come though nobody lives")
             chaos.checker.every_job_is_somewhere(load)
             nodes.add()
             nodes.wait_ready()

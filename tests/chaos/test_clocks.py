@@ -83,7 +83,8 @@ def test_a_delayed_job_is_due_by_the_clock_of_redis(times: Times) -> None:
         for clock in times.clocks:
             clock.step(300)
         delayed = load.accept(chaos.jobs.work.apply_async(countdown=100))
-        time.sleep(3)
+        ended = len(chaos.history.committed)
+        wait_until(lambda: len(chaos.history.committed) > ended + 30, END_S, "nodes fetch many times")
         assert not delayed.ready(), "that nodes take it for late does not matter"
         times.redis_clock.step(300)
         wait_until(delayed.ready, END_S, "it is due")
