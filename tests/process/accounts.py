@@ -45,6 +45,12 @@ def starts_of(jobs: Jobs, results: list[Any]) -> Counter[str]:
     return Counter({result.id: jobs.cluster.client.llen(f"test:started:{result.id}") for result in results})
 
 
+def started_by(jobs: Jobs, results: list[Any], node_id: str) -> int:
+    """How many starts of these jobs a node has noted. (What it holds may not have begun.)"""
+    nodes = (jobs.cluster.client.lrange(f"test:started:{result.id}", 0, -1) for result in results)
+    return sum([text(node) for node in started].count(node_id) for started in nodes)
+
+
 def held_key(jobs: Jobs, node_id: str) -> str:
     """The hash of what a node holds now."""
     beat = jobs.cluster.epochs.beats().get(node_id)

@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from cluster_tasks import NodeStatus
-from tests.process.accounts import END_S, finish, held_key, starts_of, wait_until_nothing_is_left
+from tests.process.accounts import END_S, finish, held_key, started_by, starts_of, wait_until_nothing_is_left
 from tests.process.conftest import NewWorker
 from tests.process.jobs import Jobs
 from tests.process.nodes import running
@@ -123,7 +123,7 @@ def test_a_node_that_slept_too_long_joins_anew_and_commits_nothing_old(jobs: Job
     abandons = {"CLUSTER_ON_FENCED": "abandon"}
     with running(new_worker("a", environ=abandons), new_worker("b")) as (sleeper, _):
         results = [jobs.work.delay(6.0, key=str(number)) for number in range(4)]
-        wait_until(lambda: jobs.cluster.client.hlen(held_key(jobs, sleeper.id)) == 2, END_S, "it works")
+        wait_until(lambda: started_by(jobs, results, sleeper.id) == 2, END_S, "it works")
         epoch = jobs.cluster.epochs.beats()[sleeper.id].epoch
         # Its children go on and end their jobs, which nobody may commit any more.
         sleeper.signal(signal.SIGSTOP)
