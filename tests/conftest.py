@@ -13,6 +13,7 @@ import pytest
 from cluster_tasks.errors import ConfigurationError
 from cluster_tasks.redis_store import connect
 from tests.chaos import levels
+from tests.process.forks import close_fork_server
 from tests.servers import missing, redis_for_results
 from workers.redis_server import RedisServer, find_redis_server
 
@@ -66,6 +67,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 @pytest.fixture(scope="session", autouse=True)
 def _directory_of_this_run(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> None:
     pytestconfig.stash[DIRECTORY] = tmp_path_factory.getbasetemp()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_fork_server_is_left() -> Iterator[None]:
+    yield
+    close_fork_server()
 
 
 def _processes_of_this_run(directory: Path | None) -> list[psutil.Process]:

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from tests.chaos.forks import END_S, Forks
 from tests.chaos.stage import Stage
+from tests.process.forks import END_S, Forks
 from tests.waiting import wait_until
 
 APP = "tests.chaos.beating"
@@ -35,8 +35,8 @@ def test_of_two_beats_one_may_die(scheduler: str, forks: Forks, redis_url: str) 
     wait_until(lambda: cluster.checks_done() > before, END_S, "checks go on")
     active = [beat for beat in beats if "Sending due task" in beat.read_log()]
     assert active
-    active[0].signal(signal.SIGKILL)
-    active[0].wait_gone()
+    active[0].send_signal(signal.SIGKILL)
+    active[0].wait()
     # Until the other beat sends, the node acts by itself.
     stage.wait_finished(stage.lose_another())
     after = cluster.checks_done()

@@ -9,8 +9,8 @@ from functools import partial
 import pytest
 
 from tests.chaos.conftest import ByLevel
-from tests.chaos.forks import END_S, Fork, Forks
 from tests.chaos.stage import VICTIM, Stage
+from tests.process.forks import END_S, Fork, Forks
 from tests.waiting import wait_until
 
 AT_ONCE = 6
@@ -38,7 +38,7 @@ def commands_told(coordinator: Fork) -> int:
 def fail_over(stage: Stage, doomed: Fork, way: str) -> None:
     """Let others take over from a coordinator that dies. Of several at once, it may not be the one that acts."""
     if way in ("another comes", "nodes alone"):
-        doomed.wait_gone()
+        doomed.wait()
     if way == "nodes alone":
         stage.worker("heir")
     else:
@@ -48,7 +48,7 @@ def fail_over(stage: Stage, doomed: Fork, way: str) -> None:
 
 def check(stage: Stage, doomed: Fork, way: str) -> None:
     stage.wait_finished()
-    if not doomed.is_alive():
+    if doomed.poll() is not None:
         stage.wait_finished("doomed@test")
     if way == "nodes alone":
         stage.wait_done()

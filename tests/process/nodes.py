@@ -6,12 +6,14 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import psutil
 
+from tests.process.forks import Fork
 from tests.waiting import wait_until
 
 START_S = 60.0
@@ -29,13 +31,16 @@ class WorkerProcess:
         """``within`` are words before the command."""
         self.id = f"{name}@test"
         self.log = directory / f"{name}.log"
-        self._command = [
-            *within,
-            *(sys.executable, "-m", "celery", "-A", app, "worker", "-n", self.id, "-P", pool, "-c", str(slots)),
-            *("-l", "INFO", *options),
-        ]
-        self._environ = {**os.environ, "CLUSTER_BROKER_URL": broker_url, **(environ or {})}
-        self._process: subprocess.Popen[bytes] | None = None
+        command = ["-A", app, "worker", "-n", self.id, "-P", pool, "-c", str(slots), "-l", "INFO", *options]
+        environ = {"CLUSTER_BROKER_URL": broker_url, **(environ or {})}
+        everything = {**os.environ, **environ}
+        self._start: Callable[[], subprocess.Popen[bytes] | Fork]
+        # What is read as an interpreter starts means nothing to a fork.
+        if within or any(name.startswith(("PYTHON", "LD_")) for name in environ):
+            self._start = partial(self._execute, [*within, sys.executable, "-m", "celery", *command], everything)
+        else:
+            self._start = partial(Fork, command, everything, self.log)
+        self._process: subprocess.Popen[bytes] | Fork | None = None
         self._has_been_ready = False
 
     @property
@@ -46,9 +51,12 @@ class WorkerProcess:
 
     def start(self) -> WorkerProcess:
         """Start it; it may not be ready yet."""
-        with self.log.open("ab") as log:
-            self._process = subprocess.Popen(self._command, env=self._environ, stdout=log, stderr=log)
+        self._process = self._start()
         return self
+
+    def _execute(self, command: list[str], environ: dict[str, str]) -> subprocess.Popen[bytes]:
+        with self.log.open("ab") as log:
+            return subprocess.Popen(command, env=environ, stdout=log, stderr=log)
 
     def is_ready(self) -> bool:
         """Whether it has said that it consumes."""
