@@ -1,0 +1,98 @@
+"""Where the registry and the fence disagree, the fence decides: the truth table of docs/failover.md, line by line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster_tasks.model import Node, NodeStatus
+from tests.process.accounts import END_S, finish
+from tests.process.conftest import NewWorker
+from tests.process.jobs import Jobs, make_jobs
+from tests.process.nodes import running
+from tests.servers import redis_for_results
+from tests.waiting import wait_until
+from workers.redis_server import RedisServer
+
+SERVES = frozenset({"llm"})
+
+
+@pytest.fixture
+def discovery(redis_binary: str, tmp_path: Path) -> Iterator[RedisServer]:
+    """The service that keeps the registry, not the one that keeps the jobs."""
+    with redis_for_results(tmp_path / "discovery") as server:
+        yield server
+
+
+@pytest.fixture
+def jobs(redis_url: str, discovery: RedisServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Jobs]:
+    """The app under test, with its registry in a service of its own."""
+    monkeypatch.setenv("CLUSTER_BROKER_URL", redis_url)
+    monkeypatch.setenv("CLUSTER_REGISTRY_URL", discovery.url)
+    made = make_jobs()
+    yield made
+    made.app.close()
+
+
+def known(jobs: Jobs) -> dict[str, str]:
+    """Node → epoch, as the registry has them."""
+    return {node.id: node.epoch for node in jobs.cluster.registry.list()}
+
+
+def standing(jobs: Jobs) -> dict[str, str]:
+    """Node → epoch, as the fence has them."""
+    return {node_id: beat.epoch for node_id, beat in jobs.cluster.epochs.beats().items()}
+
+
+def send(jobs: Jobs, number: int) -> list[object]:
+    return [jobs.work.delay(0.05, key=str(key)) for key in range(number)]
+
+
+def test_a_node_that_discovery_does_not_know_works_and_is_known_again(
+    jobs: Jobs, discovery: RedisServer, new_worker: NewWorker
+) -> None:
+    with running(new_worker("a")):
+        epochs = standing(jobs)
+        discovery.stop()
+        with running(new_worker("joiner")):
+            by_node = finish(send(jobs, 40))
+            assert by_node["joiner@test"], "it joined while discovery was away, and works"
+            assert by_node["a@test"]
+            assert standing(jobs).items() > epochs.items(), "nobody was taken for dead"
+            discovery.start()
+            wait_until(lambda: known(jobs) == standing(jobs), END_S, "discovery came back empty and knows them all")
+    assert [event.kind for event in jobs.cluster.events.latest() if event.kind == "node lost"] == []
+
+
+def test_a_node_that_only_discovery_knows_keeps_no_job_and_is_forgotten(jobs: Jobs, new_worker: NewWorker) -> None:
+    with running(new_worker("a")):
+        jobs.cluster.registry.register(Node(id="ghost@test", name="ghost", epoch="1", serves=SERVES))
+        wait_until(lambda: "ghost@test" in {node.id for node in jobs.cluster.nodes()}, END_S, "it is placed on")
+        placed = jobs.work.apply_async(queue=jobs.cluster.keys.node_queue("ghost@test"))
+        assert finish([placed, *send(jobs, 40)]) == {"a@test": 41}
+        wait_until(lambda: known(jobs) == standing(jobs), END_S, "the ghost is forgotten")
+
+
+def test_a_record_of_an_earlier_epoch_gives_way_to_the_epoch_that_stands(jobs: Jobs, new_worker: NewWorker) -> None:
+    with running(new_worker("a")):
+        jobs.cluster.registry.register(Node(id="a@test", name="a", epoch="0", serves=SERVES))
+        assert finish(send(jobs, 20)) == {"a@test": 20}
+        wait_until(lambda: known(jobs) == standing(jobs), END_S, "the record is of the epoch that stands")
+
+
+def test_who_drains_is_what_the_fence_says(jobs: Jobs, new_worker: NewWorker) -> None:
+    def says(status: NodeStatus) -> bool:
+        return {node.id: node.status for node in jobs.cluster.nodes()}["a@test"] is status
+
+    with running(new_worker("a"), new_worker("b")):
+        jobs.cluster.drain("a@test")
+        jobs.cluster.registry.set_status("a@test", NodeStatus.ONLINE)
+        assert says(NodeStatus.DRAINING)
+        assert finish(send(jobs, 20)) == {"b@test": 20}
+        jobs.cluster.resume("a@test")
+        jobs.cluster.drain("b@test")
+        jobs.cluster.registry.set_status("a@test", NodeStatus.DRAINING)
+        assert says(NodeStatus.ONLINE)
+        assert finish(send(jobs, 20)) == {"a@test": 20}
