@@ -53,7 +53,7 @@ class ClusterRequest(Request):  # type: ignore[misc]
     _task: Any
     _eta: Any
     _delivery: Delivery | None = None
-    _was_delayed = _is_held_back = _is_let_go_here = _failed = _is_ending = False
+    _was_delayed = _is_let_go_here = _failed = _is_ending = False
     _stop_process: Callable[[int, int], object] | None = None
     _letting_go: Callable[[], None] | None = None
     _accepted_s: float | None = None
@@ -72,7 +72,6 @@ class ClusterRequest(Request):  # type: ignore[misc]
             # That subclass remembers that the task would be let go when it begins.
             self._task, self._is_let_go_here = _late(self._task), True
         if self._task.rate_limit:
-            self._is_held_back = True
             node.hold_back(self._delivery.tag)
 
     # Before it starts.
@@ -107,13 +106,8 @@ class ClusterRequest(Request):  # type: ignore[misc]
             if past.ended or (error := self._verdict(node, tag, past)):
                 self._end_without_running(node, None if past.ended else error)
                 return False
-        self._take_up()
+        node.take_up(tag)
         return True
-
-    def _take_up(self) -> None:
-        if self._is_held_back and self._delivery is not None and (node := deliveries.current()) is not None:
-            self._is_held_back = False
-            node.take_up(self._delivery.tag)
 
     def _let_lie(self, node: Deliveries, tag: str) -> bool:
         """Do not start it now: it may belong to others already. If it does not, it is delivered again."""
@@ -315,8 +309,6 @@ class ClusterRequest(Request):  # type: ignore[misc]
             self._letting_go = self.acknowledge
             return
         if not self.acknowledged:
-            # It may have been revoked, or have expired, before it began.
-            self._take_up()
             outcomes.record(not self._failed)
             self._record_run()
         super().acknowledge()

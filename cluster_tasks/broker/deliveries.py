@@ -71,6 +71,9 @@ class Deliveries:
         self._returned: dict[str, tuple[Placement, Crash | None]] = {}
         self._unreadable: dict[str, bytes] = {}
         self._blamed: dict[str, Crash] = {}
+        self._held_back: set[str] = set()
+        self._taken_up: set[str] = set()
+        """What was held back, and of which Redis has not been told that it is no more."""
         self._taken: Set[str] = frozenset()
         self._fetches = 0
         self.trial = ""
@@ -105,6 +108,8 @@ class Deliveries:
             self._returned.clear()
             self._unreadable.clear()
             self._blamed.clear()
+            self._held_back.clear()
+            self._taken_up.clear()
         self.wake()
 
     def renew(self, until_s: float) -> bool:
@@ -189,6 +194,7 @@ class Deliveries:
         with self._lock:
             known = self._held.pop(tag, None)
             self._blamed.pop(tag, None)
+            self._release(tag)
             if known is not None and self._is_current(tag):
                 self._acked.add(tag)
         if threading.get_ident() != self.loop_thread:
@@ -208,6 +214,7 @@ class Deliveries:
         """
         with self._lock:
             message, crash = self._held.pop(tag, None), self._blamed.pop(tag, None)
+            self._held_back.discard(tag)  # The script that moves it looks at that itself.
             if message is not None and self._is_current(tag):
                 try:
                     placement = replace_message(message, self._keys, delivered=True, queue=queue)
@@ -226,11 +233,28 @@ class Deliveries:
 
     def hold_back(self, tag: str) -> None:
         """Say that a delivery is not worked on yet, so that the death of this node is not its fault."""
-        self._quietly(lambda: self._placer.hold_back(self.unacked_key, self._not_started, tag))
+        with self._lock:
+            self._held_back.add(tag)
+            self._taken_up.discard(tag)
+        try:
+            self._placer.hold_back(self.unacked_key, self._not_started, tag)
+        except redis.RedisError as exc:
+            # At worst a job is charged with a crash that is not its own; no single one convicts.
+            logger.debug("it is not noted what is held back", extra={"error": repr(exc)})
 
     def take_up(self, tag: str) -> None:
-        """Say that work on a delivery that was held back begins, or will not."""
-        self._quietly(lambda: self._client.srem(self._not_started, tag))
+        """Say that work on a delivery begins that may have been held back. Never raises for an outage."""
+        with self._lock:
+            was_held_back = self._release(tag)
+        if was_held_back:
+            self.flush()
+
+    def _release(self, tag: str) -> bool:
+        if tag not in self._held_back:
+            return False
+        self._held_back.remove(tag)
+        self._taken_up.add(tag)
+        return True
 
     def message(self, tag: str) -> bytes:
         """Return the message of a delivery that is held. Raises KeyError."""
@@ -265,8 +289,11 @@ class Deliveries:
         """Send what was acknowledged or given back and has not reached Redis; keep it if Redis is away."""
         with self._lock:
             acked, returned, unreadable = list(self._acked), dict(self._returned), dict(self._unreadable)
+            taken_up = list(self._taken_up)
             unacked, not_started = self.unacked_key, self._not_started
         try:
+            if taken_up:
+                self._client.srem(not_started, *taken_up)
             if acked:
                 self._client.hdel(unacked, *acked)
             for tag, (placement, crash) in returned.items():
@@ -277,6 +304,7 @@ class Deliveries:
             logger.debug("acknowledgements are kept until Redis answers", extra={"error": repr(exc)})
             return
         with self._lock:
+            self._taken_up.difference_update(taken_up)
             self._acked.difference_update(acked)
             for tag in returned:
                 self._returned.pop(tag, None)
@@ -351,13 +379,6 @@ class Deliveries:
 
     def _is_current(self, tag: str) -> bool:
         return bool(self.epoch) and tag.startswith(self.epoch + ".") and tag not in self._taken
-
-    def _quietly(self, send: Callable[[], object]) -> None:
-        try:
-            send()
-        except redis.RedisError as exc:
-            # At worst a job is charged with a crash that is not its own; no single one convicts.
-            logger.debug("it is not noted what has started", extra={"error": repr(exc)})
 
 
 def _fetch_of(tag: str) -> int:

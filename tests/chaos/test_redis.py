@@ -53,7 +53,7 @@ def stopped(server: RedisServer, seconds: float) -> None:
 
 
 def asleep(server: RedisServer, seconds: float) -> None:
-    with redis.Redis.from_url(server.url) as client:
+    with redis.Redis.from_url(server.url, socket_timeout=None) as client:
         client.execute_command("DEBUG", "SLEEP", seconds)
 
 

@@ -128,6 +128,25 @@ def test_what_is_held_back_is_not_charged_with_the_death_of_the_node(broker: Bro
     assert not broker.client.keys("cluster:not_started:*")
 
 
+def test_what_was_taken_up_during_an_outage_is_told_after_it(
+    broker: Broker, node: Deliveries, redis_server: RedisServer
+) -> None:
+    for job in ("starts", "ends"):
+        broker.publish(job)
+    starts, ends = fetch(broker, node)
+    not_started = broker.keys.not_started("a", node.epoch)
+    for tag in (starts, ends):
+        node.hold_back(tag)
+    redis_server.stop()
+    node.take_up(starts)
+    node.ack(ends)
+    redis_server.start()
+    # As a Redis that writes all down has it.
+    broker.client.sadd(not_started, starts, ends, "of another")
+    node.flush()
+    assert broker.client.smembers(not_started) == {b"of another"}
+
+
 def test_what_a_node_closed_in_good_order_held_is_nobodys_fault(broker: Broker, node: Deliveries) -> None:
     broker.publish("one")
     fetch(broker, node)
