@@ -285,8 +285,8 @@ class ClusterSettings(BaseSettings):
     @field_validator("registry_url", mode="after")
     @classmethod
     def _check_registry_url(cls, value: SecretUrl | None) -> SecretUrl | None:
-        if value and value.get_secret_value().partition("://")[0] not in (*BROKER_SCHEMES, "memory"):
-            raise ValueError("expected redis://, rediss://, redis+socket:// or sentinel://")
+        if value and value.get_secret_value().partition("://")[0] not in (*BROKER_SCHEMES, "etcd", "memory"):
+            raise ValueError("expected redis://, rediss://, redis+socket://, sentinel:// or etcd://")
         return value
 
     @field_validator("alert_url", mode="after")

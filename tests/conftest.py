@@ -13,6 +13,7 @@ import pytest
 from cluster_tasks.errors import ConfigurationError
 from cluster_tasks.redis_store import connect
 from tests.chaos import levels
+from tests.etcd_server import EtcdServer
 from tests.process.forks import close_fork_server
 from tests.servers import missing, redis_for_results
 from workers.redis_server import RedisServer, find_redis_server
@@ -129,3 +130,17 @@ def redis_server(_module_redis: RedisServer) -> RedisServer:
 def redis_url(redis_server: RedisServer) -> str:
     """The URL of ``redis_server``."""
     return redis_server.url
+
+
+@pytest.fixture(scope="module")
+def _module_etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdServer]:
+    with EtcdServer(tmp_path_factory.mktemp("etcd")) as server:
+        yield server
+
+
+@pytest.fixture
+def etcd_server(_module_etcd: EtcdServer) -> EtcdServer:
+    """An empty, running etcd that no other module uses; a test may stop, kill and start it."""
+    _module_etcd.start()
+    _module_etcd.empty()
+    return _module_etcd

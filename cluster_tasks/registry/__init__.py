@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from kombu.utils.url import maybe_sanitize_url
 
 from cluster_tasks.clock import Clock
@@ -16,6 +18,7 @@ from cluster_tasks.settings import BROKER_SCHEMES, SecretUrl
 __all__ = ["MemoryRegistry", "RedisRegistry", "Registry", "changes", "create_registry"]
 
 MEMORY_SCHEME = "memory"
+ETCD_SCHEME = "etcd"
 
 _in_memory: dict[str, MemoryRegistry] = {}
 
@@ -31,7 +34,7 @@ def create_registry(
     """Return the registry that ``url`` names; None stands for the Redis of the broker. Does no I/O.
 
     ``memory://`` is one registry for each cluster name of this process: who asks twice gets the same.
-    Raises ConfigurationError for another scheme.
+    Raises ConfigurationError for another scheme, a URL that cannot work, or a library that is not installed.
     """
     chosen = broker_url if url is None else url
     address = chosen.get_secret_value() if isinstance(chosen, SecretUrl) else chosen
@@ -40,8 +43,19 @@ def create_registry(
         return _in_memory.setdefault(keys.name, MemoryRegistry(clock))
     if scheme in BROKER_SCHEMES:
         return RedisRegistry(connect(address, sentinel_master=sentinel_master), keys, clock)
-    known = (*BROKER_SCHEMES, MEMORY_SCHEME)
+    if scheme == ETCD_SCHEME:
+        return _etcd_registry(address, keys, clock)
+    known = (*BROKER_SCHEMES, ETCD_SCHEME, MEMORY_SCHEME)
     raise ConfigurationError(
         f"registry_url={str(maybe_sanitize_url(address))!r}: no registry has the scheme {scheme!r}"
         f"{did_you_mean(scheme, known)}; expected one of {', '.join(f'{name}://' for name in known)}"
     )
+
+
+def _etcd_registry(address: str, keys: Keys, clock: Clock) -> Registry:
+    if find_spec("etcd3gw") is None:
+        raise ConfigurationError("an etcd:// registry needs etcd3gw: pip install 'cluster-tasks[etcd]'")
+    # Not at the top: whoever keeps his nodes elsewhere need not have it.
+    from cluster_tasks.registry.etcd import EtcdRegistry
+
+    return EtcdRegistry(address, keys, clock)

@@ -9,7 +9,8 @@ import pytest
 
 from cluster_tasks.clock import Clock, ManualClock
 from cluster_tasks.keys import Keys
-from cluster_tasks.registry import MemoryRegistry, RedisRegistry, Registry
+from cluster_tasks.registry import MemoryRegistry, RedisRegistry, Registry, create_registry
+from tests.etcd_server import EtcdServer
 from workers.redis_server import RedisServer
 
 OpenRegistry = Callable[[], Registry]
@@ -26,10 +27,16 @@ def redis(clock: Clock, request: pytest.FixtureRequest) -> OpenRegistry:
     return lambda: RedisRegistry(server.url, Keys("contract"), clock)
 
 
+def etcd(clock: Clock, request: pytest.FixtureRequest) -> OpenRegistry:
+    server: EtcdServer = request.getfixturevalue("etcd_server")
+    return lambda: create_registry(server.url, broker_url="", keys=Keys("contract"), clock=clock)
+
+
 # An implementation joins the suite with one line.
 IMPLEMENTATIONS: dict[str, Callable[[Clock, pytest.FixtureRequest], OpenRegistry]] = {
     "memory": memory,
     "redis": redis,
+    "etcd": etcd,
 }
 
 

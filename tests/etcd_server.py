@@ -1,0 +1,209 @@
+"""etcd servers of one's own on the loopback: single ones, and clusters of three."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+from base64 import b64encode
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import requests
+
+from tests.servers import missing
+from tests.waiting import wait_until
+from workers.redis_server import HOST, free_port
+from workers.tether import tethered, tethering
+
+START_TIMEOUT_S = 30.0
+STOP_TIMEOUT_S = 10.0
+ANSWER_TIMEOUT_S = 5.0
+ROOT, ROOT_PASSWORD = "root", "root of the test"
+
+
+class EtcdServer:
+    """One ``etcd`` process that dies with this process. Over restarts it keeps its ports, and its data unless wiped.
+
+    ``peers`` are the peer ports of all members by name, its own among them, when it is one of several.
+    """
+
+    def __init__(self, directory: Path, name: str = "single", peers: Mapping[str, int] | None = None) -> None:
+        self.directory, self.name = directory, name
+        self.port = free_port()
+        self._peers = peers or {name: free_port()}
+        self._process: subprocess.Popen[bytes] | None = None
+        self._parent_thread: ThreadPoolExecutor | None = None
+        self._token = ""
+
+    @property
+    def address(self) -> str:
+        """Host and port for clients."""
+        return f"{HOST}:{self.port}"
+
+    @property
+    def url(self) -> str:
+        """Of a registry in it."""
+        return f"etcd://{self.address}/test"
+
+    @property
+    def running(self) -> bool:
+        """Whether the process exists."""
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def healthy(self) -> bool:
+        """Whether it answers and, as a member, sees a leader."""
+        try:
+            answer = requests.get(f"http://{self.address}/health", timeout=1)
+        except requests.RequestException:
+            return False
+        return bool(answer.ok and answer.json().get("health") == "true")
+
+    def launch(self) -> None:
+        """Start, and return at once; a server that runs already is left alone."""
+        if self.running:
+            return
+        binary = shutil.which("etcd") or missing("no etcd found: install one (Debian: apt install etcd-server)")
+        self.directory.mkdir(parents=True, exist_ok=True)
+        peer = f"http://{HOST}:{self._peers[self.name]}"
+        members = ",".join(f"{name}=http://{HOST}:{port}" for name, port in self._peers.items())
+        options = {
+            "name": self.name,
+            "data-dir": self.directory / "data",
+            "listen-client-urls": f"http://{self.address}",
+            "advertise-client-urls": f"http://{self.address}",
+            "listen-peer-urls": peer,
+            "initial-advertise-peer-urls": peer,
+            "initial-cluster": members,
+            "logger": "zap",
+            "log-outputs": self.directory / "etcd.log",
+        }
+        command = [binary, *(f"--{option}={value}" for option, value in options.items())]
+        environment = {name: value for name, value in tethering().items() if not name.startswith("ETCD_")}
+        # For the kernel the parent is the thread that forks: the caller's may end long before its process.
+        self._parent_thread = ThreadPoolExecutor(1, thread_name_prefix="parent-of-etcd")
+        self._process = self._parent_thread.submit(
+            subprocess.Popen,
+            tethered(signal.SIGTERM, command),
+            cwd=self.directory,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        ).result()
+
+    def start(self) -> None:
+        """Start, and return once it is healthy."""
+        self.launch()
+        self.wait_until_healthy()
+
+    def wait_until_healthy(self) -> None:
+        """Return when it answers. Fails the test if it ends or stays silent."""
+        wait_until(lambda: self.healthy or not self.running, START_TIMEOUT_S, f"etcd {self.name} is healthy")
+        log = self.directory / "etcd.log"
+        assert self.running, f"etcd ended at once: {log.read_text()[-2000:] if log.exists() else 'it wrote no log'}"
+
+    def stop(self) -> None:
+        """End it in order, and wait. Safe before a start and twice."""
+        self._end(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it at once, as a crash would, and wait. Safe before a start and twice."""
+        self._end(signal.SIGKILL)
+
+    def wipe(self) -> None:
+        """Forget all data of a server that does not run."""
+        assert not self.running
+        shutil.rmtree(self.directory / "data", ignore_errors=True)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let it hang for as long as the block lasts: it holds its connections and answers nothing."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._process.send_signal(signal.SIGCONT)
+
+    def ask(self, path: str, **body: Any) -> Mapping[str, Any]:
+        """Return what the gateway answers to a request of the superuser."""
+        headers = {"Authorization": self._token} if self._token else {}
+        url = f"http://{self.address}/v3/{path}"
+        answer = requests.post(url, json=body, headers=headers, timeout=ANSWER_TIMEOUT_S)
+        assert answer.ok, f"{path}: {answer.text}"
+        found: Mapping[str, Any] = answer.json()
+        return found
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether it leads its cluster."""
+        status = self.ask("maintenance/status")
+        return bool(status.get("leader") == status["header"]["member_id"])
+
+    @property
+    def revision(self) -> int:
+        """Of its store."""
+        return int(self.ask("maintenance/status")["header"]["revision"])
+
+    def compact(self) -> None:
+        """Forget the history up to now."""
+        self.ask("kv/compaction", revision=self.revision, physical=True)
+
+    def empty(self) -> None:
+        """Delete all keys."""
+        first = b64encode(b"\0").decode()
+        self.ask("kv/deleterange", key=first, range_end=first)
+
+    def demand_users(self) -> None:
+        """Ask every client for a user from now on; there is the superuser."""
+        self.ask("auth/user/add", name=ROOT, password=ROOT_PASSWORD)
+        self.ask("auth/user/grant", user=ROOT, role="root")
+        self.ask("auth/enable")
+        self.log_in()
+
+    def log_in(self) -> None:
+        """Ask as the superuser from now on; a restart ends that."""
+        self._token = ""
+        self._token = self.ask("auth/authenticate", name=ROOT, password=ROOT_PASSWORD)["token"]
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def _end(self, how: signal.Signals) -> None:
+        if self._process is not None:
+            self._process.send_signal(how)
+            # It may stand still.
+            self._process.send_signal(signal.SIGCONT)
+            try:
+                self._process.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            self._process = None
+        if self._parent_thread is not None:
+            self._parent_thread.shutdown()
+            self._parent_thread = None
+
+
+@contextmanager
+def etcd_cluster(directory: Path, size: int = 3) -> Iterator[list[EtcdServer]]:
+    """Run several servers that are one etcd."""
+    peers = {f"m{number}": free_port() for number in range(size)}
+    servers = [EtcdServer(directory / name, name, peers) for name in peers]
+    with ExitStack() as stack:
+        for server in servers:
+            stack.callback(server.stop)
+            server.launch()
+        for server in servers:
+            server.wait_until_healthy()
+        yield servers
