@@ -28,12 +28,22 @@ ROOT, ROOT_PASSWORD = "root", "root of the test"
 class EtcdServer:
     """One ``etcd`` process that dies with this process. Over restarts it keeps its ports, and its data unless wiped.
 
-    ``peers`` are the peer ports of all members by name, its own among them, when it is one of several.
+    ``peers`` are the peer ports of all members by name, its own among them, when it is one of several. With
+    ``identity``, the files of a certificate and its key, it speaks TLS and takes only clients of the same certificate.
+    ``options`` are more of its flags.
     """
 
-    def __init__(self, directory: Path, name: str = "single", peers: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        name: str = "single",
+        peers: Mapping[str, int] | None = None,
+        identity: tuple[Path, Path] | None = None,
+        options: Mapping[str, object] | None = None,
+    ) -> None:
         self.directory, self.name = directory, name
         self.port = free_port()
+        self._identity, self._options = identity, options or {}
         self._peers = peers or {name: free_port()}
         self._process: subprocess.Popen[bytes] | None = None
         self._parent_thread: ThreadPoolExecutor | None = None
@@ -43,6 +53,14 @@ class EtcdServer:
     def address(self) -> str:
         """Host and port for clients."""
         return f"{HOST}:{self.port}"
+
+    @property
+    def _base_url(self) -> str:
+        return f"{'https' if self._identity else 'http'}://{self.address}"
+
+    @property
+    def _tls(self) -> dict[str, Any]:
+        return {"verify": self._identity[0], "cert": self._identity} if self._identity else {}
 
     @property
     def url(self) -> str:
@@ -58,7 +76,7 @@ class EtcdServer:
     def healthy(self) -> bool:
         """Whether it answers and, as a member, sees a leader."""
         try:
-            answer = requests.get(f"http://{self.address}/health", timeout=1)
+            answer = requests.get(f"{self._base_url}/health", timeout=1, **self._tls)
         except requests.RequestException:
             return False
         return bool(answer.ok and answer.json().get("health") == "true")
@@ -71,17 +89,22 @@ class EtcdServer:
         self.directory.mkdir(parents=True, exist_ok=True)
         peer = f"http://{HOST}:{self._peers[self.name]}"
         members = ",".join(f"{name}=http://{HOST}:{port}" for name, port in self._peers.items())
-        options = {
+        options: dict[str, object] = {
             "name": self.name,
             "data-dir": self.directory / "data",
-            "listen-client-urls": f"http://{self.address}",
-            "advertise-client-urls": f"http://{self.address}",
+            "listen-client-urls": self._base_url,
+            "advertise-client-urls": self._base_url,
             "listen-peer-urls": peer,
             "initial-advertise-peer-urls": peer,
             "initial-cluster": members,
             "logger": "zap",
             "log-outputs": self.directory / "etcd.log",
+            **self._options,
         }
+        if self._identity:
+            certificate, key = self._identity
+            options |= {"cert-file": certificate, "key-file": key, "trusted-ca-file": certificate}
+            options["client-cert-auth"] = "true"
         command = [binary, *(f"--{option}={value}" for option, value in options.items())]
         environment = {name: value for name, value in tethering().items() if not name.startswith("ETCD_")}
         # For the kernel the parent is the thread that forks: the caller's may end long before its process.
@@ -134,8 +157,8 @@ class EtcdServer:
     def ask(self, path: str, **body: Any) -> Mapping[str, Any]:
         """Return what the gateway answers to a request of the superuser."""
         headers = {"Authorization": self._token} if self._token else {}
-        url = f"http://{self.address}/v3/{path}"
-        answer = requests.post(url, json=body, headers=headers, timeout=ANSWER_TIMEOUT_S)
+        url = f"{self._base_url}/v3/{path}"
+        answer = requests.post(url, json=body, headers=headers, timeout=ANSWER_TIMEOUT_S, **self._tls)
         assert answer.ok, f"{path}: {answer.text}"
         found: Mapping[str, Any] = answer.json()
         return found

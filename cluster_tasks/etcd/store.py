@@ -166,6 +166,11 @@ class EtcdStore:
             reason = "etcd wants a user, and the URL names none: etcd://USER:PASSWORD@HOST:PORT/PREFIX"
         elif "authentication failed" in reason:
             reason = f"etcd refuses user {user!r} with this password"
+        elif "database space exceeded" in reason:
+            reason = (
+                "etcd is full: compact and defragment it, disarm its alarm, and start it with "
+                "--auto-compaction-retention, since every beat is one more revision"
+            )
         raise self._unavailable(f"{doing}: {reason}") from cause
 
     def _post(self, path: str, body: Mapping[str, Any], doing: str) -> Mapping[str, Any]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import re
+import shutil
+import subprocess
 import sys
 from base64 import b64encode
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 from threading import Event
 from time import monotonic
@@ -35,6 +38,7 @@ from tests.contract.test_registry import (
 )  # fmt: skip
 from tests.etcd_server import EtcdServer, etcd_cluster
 from tests.process.proxy import Cut, wire_to
+from tests.servers import missing
 from tests.waiting import wait_until
 
 PATIENCE_S = 60.0
@@ -83,10 +87,11 @@ def patiently(call: Callable[[], object]) -> None:
     wait_until(done, PATIENCE_S, "the registry answers")
 
 
-def metric(server: EtcdServer, name: str) -> int:
-    """The sum of all values of a counter of the server, whatever their labels."""
+def metric(server: EtcdServer, name: str, label: str = "") -> int:
+    """The sum of the values of a counter of the server whose labels contain ``label``."""
     text = requests.get(f"http://{server.address}/metrics", timeout=5).text
-    return sum(int(float(value)) for value in re.findall(rf"^{name}(?:{{.*}})? (\S+)$", text, re.MULTILINE))
+    lines = re.findall(rf"^{name}({{.*}})? (\S+)$", text, re.MULTILINE)
+    return sum(int(float(value)) for labels, value in lines if label in labels)
 
 
 # Outages
@@ -225,6 +230,37 @@ def test_a_request_that_is_done_twice_for_its_answer_was_lost_changes_nodes_once
             expected += come_and_go(registry, "guest", str(place))
         assert wire.cut == 8
         assert rest(watched, events) == expected
+
+
+def test_an_etcd_that_is_full_says_what_to_do(tmp_path: Path) -> None:
+    with (
+        EtcdServer(tmp_path, options={"quota-backend-bytes": 500_000}) as server,
+        closing(registry_at(server.url)) as registry,
+    ):
+        registry.register(RICH)
+
+        def fill() -> bool:
+            registry.beat(RICH.id, Load(trial="x" * 100_000), NodeStatus.ONLINE)
+            return False
+
+        with pytest.raises(RegistryUnavailable, match=r"etcd is full: .*--auto-compaction-retention"):
+            wait_until(fill, WAIT_S, "etcd is full")
+        assert [each.id for each in registry.list()] == [RICH.id]
+
+
+# Python 3.12 warns of what is tested here.
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_a_watch_that_a_fork_has_copied_ends_in_one_process(etcd_server: EtcdServer, in_etcd: EtcdRegistry) -> None:
+    events = watch_from_now(in_etcd)
+    in_etcd.register(node("a"))
+    assert take(events, 1) == ["joined a/1"]
+    before = metric(etcd_server, "grpc_server_started_total", 'grpc_method="Watch"')
+    child = get_context("fork").Process(target=events.close)
+    child.start()
+    child.join(WAIT_S)
+    assert child.exitcode == 0
+    assert rest(in_etcd, events) == []
+    assert metric(etcd_server, "grpc_server_started_total", 'grpc_method="Watch"') == before
 
 
 # Several servers
@@ -383,6 +419,38 @@ def test_a_user_is_no_harm_where_etcd_wants_none(etcd_server: EtcdServer) -> Non
     with closing(registry_at(f"etcd://celery:secret@{etcd_server.address}/test")) as registry:
         registry.register(RICH)
         assert registry.list() == [RICH]
+
+
+# TLS
+
+
+@pytest.fixture
+def identity(tmp_path: Path) -> tuple[Path, Path]:
+    """The files of a certificate for the loopback and of its key."""
+    if not shutil.which("openssl"):
+        missing("openssl is not installed: it makes the certificate")
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", certificate, "-days", "2",
+         "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return certificate, key
+
+
+def test_tls_knows_the_server_by_its_authority_and_the_client_by_its_certificate(
+    tmp_path: Path, identity: tuple[Path, Path]
+) -> None:
+    certificate, key = identity
+    with EtcdServer(tmp_path / "etcd", identity=identity) as server:
+        trusting = f"{server.url}?scheme=https&ca={certificate}"
+        with closing(registry_at(f"{trusting}&cert={certificate}&key={key}")) as registry:
+            events = watch_from_now(registry)
+            registry.register(RICH)
+            assert next(events).node == RICH
+        for url in (f"{server.url}?scheme=https&cert={certificate}&key={key}", trusting, server.url):
+            with closing(registry_at(url)) as registry, pytest.raises(RegistryUnavailable):
+                registry.list()
 
 
 # Costs
