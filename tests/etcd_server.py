@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 import subprocess
@@ -173,6 +174,12 @@ class EtcdServer:
     def revision(self) -> int:
         """Of its store."""
         return int(self.ask("maintenance/status")["header"]["revision"])
+
+    def metric(self, name: str, label: str = "") -> int:
+        """The sum of the values of a counter whose labels contain ``label``."""
+        text = requests.get(f"{self._base_url}/metrics", timeout=ANSWER_TIMEOUT_S, **self._tls).text
+        lines = re.findall(rf"^{name}({{.*}})? (\S+)$", text, re.MULTILINE)
+        return sum(int(float(value)) for labels, value in lines if label in labels)
 
     def compact(self) -> None:
         """Forget the history up to now."""

@@ -265,12 +265,13 @@ class Stream:
 
     def close(self) -> None:
         """End it. Safe to repeat."""
+        # In a child of the process that opened it, connection and thread are the parent's.
+        if os.getpid() != self._process:
+            return
         self._closed.set()
-        # In a child of the process that opened it, the connection is the parent's.
-        if os.getpid() == self._process:
-            # It may have ended already.
-            with suppress(ValueError, RuntimeError, OSError):
-                self._response.raw.shutdown()
+        # It may have ended already.
+        with suppress(ValueError, RuntimeError, OSError):
+            self._response.raw.shutdown()
 
 
 def _read_lines(response: requests.Response, lines: Queue[bytes | None], closed: Event) -> None:

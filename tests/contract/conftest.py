@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
+from pathlib import Path
 
 import pytest
 
-from cluster_tasks.clock import Clock, ManualClock
+from cluster_tasks.clock import Clock, ManualClock, SystemClock
 from cluster_tasks.keys import Keys
 from cluster_tasks.registry import MemoryRegistry, RedisRegistry, Registry, create_registry
+from cluster_tasks.registry.etcd import EtcdRegistry
 from tests.etcd_server import EtcdServer
 from workers.redis_server import RedisServer
 
@@ -56,3 +58,16 @@ def open_registry(request: pytest.FixtureRequest, clock: ManualClock) -> Iterato
 @pytest.fixture
 def registry(open_registry: OpenRegistry) -> Registry:
     return open_registry()
+
+
+@pytest.fixture
+def in_etcd(etcd_server: EtcdServer) -> Iterator[EtcdRegistry]:
+    with closing(EtcdRegistry(etcd_server.url, Keys("contract"), SystemClock())) as registry:
+        yield registry
+
+
+@pytest.fixture
+def own_etcd(tmp_path: Path) -> Iterator[EtcdServer]:
+    """A server whose users and data no other test meets."""
+    with EtcdServer(tmp_path) as server:
+        yield server

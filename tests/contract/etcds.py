@@ -1,0 +1,46 @@
+"""What the tests of the registry in etcd share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from cluster_tasks.clock import SystemClock
+from cluster_tasks.errors import RegistryUnavailable
+from cluster_tasks.keys import Keys
+from cluster_tasks.model import NodeStatus
+from cluster_tasks.registry import Registry
+from cluster_tasks.registry.etcd import EtcdRegistry
+from tests.contract.test_registry import KEYS, LOADED, RICH
+from tests.waiting import wait_until
+
+PATIENCE_S = 60.0
+"""For an election, or for a server that hangs to be given up: seconds on a machine of one's own."""
+LOST = "registry lost, the watch goes on when it answers"
+
+
+def registry_at(url: str, keys: Keys = KEYS) -> EtcdRegistry:
+    return EtcdRegistry(url, keys, SystemClock())
+
+
+def calls(registry: Registry) -> list[Callable[[], object]]:
+    return [
+        lambda: registry.register(RICH),
+        lambda: registry.beat(RICH.id, LOADED, NodeStatus.ONLINE),
+        lambda: registry.deregister(RICH.id, RICH.epoch),
+        lambda: registry.get(RICH.id),
+        lambda: registry.list(),
+        lambda: registry.set_status(RICH.id, NodeStatus.ONLINE),
+    ]
+
+
+def patiently(call: Callable[[], object]) -> None:
+    """Do what may be done twice until it succeeds."""
+
+    def done() -> bool:
+        try:
+            call()
+        except RegistryUnavailable:
+            return False
+        return True
+
+    wait_until(done, PATIENCE_S, "the registry answers")
