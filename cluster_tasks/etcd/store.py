@@ -26,8 +26,9 @@ from cluster_tasks.etcd.address import EtcdAddress
 
 TIMEOUT_S = 3.0
 """For an answer of one server. A leader is elected in less, and the others wait for it."""
-SILENCE_S = 6.0
-"""A stream that brings nothing for so long is ended."""
+SILENCE_S = 5.0
+"""A stream that brings nothing for so long is ended, to be opened anew: one whose server has died, or was cut off from
+the others, is silent, too."""
 CONNECTIONS_KEPT = 32
 LINES_KEPT = 1_000
 CHUNK = 65_536

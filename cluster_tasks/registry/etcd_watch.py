@@ -14,9 +14,6 @@ from cluster_tasks.model import EventType, Node, NodeEvent
 from cluster_tasks.registry.base import changes
 
 WAIT_S = 1.0
-QUIET_WAITS = 5
-"""After so many in a row the stream is opened anew: one that leads to a server that has died, or was cut off from the
-others, is silent, too."""
 DOING = "watching the nodes"
 
 
@@ -57,7 +54,6 @@ class Following:
     _told: dict[str, Node] = field(default_factory=dict)
     _place: Place | None = None
     _stream: Stream | None = None
-    _quiet: int = 0
 
     def news(self) -> Sequence[NodeEvent]:
         """Return what happened, after about a second if nothing did. Raises RegistryUnavailable; call it again then."""
@@ -73,18 +69,13 @@ class Following:
                 # Where every stream breaks off, opening the next one at once would never end.
                 self.store.refuse("the stream broke off at once", DOING)
             return ()
-        if message is None:
-            self._quiet += 1
-            if self._quiet >= QUIET_WAITS:
-                self.close()
-            return ()
-        return self._events_of(message)
+        return self._events_of(message) if message else ()
 
     def close(self) -> None:
         """End the stream. Safe to repeat, also before first use."""
         if self._stream is not None:
             self._stream.close()
-        self._stream, self._quiet = None, 0
+        self._stream = None
 
     def _opened(self) -> bool:
         """Open the stream, unless the store has not what followed our place."""
@@ -113,8 +104,6 @@ class Following:
                 # What followed our place is gone.
                 return self._difference()
             self.store.refuse(str(result.get("cancel_reason") or message.get("error") or "canceled"), DOING)
-        if not result.get("created"):
-            self._quiet = 0
         events: list[NodeEvent] = []
         for change in result.get("events", ()):
             key = key_value(change["kv"])
