@@ -40,6 +40,7 @@ class Wire:
         self._silent: set[Pair] = set()
         """Nothing passes any more, whatever is sent."""
         self._cuts: deque[Cut] = deque()
+        self._spared = 0
         self._frozen = self._holds_requests = self._holds_replies = False
         self.latency_s = 0.0
         """Added to each way."""
@@ -62,10 +63,14 @@ class Wire:
                     found.append("{}:{}".format(*server.getsockname()))
         return found
 
-    def cut_replies(self, count: int = 1, how: Cut = Cut.CLOSED) -> None:
-        """Let the next replies get lost: the command has been done, and the connection breaks instead of an answer."""
+    def cut_replies(self, count: int = 1, how: Cut = Cut.CLOSED, after: int = 0) -> None:
+        """Let replies get lost: the command has been done, and the connection breaks instead of an answer.
+
+        Those that come next, or come when ``after`` others have passed.
+        """
         with self._lock:
             self._cuts.extend([how] * count)
+            self._spared = after
 
     def freeze(self) -> None:
         """Let nothing pass any more, and keep the connections that stand, as a machine does that lost its power."""
@@ -135,6 +140,9 @@ class Wire:
     def _next_cut(self) -> Cut | None:
         with self._lock:
             if not self._cuts:
+                return None
+            if self._spared:
+                self._spared -= 1
                 return None
             self.cut += 1
             return self._cuts.popleft()
