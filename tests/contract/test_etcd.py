@@ -90,6 +90,48 @@ def test_a_watch_whose_history_was_compacted_tells_the_difference(own_etcd: Etcd
         assert rest(registry, events) == []
 
 
+def watches_begun(server: EtcdServer) -> int:
+    return server.metric("grpc_server_started_total", 'grpc_method="Watch"')
+
+
+def test_a_watch_of_an_empty_etcd_misses_no_first_node_through_an_outage(own_etcd: EtcdServer) -> None:
+    with (
+        wire_to(own_etcd.port) as wire,
+        closing(registry_at(f"etcd://127.0.0.1:{wire.port}/test")) as far,
+        closing(registry_at(own_etcd.url)) as near,
+        Watcher(far) as watcher,
+    ):
+        wait_until(lambda: watches_begun(own_etcd), WAIT_S, "the watch has begun")
+        wire.freeze()
+        expected = come_and_go(near, "guest", "12")
+        near.register(node("last"))
+        wire.thaw()
+        wait_until(lambda: "joined last/1" in watcher.told, PATIENCE_S, "the watch goes on")
+    assert watcher.told == [*expected, "joined last/1"]
+
+
+def test_a_watch_of_an_etcd_without_nodes_notices_that_it_was_replaced(own_etcd: EtcdServer) -> None:
+    for _ in range(20):
+        own_etcd.ask("kv/put", key="eA==", value="eA==")
+    with (
+        wire_to(own_etcd.port) as wire,
+        closing(registry_at(f"etcd://127.0.0.1:{wire.port}/test")) as far,
+        closing(registry_at(own_etcd.url)) as near,
+        Watcher(far) as watcher,
+    ):
+        wait_until(lambda: watches_begun(own_etcd), WAIT_S, "the watch has begun")
+        wire.freeze()
+        own_etcd.stop()
+        own_etcd.wipe()
+        own_etcd.start()
+        near.register(node("first"))
+        for _ in range(30):
+            near.beat("first", LOADED, NodeStatus.ONLINE)
+        wire.thaw()
+        wait_until(lambda: watcher.told, PATIENCE_S, "the watch looks at what is there now")
+    assert watcher.told == ["joined first/1"]
+
+
 def test_a_compaction_does_not_disturb_a_watch_that_is_up_to_date(
     etcd_server: EtcdServer, in_etcd: EtcdRegistry
 ) -> None:
@@ -188,13 +230,13 @@ def test_a_watch_that_a_fork_has_copied_ends_in_one_process(etcd_server: EtcdSer
     events = watch_from_now(in_etcd)
     in_etcd.register(node("a"))
     assert take(events, 1) == ["joined a/1"]
-    before = etcd_server.metric("grpc_server_started_total", 'grpc_method="Watch"')
+    before = watches_begun(etcd_server)
     child = get_context("fork").Process(target=events.close)
     child.start()
     child.join(WAIT_S)
     assert child.exitcode == 0
     assert rest(in_etcd, events) == []
-    assert etcd_server.metric("grpc_server_started_total", 'grpc_method="Watch"') == before
+    assert watches_begun(etcd_server) == before
 
 
 # Several servers
