@@ -20,6 +20,7 @@ from tests.waiting import wait_until
 from workers.redis_server import HOST, free_port
 from workers.tether import tethered, tethering
 
+PORT_ATTEMPTS = 5
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 10.0
 ANSWER_TIMEOUT_S = 5.0
@@ -122,15 +123,18 @@ class EtcdServer:
         ).result()
 
     def start(self) -> None:
-        """Start, and return once it is healthy."""
-        self.launch()
-        self.wait_until_healthy()
-
-    def wait_until_healthy(self) -> None:
-        """Return when it answers. Fails the test if it ends or stays silent."""
-        wait_until(lambda: self.healthy or not self.running, START_TIMEOUT_S, f"etcd {self.name} is healthy")
-        log = self.directory / "etcd.log"
-        assert self.running, f"etcd ended at once: {log.read_text()[-2000:] if log.exists() else 'it wrote no log'}"
+        """Start, and return once it is healthy. Before its first start a single server may change its ports."""
+        for _ in range(PORT_ATTEMPTS):
+            is_new = len(self._peers) == 1 and not (self.directory / "data").exists()
+            self.launch()
+            wait_until(lambda: self.healthy or not self.running, START_TIMEOUT_S, f"etcd {self.name} is healthy")
+            if self.running or not is_new or "address already in use" not in self._log():
+                break
+            # Another process was quicker to take one.
+            self.stop()
+            self.wipe()
+            self.port, self._peers = free_port(), {self.name: free_port()}
+        assert self.running, f"etcd ended at once: {self._log()[-2000:]}"
 
     def stop(self) -> None:
         """End it in order, and wait. Safe before a start and twice."""
@@ -209,6 +213,10 @@ class EtcdServer:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
+    def _log(self) -> str:
+        log = self.directory / "etcd.log"
+        return log.read_text() if log.exists() else "it wrote no log"
+
     def _end(self, how: signal.Signals) -> None:
         if self._process is not None:
             self._process.send_signal(how)
@@ -235,5 +243,5 @@ def etcd_cluster(directory: Path, size: int = 3) -> Iterator[list[EtcdServer]]:
             stack.callback(server.stop)
             server.launch()
         for server in servers:
-            server.wait_until_healthy()
+            server.start()
         yield servers
