@@ -24,6 +24,8 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
+from cluster_tasks import consul_url
+from cluster_tasks.consul_url import parse_consul_url
 from cluster_tasks.errors import ConfigurationError
 from cluster_tasks.model import NodeRole, RequestType
 
@@ -56,6 +58,8 @@ def _masked(text: str) -> str:
     """Return ``text`` with ``**`` for every password of its URLs, before the host or in the query."""
     # Up to the last @ of each URL: a password that nobody quoted may hold any character.
     urls = [re.sub(r"(://[^:/@]*):.*@", r"\1:**@", url) for url in re.split(r";(?=[\w+]+://)", text)]
+    # What is alone before the host may be a token, as it is with Consul.
+    urls = [re.sub(r"(://)[^:@]*@", r"\1**@", url) for url in urls]
     return re.sub(r"((?:password|token|key|secret)=)[^&;#]*", r"\1**", ";".join(urls), flags=re.IGNORECASE)
 
 
@@ -285,8 +289,11 @@ class ClusterSettings(BaseSettings):
     @field_validator("registry_url", mode="after")
     @classmethod
     def _check_registry_url(cls, value: SecretUrl | None) -> SecretUrl | None:
-        if value and value.get_secret_value().partition("://")[0] not in (*BROKER_SCHEMES, "etcd", "memory"):
-            raise ValueError("expected redis://, rediss://, redis+socket://, sentinel:// or etcd://")
+        scheme = value.get_secret_value().partition("://")[0] if value else "memory"
+        if value and scheme == consul_url.SCHEME:
+            parse_consul_url(value.get_secret_value())
+        elif scheme not in (*BROKER_SCHEMES, "etcd", "memory"):
+            raise ValueError("expected redis://, rediss://, redis+socket://, sentinel://, consul:// or etcd://")
         return value
 
     @field_validator("alert_url", mode="after")
@@ -326,6 +333,16 @@ class ClusterSettings(BaseSettings):
             raise ValueError(
                 f"stuck_s={self.stuck_s} must be at least lease_s={self.lease_s}: "
                 "a worker that is held up for less than a lease is not even taken for dead"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_registry_ttl(self) -> Self:
+        url = self.registry_url.get_secret_value() if self.registry_url else ""
+        if url.startswith(f"{consul_url.SCHEME}://") and parse_consul_url(url).ttl_s < 2 * self.heartbeat_s:
+            raise ValueError(
+                f"registry_url={str(self.registry_url)!r}: its ttl must be at least twice "
+                f"heartbeat_s={self.heartbeat_s}: Consul would show a healthy node as critical"
             )
         return self
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from kombu.utils.url import maybe_sanitize_url
-
 from cluster_tasks.clock import Clock
+from cluster_tasks.consul_url import SCHEME as CONSUL_SCHEME
 from cluster_tasks.errors import ConfigurationError, did_you_mean
 from cluster_tasks.keys import Keys
 from cluster_tasks.redis_store import connect
@@ -45,9 +44,13 @@ def create_registry(
         return RedisRegistry(connect(address, sentinel_master=sentinel_master), keys, clock)
     if scheme == ETCD_SCHEME:
         return _etcd_registry(address, keys, clock)
-    known = (*BROKER_SCHEMES, ETCD_SCHEME, MEMORY_SCHEME)
+    if scheme == CONSUL_SCHEME:
+        from cluster_tasks.registry.consul import ConsulRegistry  # Its client is installed only where it is wanted.
+
+        return ConsulRegistry(address, keys, clock)
+    known = (*BROKER_SCHEMES, CONSUL_SCHEME, ETCD_SCHEME, MEMORY_SCHEME)
     raise ConfigurationError(
-        f"registry_url={str(maybe_sanitize_url(address))!r}: no registry has the scheme {scheme!r}"
+        f"registry_url={str(SecretUrl(address))!r}: no registry has the scheme {scheme!r}"
         f"{did_you_mean(scheme, known)}; expected one of {', '.join(f'{name}://' for name in known)}"
     )
 

@@ -78,3 +78,11 @@ def changes(before: Mapping[str, Node], after: Mapping[str, Node], at: float) ->
             yield NodeEvent(type=EventType.JOINED, node=new, timestamp=at)
         if old and new and same and old.model_dump(exclude=BEATEN) != new.model_dump(exclude=BEATEN):
             yield NodeEvent(type=EventType.UPDATED, node=new, timestamp=at)
+
+
+def note_told(told: dict[str, Node], event: NodeEvent) -> None:
+    """Keep ``told``, the nodes by id that a watcher believes in, in step with what it is told."""
+    if event.type is EventType.LEFT:
+        told.pop(event.node.id, None)
+    else:
+        told[event.node.id] = event.node

@@ -21,7 +21,7 @@ from cluster_tasks.errors import NodeNotFound, RegistryUnavailable
 from cluster_tasks.keys import Keys
 from cluster_tasks.model import EventType, Load, Node, NodeEvent, NodeFilter, NodeStatus
 from cluster_tasks.redis_store import connect, foreign_errors, load_script, text
-from cluster_tasks.registry.base import ALL, BEATEN, changes
+from cluster_tasks.registry.base import ALL, BEATEN, changes, note_told
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ class RedisRegistry:
             for event in events:
                 if stop.is_set():
                     return
-                _note(told, event)
+                note_told(told, event)
                 yield event
 
     def close(self) -> None:
@@ -177,13 +177,6 @@ class RedisRegistry:
                 self._unreadable.add(node_id)
                 logger.warning("node left out, its record is not readable", extra={"node": node_id, "reason": str(exc)})
             return None
-
-
-def _note(told: dict[str, Node], event: NodeEvent) -> None:
-    if event.type is EventType.LEFT:
-        told.pop(event.node.id, None)
-    else:
-        told[event.node.id] = event.node
 
 
 def _record(node: Node) -> str:

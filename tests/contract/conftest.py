@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -11,7 +12,9 @@ import pytest
 from cluster_tasks.clock import Clock, ManualClock, SystemClock
 from cluster_tasks.keys import Keys
 from cluster_tasks.registry import MemoryRegistry, RedisRegistry, Registry, create_registry
+from cluster_tasks.registry.consul import ConsulRegistry
 from cluster_tasks.registry.etcd import EtcdRegistry
+from tests.consul_server import ConsulServer
 from tests.etcd_server import EtcdServer
 from workers.redis_server import RedisServer
 
@@ -34,12 +37,26 @@ def etcd(clock: Clock, request: pytest.FixtureRequest) -> OpenRegistry:
     return lambda: create_registry(server.url, broker_url="", keys=Keys("contract"), clock=clock)
 
 
+def consul(clock: Clock, request: pytest.FixtureRequest) -> OpenRegistry:
+    server: ConsulServer = request.getfixturevalue("consul_server")
+    keys = Keys(f"c{uuid.uuid4().hex[:12]}")
+    return lambda: ConsulRegistry(server.url(), keys, clock)
+
+
 # An implementation joins the suite with one line.
 IMPLEMENTATIONS: dict[str, Callable[[Clock, pytest.FixtureRequest], OpenRegistry]] = {
     "memory": memory,
     "redis": redis,
     "etcd": etcd,
+    "consul": consul,
 }
+
+
+@pytest.fixture(scope="module")
+def consul_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ConsulServer]:
+    """A Consul that the tests of a module share; each uses a cluster name of its own."""
+    with ConsulServer(tmp_path_factory.mktemp("consul")) as server:
+        yield server
 
 
 @pytest.fixture
