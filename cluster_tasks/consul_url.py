@@ -77,14 +77,18 @@ def parse_consul_url(url: str) -> ConsulUrl:
 
 def _split(url: str) -> tuple[str, str, int | None, str, str]:
     """Return token, host, port, datacenter and query. No part of the URL may show in an error before it is known."""
+    unreadable = ConfigurationError(
+        "consul:// URL: its host and port cannot be read; expected consul://[token@]host:8500/[datacenter], special "
+        "characters written as %XX"
+    )
     try:
         parts = urlsplit(url)
         port = parts.port
     except ValueError:
-        raise ConfigurationError(
-            "consul:// URL: its host and port cannot be read; expected consul://[token@]host:8500/[datacenter], "
-            "special characters of the token written as %XX"
-        ) from None
+        raise unreadable from None
+    if "@" in parts.path + parts.query + parts.fragment:
+        # A token with a slash or a question mark: what follows that is no more than the rest of it.
+        raise unreadable
     if parts.scheme != SCHEME or not parts.hostname:
         raise ConfigurationError("consul:// URL: it has no host; expected consul://[token@]host:8500/[datacenter]")
     if parts.fragment or port == 0:

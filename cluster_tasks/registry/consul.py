@@ -199,10 +199,10 @@ class ConsulRegistry:
             # Where there is no head, a query by its prefix finds nothing, and one by its name would fail.
             trees = self._client.transact([_tree(self._nodes), _tree(self._head)], is_read=True)
             entries = {entry.key: entry for entry in trees or ()}
-            head = entries.pop(self._head, None)
-            if head is None:
-                # A tree that may not be read looks empty; a single key does not.
-                _, head = self._client.read(self._head)
+            if self._head not in entries:
+                # A tree that may not be read looks empty; a single key does not. What it holds is newer than the nodes.
+                self._client.read(self._head)
+        head = entries.pop(self._head, Entry(self._head, b"", 0))
         nodes = (self._read(key, _decoded(entry)) for key, entry in entries.items() if key.startswith(self._nodes))
         return {node.id: node for node in nodes if node}, _link(head)
 
