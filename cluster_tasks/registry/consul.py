@@ -111,8 +111,7 @@ class ConsulRegistry:
         self._catalog.remove(node_id)
 
     def get(self, node_id: str) -> Node:
-        with self._unavailable("reading a node", self._may_read):
-            _, entry = self._client.read(self._key(node_id))
+        entry = self._entry(node_id)
         node = self._read(entry.key, _decoded(entry))
         if node is None:
             raise self._not_found(node_id)
@@ -217,26 +216,25 @@ class ConsulRegistry:
         for attempt in range(ATTEMPTS):
             if attempt:
                 time.sleep(random.uniform(0, min(LONGEST_CONFLICT_PAUSE_S, CONFLICT_PAUSE_S * 2**attempt)))
-            head: Entry | None = None
-            if known is None:
-                with self._unavailable("reading a node", self._may_read):
-                    # The head first: a deletion that others made in between must show as a conflict.
-                    _, head = self._client.read(self._head)
-                    _, known = self._client.read(self._key(node_id))
-            before, record, known = known, _decoded(known), None
+            before, known = known or self._entry(node_id), None
+            record = _decoded(before)
             fields = change(record)
-            # A record that was not just read may be another one by now.
-            if fields is record and head is not None:
+            if fields is record:
                 return self._read(before.key, record)
-            written = self._store(before, fields, head)
+            written = self._store(before, fields)
             if written is not None:
                 self._written[node_id] = written
                 return self._read(written.key, fields)
         raise RegistryUnavailable(
-            f"writing node {node_id}: others changed the nodes at the same time, {ATTEMPTS} times"
+            f"writing node {node_id}: others changed it, or told of others, {ATTEMPTS} times first"
         )
 
-    def _store(self, before: Entry, fields: Fields | None, head: Entry | None) -> Entry | None:
+    def _entry(self, node_id: str) -> Entry:
+        with self._unavailable("reading a node", self._may_read):
+            _, entry = self._client.read(self._key(node_id))
+        return entry
+
+    def _store(self, before: Entry, fields: Fields | None) -> Entry | None:
         """Write ``fields`` in place of the record ``before`` and tell what changed; None: others were quicker."""
         old, new = self._read(before.key, _decoded(before)), self._read(before.key, fields)
         value = "" if fields is None else json.dumps(fields, sort_keys=True)
@@ -244,8 +242,7 @@ class ConsulRegistry:
         events = [*changes({old.id: old} if old else {}, {new.id: new} if new else {}, self._clock.time())]
         with self._unavailable("writing a node", self._may_write):
             if events:
-                if head is None:
-                    _, head = self._client.read(self._head)
+                _, head = self._client.read(self._head)
                 operations = (*operations, *self._telling(events, head))
             entries = self._client.transact(operations)
         if entries is None:
@@ -270,9 +267,9 @@ class ConsulRegistry:
         def renew(fields: Fields | None) -> Fields | None:
             if fields is None or self._read(self._key(node_id), fields) is None:
                 raise self._not_found(node_id)
-            # What a newer release wrote besides stays.
-            after = {**fields, **renewed}
-            return fields if after == fields else after
+            # What a newer release wrote besides stays. It is written also if it is the same: what this process wrote
+            # last may not be what stands there.
+            return {**fields, **renewed}
 
         return renew
 

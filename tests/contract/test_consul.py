@@ -9,6 +9,7 @@ import subprocess
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from tests.contract.test_registry import (
     WAIT_S,
     Watcher,
     come_and_go,
+    live,
     node,
     rest,
     take,
@@ -185,9 +187,35 @@ def test_a_watch_of_a_consul_that_was_set_back_tells_the_difference(
     consul_server.api("DELETE", f"/v1/kv/{prefix}?recurse")
     restored = [{"KV": {"Verb": "set", "Key": each["Key"], "Value": each["Value"]}} for each in backup]
     consul_server.api("PUT", "/v1/txn", restored)
-    open_consul(consul_server.url()).register(node("b"))
-    assert take(events, 2) == ["left a/1", "joined b/1"]
+    for each in "bc":
+        open_consul(consul_server.url()).register(node(each))
+    assert take(events, 3) == ["left a/1", "joined b/1", "joined c/1"]
     assert rest(in_consul, events) == []
+
+
+def test_a_server_that_was_restarted_is_reached_by_the_next_call(own_server: ConsulServer, open_consul: Open) -> None:
+    registry = open_consul(own_server.url())
+    registry.register(RICH)
+    own_server.stop()
+    own_server.start()
+    assert list(registry.list()) == [RICH]
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # As Python 3.12 does of what is tested.
+def test_forked_processes_do_not_talk_over_the_connection_of_their_parent(in_consul: ConsulRegistry) -> None:
+    in_consul.register(node("parent"))
+    children = [get_context("fork").Process(target=live, args=(in_consul, f"child{number}")) for number in range(4)]
+    try:
+        for child in children:
+            child.start()
+        for child in children:
+            child.join(WAIT_S)
+        assert [child.exitcode for child in children] == [0, 0, 0, 0]
+    finally:
+        for child in children:
+            child.kill()
+            child.join()
+    assert len(in_consul.list()) == 5
 
 
 def test_a_watch_goes_on_over_the_death_of_the_leader_and_tells_nothing_twice(
@@ -426,6 +454,18 @@ def test_a_beat_is_one_write_and_one_passed_check_and_wakes_no_watcher(
         asked = [request for request in own_server.requests()[before:] if "/head?" in request]
     # One query lasts nearly a second, whatever beats come meanwhile.
     assert len(asked) < 100
+
+
+def test_a_watch_of_no_nodes_does_not_wake_with_every_write_of_others(
+    own_server: ConsulServer, open_consul: Open
+) -> None:
+    with Watcher(open_consul(own_server.url())):
+        wait_until(lambda: any("/head?index" in each for each in own_server.requests()), WAIT_S, "the watch waits")
+        before = len(own_server.requests())
+        for number in range(300):
+            own_server.api("PUT", "/v1/kv/other", number)
+        asked = [request for request in own_server.requests()[before:] if "/head?" in request]
+    assert len(asked) < 150
 
 
 def test_old_events_go_and_a_watch_that_was_outrun_tells_the_difference(
