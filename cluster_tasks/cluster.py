@@ -42,6 +42,7 @@ from cluster_tasks.failover.rebalance import Rebalance, Rebalanced
 from cluster_tasks.failover.release import Release
 from cluster_tasks.gateway.guard import Neighbourhood
 from cluster_tasks.keys import Keys
+from cluster_tasks.locks import Locks, create_locks
 from cluster_tasks.model import Node, NodeEvent, NodeFilter, NodeStatus, check_node_id
 from cluster_tasks.redis_store import (
     CONNECT_TIMEOUT_S,
@@ -138,6 +139,14 @@ class Cluster:
     def registry(self) -> Registry:
         """Who exists."""
         return create_registry(
+            self.settings.registry_url, broker_url=self._broker_url, keys=self.keys, clock=self.clock,
+            sentinel_master=self.settings.sentinel_master,
+        )  # fmt: skip
+
+    @cached_property
+    def locks(self) -> Locks:
+        """What must be done by one at a time."""
+        return create_locks(
             self.settings.registry_url, broker_url=self._broker_url, keys=self.keys, clock=self.clock,
             sentinel_master=self.settings.sentinel_master,
         )  # fmt: skip

@@ -64,6 +64,10 @@ class RegistryUnavailable(UnavailableError):
     """The service registry did not answer."""
 
 
+class LocksUnavailable(UnavailableError):
+    """The service that holds the locks did not answer."""
+
+
 class StoreUnavailable(UnavailableError):
     """The document store could not be read or written."""
 
@@ -77,6 +81,28 @@ class FencedError(ClusterError):
 
     def __reduce__(self) -> tuple[type[FencedError], tuple[str, str]]:
         return type(self), (self.node_id, self.epoch)
+
+
+class LockTaken(ClusterError):
+    """Another holds the lock, and did for as long as was waited."""
+
+    def __init__(self, name: str, waited_s: float) -> None:
+        super().__init__(name, waited_s)
+        self.name, self.waited_s = name, waited_s
+
+    def __str__(self) -> str:
+        return f"lock {self.name!r} is held by another" + (f", waited {self.waited_s:g} s" if self.waited_s else "")
+
+
+class LockLost(ClusterError):
+    """The time of a lock ran out, and another may hold it: what it protects must not be written any more."""
+
+    def __init__(self, name: str, token: int) -> None:
+        super().__init__(name, token)
+        self.name, self.token = name, token
+
+    def __str__(self) -> str:
+        return f"lock {self.name!r} is lost: token {self.token} holds it no more"
 
 
 class StaleCommit(ClusterError):

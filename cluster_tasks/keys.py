@@ -255,6 +255,17 @@ class Keys:
         """List (JSON) of what a provider was asked in each second of the last minute."""
         return f"{self.name}:limits:{provider}"
 
+    # Locks, where they live in Redis.
+
+    def lock(self, quoted_name: str) -> str:
+        """Token of whoever holds the lock; ``locks.base.check_name`` has quoted its name."""
+        return f"{self.name}:lock:{quoted_name}"
+
+    @property
+    def lock_token(self) -> str:
+        """The last token that any lock was given. It never expires."""
+        return f"{self.name}:lock_token"
+
     @property
     def counters(self) -> str:
         """Hash of counters, such as ``stale_commits``."""

@@ -1,0 +1,49 @@
+"""Locks in Redis: a key with a TTL that holds the token, and one number for the last token of all locks.
+
+A Redis that fails over, or restarts without its last second, can forget a lock that somebody holds and give it to
+another. Then two hold it, and only the token tells them apart: it is microseconds by Redis' clock, but always more
+than the last one, so it grows although the number was lost, as long as the clock of the new server is not further
+behind than the time between the two acquisitions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import redis
+
+from cluster_tasks.errors import LocksUnavailable
+from cluster_tasks.keys import Keys
+from cluster_tasks.locks.base import Grant
+from cluster_tasks.redis_store import connect, foreign_errors, load_script
+
+
+class RedisLocks:
+    """A ``LockStore`` in Redis 6.2 or later. TTLs are exact to the millisecond."""
+
+    def __init__(self, store: str | redis.Redis, keys: Keys) -> None:
+        """Use the Redis at the URL or of the client ``store``. Does no I/O."""
+        self._client = connect(store) if isinstance(store, str) else store
+        self._keys = keys
+        self._scripts = {name: load_script(self._client, __package__, name) for name in ("take", "renew", "release")}
+
+    def take(self, key: str, ttl_s: float) -> Grant | None:
+        token = self._run("take", [self._keys.lock(key), self._keys.lock_token], [_milliseconds(ttl_s)])
+        return Grant(key, int(token), ttl_s) if token else None
+
+    def renew(self, grant: Grant) -> bool:
+        return bool(self._run("renew", [self._keys.lock(grant.key)], [grant.token, _milliseconds(grant.ttl_s)]))
+
+    def release(self, grant: Grant) -> bool:
+        return bool(self._run("release", [self._keys.lock(grant.key)], [grant.token]))
+
+    def close(self) -> None:
+        self._client.connection_pool.disconnect(inuse_connections=False)
+
+    def _run(self, script: str, keys: list[str], arguments: list[Any]) -> Any:
+        with foreign_errors(LocksUnavailable, f"lock script {script}"):
+            return self._scripts[script](keys, arguments)
+
+
+def _milliseconds(seconds: float) -> int:
+    return round(seconds * 1000)
