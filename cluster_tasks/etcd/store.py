@@ -133,6 +133,14 @@ class EtcdStore:
         answer = self._post("lease/keepalive", {"ID": lease}, "keeping a lease alive")
         return int(answer["result"].get("TTL", 0)) > 0
 
+    def revoke(self, lease: int) -> bool:
+        """End a lease and delete the keys under it; return whether it was still there."""
+        try:
+            self._post("lease/revoke", {"ID": lease}, "ending a lease")
+        except LeaseExpired:
+            return False
+        return True
+
     def watch(self, first: str, end: str, revision: int, doing: str) -> Stream:
         """Return the changes from ``revision`` on of the keys from ``first`` up to and without ``end``."""
         keys = {"key": _encoded(first), "range_end": _encoded(end)}

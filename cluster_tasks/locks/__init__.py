@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from cluster_tasks.clock import Clock
+from cluster_tasks.errors import ConfigurationError
+from cluster_tasks.etcd.address import parse_etcd_url
 from cluster_tasks.keys import Keys
 from cluster_tasks.locks.base import Grant, Held, Locks, LockStore
 from cluster_tasks.locks.redis import RedisLocks
@@ -10,6 +14,8 @@ from cluster_tasks.redis_store import connect
 from cluster_tasks.settings import BROKER_SCHEMES, SecretUrl
 
 __all__ = ["Grant", "Held", "LockStore", "Locks", "RedisLocks", "create_locks"]
+
+ETCD_SCHEME = "etcd"
 
 
 def create_locks(
@@ -22,13 +28,25 @@ def create_locks(
 ) -> Locks:
     """Return the locks of a cluster: in the service that is its registry, else in the Redis of its broker.
 
-    Does no I/O.
+    Does no I/O. Raises ConfigurationError for a URL that cannot work, or a library that is not installed.
     """
     address = _text(broker_url if registry_url is None else registry_url)
-    if address.partition("://")[0] not in BROKER_SCHEMES:
+    scheme = address.partition("://")[0]
+    if scheme == ETCD_SCHEME:
+        return Locks(_in_etcd(address, keys), clock)
+    if scheme not in BROKER_SCHEMES:
         # A registry in the memory of one process: the jobs are in Redis all the same.
         address = _text(broker_url)
     return Locks(RedisLocks(connect(address, sentinel_master=sentinel_master), keys), clock)
+
+
+def _in_etcd(address: str, keys: Keys) -> LockStore:
+    if find_spec("etcd3gw") is None:
+        raise ConfigurationError("locks in etcd need etcd3gw: pip install 'cluster-tasks[etcd]'")
+    # Not at the top: whoever keeps his locks elsewhere need not have it.
+    from cluster_tasks.locks.etcd import EtcdLocks
+
+    return EtcdLocks(parse_etcd_url(address, "registry_url"), keys)
 
 
 def _text(url: SecretUrl | str) -> str:

@@ -6,9 +6,10 @@ import os
 import signal
 import sqlite3
 import time
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -17,9 +18,13 @@ from typing import Protocol
 
 from cluster_tasks.clock import SystemClock
 from cluster_tasks.errors import LockLost
+from cluster_tasks.etcd.address import parse_etcd_url
 from cluster_tasks.keys import Keys
 from cluster_tasks.locks import Locks, RedisLocks
+from cluster_tasks.locks.base import check_name
+from cluster_tasks.locks.etcd import EtcdLocks
 from cluster_tasks.redis_store import connect
+from tests.etcd_server import EtcdServer
 from workers.redis_server import RedisServer
 
 END_S = 60.0
@@ -45,13 +50,22 @@ class Stage(Protocol):
     def start(self) -> None:
         """Start it again, with what it had written."""
 
-    @property
-    def pid(self) -> int:
-        """Of the process."""
+    def paused(self) -> AbstractContextManager[None]:
+        """Let it hang for as long as the block lasts."""
 
 
 def open_redis(url: str, cluster: str = "contract") -> Locks:
     return Locks(RedisLocks(url, Keys(cluster)), SystemClock())
+
+
+@contextmanager
+def standing_still(pid: int) -> Iterator[None]:
+    """Stop a process for as long as the block lasts."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
 
 
 class RedisStage:
@@ -64,14 +78,32 @@ class RedisStage:
         self.open = partial(open_redis, server.url)
         self.kill, self.start = server.kill, server.start
 
-    @property
-    def pid(self) -> int:
-        return self._server.pid
+    def paused(self) -> AbstractContextManager[None]:
+        return standing_still(self._server.pid)
 
     def forget(self, name: str) -> None:
         with connect(self._server.url) as client:
-            for key in client.scan_iter("contract:lock:*"):
-                client.delete(key)
+            assert client.delete(Keys("contract").lock(check_name(name)))
+
+
+def open_etcd(url: str) -> Locks:
+    return Locks(EtcdLocks(parse_etcd_url(url, "registry_url"), Keys("contract")), SystemClock())
+
+
+class EtcdStage:
+    """Locks in etcd."""
+
+    ttl_s = 4.0
+
+    def __init__(self, server: EtcdServer) -> None:
+        self._server = server
+        self.open = partial(open_etcd, server.url)
+        self.kill, self.start, self.paused = server.kill, server.start, server.paused
+
+    def forget(self, name: str) -> None:
+        key = b64encode(f"/test/contract/locks/{check_name(name)}".encode()).decode()
+        found = self._server.ask("kv/range", key=key)["kvs"][0]
+        self._server.ask("lease/revoke", ID=found["lease"])
 
 
 class Resource:

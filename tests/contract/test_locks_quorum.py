@@ -1,0 +1,184 @@
+"""What locks in etcd promise besides: one server of three may be lost, and a minority gives none."""
+
+from __future__ import annotations
+
+import re
+import sys
+from base64 import b64encode
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import pytest
+
+from cluster_tasks.clock import SystemClock
+from cluster_tasks.errors import ConfigurationError, LockLost, LocksUnavailable, LockTaken
+from cluster_tasks.etcd.address import parse_etcd_url
+from cluster_tasks.keys import Keys
+from cluster_tasks.locks import Locks, create_locks
+from cluster_tasks.locks.etcd import EtcdLocks
+from tests.contract.locking import END_S, open_etcd
+from tests.etcd_server import EtcdServer, etcd_cluster
+from tests.waiting import wait_until
+
+T = TypeVar("T")
+
+
+class Server(Protocol):
+    """One of three."""
+
+    def kill(self) -> None: ...
+
+
+class Three(Protocol):
+    """Three servers."""
+
+    def leader(self) -> Server:
+        """The one that leads."""
+
+    def rest(self) -> list[Server]:
+        """Those that do not."""
+
+    def url(self) -> str:
+        """By which a client reaches one that is not the leader now, or all."""
+
+
+class ThreeOfEtcd:
+    """A cluster of etcd."""
+
+    def __init__(self, servers: list[EtcdServer]) -> None:
+        self._servers = servers
+
+    def leader(self) -> EtcdServer:
+        servers = self._servers
+        return wait_until(
+            lambda: next((server for server in servers if server.is_leader), None), END_S, "one of three leads"
+        )
+
+    def rest(self) -> list[EtcdServer]:
+        leader = self.leader()
+        return [server for server in self._servers if server is not leader]
+
+    def url(self) -> str:
+        return f"etcd://{','.join(server.address for server in self._servers)}/test"
+
+
+@pytest.fixture(params=["etcd"])
+def three(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Three]:
+    with etcd_cluster(tmp_path) as servers:
+        yield ThreeOfEtcd(servers)
+
+
+@pytest.fixture
+def open_locks(three: Three) -> Iterator[Callable[[], Locks]]:
+    """Opens clients as processes on several machines would."""
+    url = three.url()
+    with ExitStack() as opened:
+        yield lambda: opened.enter_context(
+            closing(create_locks(url, broker_url="", keys=Keys("contract"), clock=SystemClock()))
+        )
+
+
+def patiently(call: Callable[[], T]) -> T:
+    """Call until there is a leader."""
+    done: list[T] = []
+
+    def is_done() -> bool:
+        try:
+            done.append(call())
+        except LocksUnavailable:
+            return False
+        return True
+
+    wait_until(is_done, END_S, "there is a leader")
+    return done[0]
+
+
+def test_a_lock_survives_the_loss_of_the_leader(three: Three, open_locks: Callable[[], Locks]) -> None:
+    first, second = open_locks(), open_locks()
+    held = patiently(lambda: first.acquire("name", ttl_s=60))
+    three.leader().kill()
+    patiently(held.renew)
+    with pytest.raises(LockTaken):
+        patiently(lambda: second.acquire("name", ttl_s=60))
+    held.release()
+    assert patiently(lambda: second.acquire("name", ttl_s=60)).token > held.token
+
+
+def test_one_server_of_three_gives_no_locks(three: Three, open_locks: Callable[[], Locks]) -> None:
+    locks = open_locks()
+    held = patiently(lambda: locks.acquire("name", ttl_s=60))
+    for server in (three.rest()[-1], three.leader()):
+        server.kill()
+    for call in (lambda: locks.acquire("other", ttl_s=60, wait_s=3600), held.renew, held.release):
+        with pytest.raises(LocksUnavailable):
+            call()
+
+
+# In etcd
+
+
+@pytest.fixture
+def in_etcd(etcd_server: EtcdServer) -> Iterator[Locks]:
+    with closing(open_etcd(etcd_server.url)) as locks:
+        yield locks
+
+
+def leases(server: EtcdServer) -> list[object]:
+    return list(server.ask("lease/leases").get("leases", []))
+
+
+def test_a_key_that_somebody_deleted_in_etcd_is_a_lost_lock(etcd_server: EtcdServer, in_etcd: Locks) -> None:
+    old = in_etcd.acquire("name", ttl_s=60)
+    etcd_server.empty()
+    with pytest.raises(LockLost):
+        old.renew()
+    new = in_etcd.acquire("name", ttl_s=60)
+    assert new.token > old.token
+    with pytest.raises(LockLost):
+        old.release()
+    new.renew()
+
+
+def test_nothing_is_left_in_etcd_of_a_lock_that_was_released_or_not_given(
+    etcd_server: EtcdServer, in_etcd: Locks
+) -> None:
+    before = leases(etcd_server)
+    with in_etcd.acquire("name", ttl_s=60), pytest.raises(LockTaken):
+        in_etcd.acquire("name", ttl_s=60)
+    assert leases(etcd_server) == before
+    everything = b64encode(b"\0").decode()
+    assert "kvs" not in etcd_server.ask("kv/range", key=everything, range_end=everything)
+
+
+def test_two_that_find_a_lock_free_in_etcd_do_not_both_get_it(etcd_server: EtcdServer) -> None:
+    before = len(leases(etcd_server))
+    stores = [EtcdLocks(parse_etcd_url(etcd_server.url, "url"), Keys("contract")) for _ in range(8)]
+    with ThreadPoolExecutor(len(stores)) as pool:
+        for number in range(10):
+            granted = list(pool.map(lambda store, name=f"n{number}": store.take(name, 60), stores))
+            assert sum(grant is not None for grant in granted) == 1
+    # What lost the race has left no lease, what won has one.
+    assert len(leases(etcd_server)) == before + 10
+    for store in stores:
+        store.close()
+
+
+def test_a_user_that_lacks_is_named(tmp_path: Path) -> None:
+    with EtcdServer(tmp_path) as server:
+        server.demand_users()
+        with closing(open_etcd(server.url)) as locks, pytest.raises(LocksUnavailable, match="the URL names none"):
+            locks.acquire("name", ttl_s=60)
+
+
+def test_without_its_library_locks_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "etcd3gw", None)
+    with pytest.raises(ConfigurationError, match=re.escape("pip install 'cluster-tasks[etcd]'")):
+        create_locks("etcd://host/test", broker_url="", keys=Keys(), clock=SystemClock())
+
+
+def test_a_url_that_cannot_work_is_refused_by_the_name_of_its_setting() -> None:
+    with pytest.raises(ConfigurationError, match=r"^registry_url=.*unknown option 'tll'; did you mean 'ttl'"):
+        create_locks("etcd://host/test?tll=3s", broker_url="", keys=Keys(), clock=SystemClock())
