@@ -19,7 +19,7 @@ from cluster_tasks.consul_url import ConsulUrl
 from cluster_tasks.errors import ConfigurationError, UnavailableError
 
 try:
-    from consul import ACLPermissionDenied, ConsulException, base
+    from consul import ACLPermissionDenied, ConsulException, NotFound, base
 except ImportError as exc:
     raise ConfigurationError("a consul:// URL needs the client of Consul: pip install 'cluster-tasks[consul]'") from exc
 
@@ -29,7 +29,10 @@ SOCKET_TIMEOUT_S = 5.0
 OPERATIONS_AT_MOST = 64
 """That Consul takes in one transaction."""
 ROLLED_BACK = 409
-CONFLICTS = ("index is stale", "failed index check", "doesn't exist")
+CONFLICTS = (
+    "index is stale", "failed index check", "doesn't exist",
+    "lock is already held", "due to lock delay", "current session", "invalid session",
+)  # fmt: skip
 """What Consul says of a key that is not as a transaction expects it."""
 IDLE_AT_MOST = 8
 
@@ -143,6 +146,7 @@ class ConsulClient:
         self.token, self.dc, self.consistency = url.token, url.datacenter, "consistent"
         self.agent = base.Consul.Agent(self)
         self._kv = base.Consul.KV(self)
+        self._session = base.Consul.Session(self)
 
     def read(self, key: str, *, index: int = 0, wait_s: float = 0.0) -> tuple[int, Entry]:
         """Return the index of the store and what ``key`` holds, an empty entry if there is no such key.
@@ -167,6 +171,26 @@ class ConsulClient:
             json.dumps([{"KV": operation} for operation in operations]),
             {"X-Consul-Token": self.token} if self.token else {},
         )
+
+    def open_session(self, ttl_s: int, lock_delay_s: int) -> str:
+        """Return a new session that ends, with the keys that it locks, when it is not renewed for ``ttl_s``.
+
+        It does not hang on the health of the agent, which the agent's neighbours may judge wrongly and too soon.
+        """
+        made: str = self._session.create(checks=[], behavior="delete", ttl=ttl_s, lock_delay=lock_delay_s)
+        return made
+
+    def renew_session(self, session: str) -> bool:
+        """Begin the time of a session anew; return whether it was still there."""
+        try:
+            self._session.renew(session)
+        except NotFound:
+            return False
+        return True
+
+    def end_session(self, session: str) -> None:
+        """End a session that may have ended already."""
+        self._session.destroy(session)
 
     def close(self) -> None:
         """Close connections that are not in use. Safe to repeat."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from cluster_tasks.clock import Clock
+from cluster_tasks.consul_url import SCHEME as CONSUL_SCHEME
+from cluster_tasks.consul_url import parse_consul_url
 from cluster_tasks.errors import ConfigurationError
 from cluster_tasks.etcd.address import parse_etcd_url
 from cluster_tasks.keys import Keys
@@ -32,6 +34,10 @@ def create_locks(
     """
     address = _text(broker_url if registry_url is None else registry_url)
     scheme = address.partition("://")[0]
+    if scheme == CONSUL_SCHEME:
+        from cluster_tasks.locks.consul import ConsulLocks  # Its client is installed only where it is wanted.
+
+        return Locks(ConsulLocks(parse_consul_url(address), keys), clock)
     if scheme == ETCD_SCHEME:
         return Locks(_in_etcd(address, keys), clock)
     if scheme not in BROKER_SCHEMES:

@@ -15,15 +15,19 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Protocol
+from urllib.parse import quote
 
 from cluster_tasks.clock import SystemClock
+from cluster_tasks.consul_url import parse_consul_url
 from cluster_tasks.errors import LockLost
 from cluster_tasks.etcd.address import parse_etcd_url
 from cluster_tasks.keys import Keys
 from cluster_tasks.locks import Locks, RedisLocks
 from cluster_tasks.locks.base import check_name
+from cluster_tasks.locks.consul import ConsulLocks
 from cluster_tasks.locks.etcd import EtcdLocks
 from cluster_tasks.redis_store import connect
+from tests.consul_server import ConsulServer
 from tests.etcd_server import EtcdServer
 from workers.redis_server import RedisServer
 
@@ -104,6 +108,29 @@ class EtcdStage:
         key = b64encode(f"/test/contract/locks/{check_name(name)}".encode()).decode()
         found = self._server.ask("kv/range", key=key)["kvs"][0]
         self._server.ask("lease/revoke", ID=found["lease"])
+
+
+def open_consul(url: str) -> Locks:
+    return Locks(ConsulLocks(parse_consul_url(url), Keys("contract")), SystemClock())
+
+
+class ConsulStage:
+    """Locks in Consul."""
+
+    ttl_s = 10.0
+
+    def __init__(self, server: ConsulServer) -> None:
+        self._server = server
+        self.open = partial(open_consul, server.url())
+        self.kill, self.start = server.kill, server.start
+
+    def paused(self) -> AbstractContextManager[None]:
+        return standing_still(self._server.pid)
+
+    def forget(self, name: str) -> None:
+        # The address decodes it once.
+        found = self._server.api("GET", f"/v1/kv/cluster-tasks/contract/locks/{quote(check_name(name))}")
+        self._server.api("PUT", f"/v1/session/destroy/{found[0]['Session']}")
 
 
 class Resource:

@@ -28,6 +28,7 @@ from cluster_tasks.redis_store import connect
 from tests.contract.locking import (
     END_S,
     SPAWN,
+    ConsulStage,
     EtcdStage,
     RedisStage,
     Resource,
@@ -44,6 +45,7 @@ OpenLocks = Callable[[], Locks]
 # An implementation joins the suite with one line.
 IMPLEMENTATIONS: dict[str, Callable[[pytest.FixtureRequest], Stage]] = {
     "redis": lambda request: RedisStage(request.getfixturevalue("redis_server")),
+    "consul": lambda request: ConsulStage(request.getfixturevalue("consul_server")),
     "etcd": lambda request: EtcdStage(request.getfixturevalue("etcd_server")),
 }
 NAMES = [

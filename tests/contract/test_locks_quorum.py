@@ -1,4 +1,4 @@
-"""What locks in etcd promise besides: one server of three may be lost, and a minority gives none."""
+"""What locks in Consul and etcd promise besides: one server of three may be lost, and a minority gives none."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from typing import Protocol, TypeVar
 import pytest
 
 from cluster_tasks.clock import SystemClock
+from cluster_tasks.consul_url import parse_consul_url
 from cluster_tasks.errors import ConfigurationError, LockLost, LocksUnavailable, LockTaken
 from cluster_tasks.etcd.address import parse_etcd_url
 from cluster_tasks.keys import Keys
 from cluster_tasks.locks import Locks, create_locks
+from cluster_tasks.locks.consul import ConsulLocks
 from cluster_tasks.locks.etcd import EtcdLocks
-from tests.contract.locking import END_S, open_etcd
+from tests.consul_server import ConsulCluster, ConsulServer
+from tests.contract.locking import END_S, open_consul, open_etcd
 from tests.etcd_server import EtcdServer, etcd_cluster
 from tests.waiting import wait_until
 
@@ -65,10 +68,30 @@ class ThreeOfEtcd:
         return f"etcd://{','.join(server.address for server in self._servers)}/test"
 
 
-@pytest.fixture(params=["etcd"])
+class ThreeOfConsul:
+    """A cluster of Consul."""
+
+    def __init__(self, cluster: ConsulCluster) -> None:
+        self._cluster = cluster
+
+    def leader(self) -> ConsulServer:
+        return self._cluster.leader
+
+    def rest(self) -> list[ConsulServer]:
+        return [server for server in self._cluster.servers if server is not self._cluster.leader]
+
+    def url(self) -> str:
+        return self.rest()[0].url()
+
+
+@pytest.fixture(params=["consul", "etcd"])
 def three(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Three]:
-    with etcd_cluster(tmp_path) as servers:
-        yield ThreeOfEtcd(servers)
+    if request.param == "consul":
+        with ConsulCluster(tmp_path) as cluster:
+            yield ThreeOfConsul(cluster)
+    else:
+        with etcd_cluster(tmp_path) as servers:
+            yield ThreeOfEtcd(servers)
 
 
 @pytest.fixture
@@ -173,12 +196,92 @@ def test_a_user_that_lacks_is_named(tmp_path: Path) -> None:
             locks.acquire("name", ttl_s=60)
 
 
-def test_without_its_library_locks_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_their_library_locks_in_etcd_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "etcd3gw", None)
     with pytest.raises(ConfigurationError, match=re.escape("pip install 'cluster-tasks[etcd]'")):
         create_locks("etcd://host/test", broker_url="", keys=Keys(), clock=SystemClock())
 
 
-def test_a_url_that_cannot_work_is_refused_by_the_name_of_its_setting() -> None:
+def test_a_url_that_cannot_work_is_refused() -> None:
     with pytest.raises(ConfigurationError, match=r"^registry_url=.*unknown option 'tll'; did you mean 'ttl'"):
         create_locks("etcd://host/test?tll=3s", broker_url="", keys=Keys(), clock=SystemClock())
+
+
+# In Consul
+
+
+@pytest.fixture
+def in_consul(consul_server: ConsulServer) -> Iterator[Locks]:
+    with closing(open_consul(consul_server.url())) as locks:
+        yield locks
+
+
+def sessions(server: ConsulServer) -> set[str]:
+    return {session["ID"] for session in server.api("GET", "/v1/session/list")}
+
+
+def test_a_key_that_somebody_deleted_in_consul_is_a_lost_lock(consul_server: ConsulServer, in_consul: Locks) -> None:
+    old = in_consul.acquire("deleted", ttl_s=60)
+    consul_server.api("DELETE", "/v1/kv/cluster-tasks/contract/locks/deleted")
+    with pytest.raises(LockLost):
+        old.renew()
+    new = in_consul.acquire("deleted", ttl_s=60)
+    assert new.token > old.token
+    with pytest.raises(LockLost):
+        old.release()
+    new.renew()
+
+
+def test_nothing_is_left_in_consul_of_a_lock_that_was_released_or_not_given(
+    consul_server: ConsulServer, in_consul: Locks
+) -> None:
+    in_consul.acquire("held", ttl_s=60)
+    before = sessions(consul_server)
+    with in_consul.acquire("left", ttl_s=60), pytest.raises(LockTaken):
+        in_consul.acquire("left", ttl_s=60)
+    assert sessions(consul_server) == before
+    assert "cluster-tasks/contract/locks/left" not in consul_server.api("GET", "/v1/kv/cluster-tasks/?keys")
+
+
+def test_two_that_find_a_lock_free_in_consul_do_not_both_get_it(consul_server: ConsulServer) -> None:
+    before = sessions(consul_server)
+    stores = [ConsulLocks(parse_consul_url(consul_server.url()), Keys("contract")) for _ in range(8)]
+    with ThreadPoolExecutor(len(stores)) as pool:
+        for number in range(10):
+            granted = list(pool.map(lambda store, name=f"n{number}": store.take(name, 60), stores))
+            assert sum(grant is not None for grant in granted) == 1
+    assert len(sessions(consul_server) - before) == 10
+    for store in stores:
+        store.close()
+
+
+def test_who_was_silent_too_long_in_consul_is_followed_after_a_delay(
+    consul_server: ConsulServer, in_consul: Locks
+) -> None:
+    held = in_consul.acquire("delayed", ttl_s=60)
+    ended = next(iter(consul_server.api("GET", "/v1/kv/cluster-tasks/contract/locks/delayed")))["Session"]
+    consul_server.api("PUT", f"/v1/session/destroy/{ended}")
+    with pytest.raises(LockTaken):
+        in_consul.acquire("delayed", ttl_s=60)
+    assert in_consul.acquire("delayed", ttl_s=60, wait_s=END_S).token > held.token
+
+
+def test_a_permission_that_lacks_is_named(tmp_path: Path) -> None:
+    with ConsulServer(tmp_path, acl=True) as server:
+        token = server.token('key_prefix "" { policy = "write" }')
+        with closing(open_consul(server.url(token))) as locks, pytest.raises(LocksUnavailable) as caught:
+            locks.acquire("name", ttl_s=60)
+        assert 'lacks the permission key_prefix "cluster-tasks/contract/locks/" and session_prefix' in str(caught.value)
+        allowed = server.token(
+            'key_prefix "cluster-tasks/contract/locks/" { policy = "write" } session_prefix "" { policy = "write" }'
+        )
+        with closing(open_consul(server.url(allowed))) as locks, locks.acquire("name", ttl_s=60) as held:
+            held.renew()
+
+
+def test_without_their_library_locks_in_consul_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("cluster_tasks.locks.consul", "cluster_tasks.consul_store"):
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "consul", None)
+    with pytest.raises(ConfigurationError, match=re.escape("pip install 'cluster-tasks[consul]'")):
+        create_locks("consul://host", broker_url="", keys=Keys(), clock=SystemClock())
