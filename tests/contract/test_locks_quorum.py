@@ -22,7 +22,7 @@ from cluster_tasks.locks import Locks, create_locks
 from cluster_tasks.locks.consul import ConsulLocks
 from cluster_tasks.locks.etcd import EtcdLocks
 from tests.consul_server import ConsulCluster, ConsulServer
-from tests.contract.locking import END_S, open_consul, open_etcd
+from tests.contract.locking import END_S, ConsulStage, EtcdStage, open_consul, open_etcd
 from tests.etcd_server import EtcdServer, etcd_cluster
 from tests.waiting import wait_until
 
@@ -138,6 +138,20 @@ def test_one_server_of_three_gives_no_locks(three: Three, open_locks: Callable[[
     for call in (lambda: locks.acquire("other", ttl_s=60, wait_s=3600), held.renew, held.release):
         with pytest.raises(LocksUnavailable):
             call()
+
+
+@pytest.mark.parametrize("kind", ["consul", "etcd"])
+def test_a_lock_survives_a_restart(request: pytest.FixtureRequest, kind: str) -> None:
+    server = request.getfixturevalue(f"{kind}_server")
+    stage = ConsulStage(server) if kind == "consul" else EtcdStage(server)
+    with closing(stage.open()) as first, closing(stage.open()) as second:
+        held = first.acquire("restarted", ttl_s=60)
+        stage.kill()
+        stage.start()
+        with pytest.raises(LockTaken):
+            second.acquire("restarted", ttl_s=60)
+        held.renew()
+        held.release()
 
 
 # In etcd
@@ -259,7 +273,9 @@ def test_who_was_silent_too_long_in_consul_is_followed_after_a_delay(
     consul_server: ConsulServer, in_consul: Locks
 ) -> None:
     held = in_consul.acquire("delayed", ttl_s=60)
-    ended = next(iter(consul_server.api("GET", "/v1/kv/cluster-tasks/contract/locks/delayed")))["Session"]
+    ended = consul_server.api("GET", "/v1/kv/cluster-tasks/contract/locks/delayed")[0]["Session"]
+    # Only silence ends it, not what the agent's neighbours think of the agent.
+    assert consul_server.api("GET", f"/v1/session/info/{ended}")[0]["NodeChecks"] == []
     consul_server.api("PUT", f"/v1/session/destroy/{ended}")
     with pytest.raises(LockTaken):
         in_consul.acquire("delayed", ttl_s=60)
