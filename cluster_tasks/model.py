@@ -89,6 +89,8 @@ class Recent(_Record):
     """Those that raised an error; one that is to be tried again counts as well."""
     latency_s: float = Field(default=0.0, ge=0)
     """Median of the time that those ran which did not fail; 0 while there are none."""
+    sure_latency_s: float = Field(default=0.0, ge=0)
+    """What this median is at least, whatever chance has made of so few runs; 0 while there are too few to say."""
 
 
 class Load(_Record):

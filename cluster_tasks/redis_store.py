@@ -128,9 +128,21 @@ def script_source(package: str, name: str) -> str:
     return (files(package) / "scripts" / f"{name}.lua").read_text(encoding="utf-8")
 
 
+class RememberedScript(Script):
+    """A script that runs however often Redis forgets it."""
+
+    def __call__(self, keys: Any = None, args: Any = None, client: Any = None) -> Any:
+        try:
+            return super().__call__(keys, args, client)
+        except redis.exceptions.NoScriptError:
+            # Forgotten again between the two steps of redis-py, which are to load it and to run it.
+            keys, args = keys or (), args or ()
+            return (client or self.registered_client).eval(str(self.script), len(keys), *keys, *args)
+
+
 def load_script(client: redis.Redis, package: str, name: str) -> Script:
-    """Return ``scripts/<name>.lua`` of ``package`` as a callable; it is loaded again when Redis has forgotten it."""
-    return client.register_script(script_source(package, name))
+    """Return ``scripts/<name>.lua`` of ``package`` as a callable; it is sent again when Redis has forgotten it."""
+    return RememberedScript(client, script_source(package, name))
 
 
 def run_script(client: redis.Redis, script: Script, keys: Sequence[str], arguments: Sequence[Any]) -> Any:

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import sqrt
 from statistics import median
 
 import psutil
@@ -19,6 +20,8 @@ HISTORY = 200
 RECENT = 100
 """Jobs that are compared with those of other nodes."""
 RECENT_S = 300.0
+SURE = 4.0
+"""Standard deviations of chance that are allowed for: nodes are compared again and again."""
 ALARMING = 10
 """So many failures in a row are told at once."""
 
@@ -92,9 +95,14 @@ class Outcomes:
 
 
 def _summary(runs: list[_Run]) -> Recent:
-    seconds = [run.seconds for run in runs if run.success]
+    seconds = sorted(run.seconds for run in runs if run.success)
+    # The lower bound of the sign test: of n runs, this many below the true median would be no chance.
+    below = int(len(seconds) / 2 - SURE * sqrt(len(seconds)) / 2)
     return Recent(
-        jobs=len(runs), failures=len(runs) - len(seconds), latency_s=round(median(seconds), 6) if seconds else 0.0
+        jobs=len(runs),
+        failures=len(runs) - len(seconds),
+        latency_s=round(median(seconds), 6) if seconds else 0.0,
+        sure_latency_s=round(seconds[below], 6) if len(seconds) > SURE**2 else 0.0,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import redis
 from celery.app.amqp import AMQP, Queues
 from kombu.connection import Connection, ConnectionPool, PooledConnection
 from kombu.exceptions import OperationalError
@@ -80,7 +81,7 @@ class ClusterAMQP(AMQP):  # type: ignore[misc]
             options["retry_policy"] = {**(options.get("retry_policy") or {}), **SEQUEL_POLICY}
             try:
                 return send(producer, name, message, **{**options, "retry": True})
-            except OperationalError as exc:
+            except (OperationalError, redis.ConnectionError, redis.TimeoutError) as exc:
                 raise EndNotStored(f"what follows a job could not be published: {exc}") from exc
 
         return send_task_message

@@ -13,7 +13,7 @@ from cluster_tasks.broker.message import Placement
 from cluster_tasks.broker.publishing import REMEMBERED_S, Publish
 from cluster_tasks.broker.sequels import Sequel
 from cluster_tasks.keys import Keys
-from cluster_tasks.redis_store import load_script, script_source, text
+from cluster_tasks.redis_store import RememberedScript, load_script, script_source, text
 
 _PACKAGE = "cluster_tasks.broker"
 UNDECODABLE_KEPT = 1_000
@@ -56,13 +56,13 @@ class Placer:
 
     def __init__(self, client: redis.Redis, keys: Keys) -> None:
         self.client, self._keys = client, keys
-        self._place = client.register_script(placing_script("place"))
-        self._publish = client.register_script(placing_script("publish"))
-        self._follow = client.register_script(placing_script("follow"))
-        self._move_held = client.register_script(placing_script("move_held"))
-        self._move_listed = client.register_script(placing_script("move_listed"))
-        self._move_newest = client.register_script(placing_script("move_newest"))
-        self._unquarantine = client.register_script(placing_script("unquarantine"))
+        self._place = RememberedScript(client, placing_script("place"))
+        self._publish = RememberedScript(client, placing_script("publish"))
+        self._follow = RememberedScript(client, placing_script("follow"))
+        self._move_held = RememberedScript(client, placing_script("move_held"))
+        self._move_listed = RememberedScript(client, placing_script("move_listed"))
+        self._move_newest = RememberedScript(client, placing_script("move_newest"))
+        self._unquarantine = RememberedScript(client, placing_script("unquarantine"))
         self._set_aside = load_script(client, _PACKAGE, "set_aside")
         self._hold_back = load_script(client, _PACKAGE, "hold_back")
         self.index = [keys.epochs, keys.draining, keys.backlog, keys.idle, keys.serves, keys.slot_limits]

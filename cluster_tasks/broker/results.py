@@ -30,7 +30,7 @@ from cluster_tasks.broker.message import Delivery
 from cluster_tasks.broker.sequels import being_ended, ending
 from cluster_tasks.errors import EndNotStored, StaleCommit
 from cluster_tasks.keys import DEFAULT_NAME, Keys
-from cluster_tasks.redis_store import database_of, refusals_as_outages, run_script, script_source
+from cluster_tasks.redis_store import RememberedScript, database_of, refusals_as_outages, run_script, script_source
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
 
     def _storing(self, name: str) -> redis.commands.core.Script:
         parts = (script_source(__package__, part) for part in ("storing", name))
-        script: redis.commands.core.Script = self.client.register_script("\n".join((self._databases, *parts)))
+        script: redis.commands.core.Script = RememberedScript(self.client, "\n".join((self._databases, *parts)))
         return script
 
     @cached_property
@@ -124,15 +124,15 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
     @cached_property
     def _chord_part_return_script(self) -> Callable[..., Any]:
         source = self._databases, script_source(__package__, "void_claim"), CHORD_PART_RETURN_LUA
-        return self._claiming(self.client.register_script("\n".join(source)), -1)
+        return self._claiming(RememberedScript(self.client, "\n".join(source)), -1)
 
     @cached_property
     def _chord_claim_extend_script(self) -> Callable[..., Any]:
-        return self._claiming(self.client.register_script(CHORD_CLAIM_EXTEND_LUA), 0)
+        return self._claiming(RememberedScript(self.client, CHORD_CLAIM_EXTEND_LUA), 0)
 
     @cached_property
     def _chord_cleanup_script(self) -> Callable[..., Any]:
-        return self._claiming(self.client.register_script(CHORD_CLEANUP_LUA), 0)
+        return self._claiming(RememberedScript(self.client, CHORD_CLEANUP_LUA), 0)
 
     def _get_client(self) -> type[redis.Redis]:
         return _ChordClient

@@ -93,9 +93,9 @@ def put_if_missing(key: str, value: str) -> Operation:
     return {"request_txn": {"compare": [unchanged(key, 0)], "success": [put(key, value, lease=0)]}}
 
 
-def delete(key: str) -> Operation:
-    """Delete one key."""
-    return {"request_delete_range": {"key": _encoded(key)}}
+def delete(key: str, end: str = "") -> Operation:
+    """Delete one key, or all from ``key`` up to and without ``end``."""
+    return {"request_delete_range": {"key": _encoded(key), "range_end": _encoded(end)}}
 
 
 class EtcdStore:

@@ -50,7 +50,7 @@ def find_outliers(records: Sequence[Record], slow_factor: float) -> list[Outlier
 
 def is_slow(recent: Mapping[str, Recent], others: Sequence[Record], slow_factor: float) -> bool:
     """Whether a few jobs took ``slow_factor`` times as long as those of the others."""
-    return any(_slowness(task, mine, others, slow_factor) for task, mine in recent.items())
+    return any(_slowness(task, mine.latency_s, others, slow_factor) for task, mine in recent.items())
 
 
 def others_fail(recent: Mapping[str, Recent], others: Sequence[Record]) -> bool:
@@ -65,7 +65,9 @@ def _fault(record: Record, records: Sequence[Record], slow_factor: float) -> tup
     for task, mine in record.recent.items():
         if mine.jobs >= MIN_JOBS and (excess := _excess(task, mine, others)):
             faults.append((excess, f"{mine.failures} of its last {mine.jobs} runs of {task} failed, and not on others"))
-        if mine.jobs - mine.failures >= MIN_JOBS and (factor := _slowness(task, mine, others, slow_factor)):
+        # Jobs of one task may be short and long: by the median alone, a node that met the long ones would be slow.
+        is_sure = mine.jobs - mine.failures >= MIN_JOBS and _slowness(task, mine.sure_latency_s, others, slow_factor)
+        if is_sure and (factor := _slowness(task, mine.latency_s, others, slow_factor)):
             faults.append((0.0, f"{task} takes {mine.latency_s:.3g} s, {factor:.0f} times as long as on others"))
     return max(faults, default=None)
 
@@ -83,12 +85,12 @@ def _excess(task: str, mine: Recent, others: Sequence[Record]) -> float | None:
     return excess if excess >= MORE_FAILURES and excess >= SURE * deviation else None
 
 
-def _slowness(task: str, mine: Recent, others: Sequence[Record], slow_factor: float) -> float | None:
-    """By which factor the jobs of a node take longer, if it is too much."""
+def _slowness(task: str, latency_s: float, others: Sequence[Record], slow_factor: float) -> float | None:
+    """By which factor jobs that take ``latency_s`` take longer than those of others, if it is too much."""
     latencies = [peer.latency_s for peer in _peers(task, others) if peer.jobs - peer.failures >= MIN_JOBS]
-    if not (slow_factor and latencies and mine.latency_s >= SHORTEST_SLOW_S):
+    if not (slow_factor and latencies and latency_s >= SHORTEST_SLOW_S):
         return None
-    factor = mine.latency_s / max(median(latencies), 1e-6)
+    factor = latency_s / max(median(latencies), 1e-6)
     return factor if factor >= slow_factor else None
 
 

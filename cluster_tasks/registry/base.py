@@ -60,6 +60,9 @@ class Registry(Protocol):
         happened since then, it tells the difference between the nodes last told and those that exist.
         """
 
+    def erase(self) -> None:
+        """Remove all that is kept of the cluster: its nodes, whose watchers are told ``left``, and its history."""
+
     def close(self) -> None:
         """Release connections. Safe to repeat, also before first use."""
 

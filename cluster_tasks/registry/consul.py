@@ -84,7 +84,7 @@ class ConsulRegistry:
         self._client = ConsulClient(address)
         self._catalog = Catalog(self._client, address, keys.name)
         self._clock, self._events_kept = clock, events_kept
-        prefix = f"{address.service}/{keys.name}/"
+        self._prefix = prefix = f"{address.service}/{keys.name}/"
         self._nodes, self._events, self._head = f"{prefix}nodes/", f"{prefix}events/", f"{prefix}head"
         self._may_read, self._may_write = (f'key_prefix "{prefix}" {{ policy = "{p}" }}' for p in ("read", "write"))
         self._written: dict[str, Entry] = {}
@@ -147,6 +147,13 @@ class ConsulRegistry:
                 yield event
             if not events:
                 stop.wait(PAUSE_S)
+
+    def erase(self) -> None:
+        for node_id in self._snapshot()[0]:
+            self._catalog.remove(node_id)
+        self._written.clear()
+        with self._unavailable("erasing the nodes", self._may_write):
+            self._client.transact([{"Verb": "delete-tree", "Key": self._prefix}])
 
     def close(self) -> None:
         # Connections in use stay: a watch in another thread ends by its stop, not by a torn connection.

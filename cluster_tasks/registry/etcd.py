@@ -162,6 +162,10 @@ class EtcdRegistry:
         finally:
             following.close()
 
+    def erase(self) -> None:
+        self._beaten.clear()
+        self._store.commit([], [delete(self._folder, f"{self._folder[:-1]}0")], "erasing the nodes")
+
     def close(self) -> None:
         self._store.close()
 

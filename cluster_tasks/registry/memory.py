@@ -76,6 +76,11 @@ class MemoryRegistry:
                 continue
             yield event
 
+    def erase(self) -> None:
+        with _lock:
+            nodes, self._nodes = self._nodes, {}
+            self._tell(nodes, {})
+
     def close(self) -> None:
         """Do nothing: there is no connection to release."""
 

@@ -101,6 +101,10 @@ class RedisRegistry:
                 note_told(told, event)
                 yield event
 
+    def erase(self) -> None:
+        with foreign_errors(RegistryUnavailable, "erasing the nodes"):
+            self._client.delete(self._keys.nodes, self._keys.loads, self._keys.node_events)
+
     def close(self) -> None:
         # Connections in use stay: a watch in another thread ends by its stop, not by a torn connection.
         self._client.connection_pool.disconnect(inuse_connections=False)

@@ -230,6 +230,21 @@ def test_a_record_replaces_the_one_before_it(registry: Registry) -> None:
     assert list(registry.list()) == [restarted]
 
 
+def test_an_erased_registry_knows_no_node_and_tells_so(open_registry: OpenRegistry) -> None:
+    events, registry = watch_from_now(open_registry()), open_registry()
+    registry.register(RICH)
+    assert take(events, 1) == [f"joined {RICH.id}/{RICH.epoch}"]
+    registry.erase()
+    assert list(registry.list()) == []
+    assert sorted(take(events, 2)) == ["left first/1", f"left {RICH.id}/{RICH.epoch}"]
+    with pytest.raises(NodeNotFound):
+        registry.beat(RICH.id, LOADED, NodeStatus.ONLINE)
+    registry.register(RICH)
+    assert list(registry.list()) == [RICH]
+    registry.erase()
+    registry.erase()
+
+
 def test_a_registry_is_closed_before_use_and_twice(open_registry: OpenRegistry) -> None:
     registry = open_registry()
     registry.close()

@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import signal
+from typing import Any
 
 import psutil
 import pytest
 import redis
 
-from cluster_tasks.redis_store import connect
+from cluster_tasks.redis_store import RememberedScript, connect
 from workers.redis_server import RedisServer
+
+
+class Forgetful(redis.Redis):
+    """A client of a Redis that forgets each script as soon as it has been loaded."""
+
+    def script_load(self, script: Any) -> Any:
+        loaded = super().script_load(script)
+        self.script_flush()
+        return loaded
+
+
+def test_a_script_runs_once_however_often_redis_forgets_it(redis_server: RedisServer) -> None:
+    with Forgetful.from_url(redis_server.url) as client:
+        count = RememberedScript(client, "return redis.call('INCRBY', KEYS[1], ARGV[1])")
+        assert [count(keys=["count"], args=[2]) for _ in range(2)] == [2, 4]
+        client.script_flush()
+        assert count(["count"], [1]) == 5
 
 
 def test_a_server_that_falls_silent_costs_one_time_out_and_not_one_for_each_idle_connection(

@@ -2,32 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from cluster_tasks.model import Node, NodeStatus
+from tests.chaos.levels import RECOVERY
+from tests.consul_server import ConsulServer
+from tests.etcd_server import EtcdServer
 from tests.process.accounts import END_S, finish
 from tests.process.conftest import NewWorker
 from tests.process.jobs import Jobs, make_jobs
 from tests.process.nodes import running
 from tests.servers import redis_for_results
 from tests.waiting import wait_until
-from workers.redis_server import RedisServer
 
 SERVES = frozenset({"llm"})
 
 
-@pytest.fixture
-def discovery(redis_binary: str, tmp_path: Path) -> Iterator[RedisServer]:
+class Discovery(NamedTuple):
     """The service that keeps the registry, not the one that keeps the jobs."""
-    with redis_for_results(tmp_path / "discovery") as server:
-        yield server
+
+    url: str
+    stop: Callable[[], None]
+    start: Callable[[], object]
+
+
+@pytest.fixture(params=["redis", "consul", "etcd"])
+def discovery(request: pytest.FixtureRequest, redis_binary: str, tmp_path: Path) -> Iterator[Discovery]:
+    """Each of them in turn."""
+    directory = tmp_path / "discovery"
+    if request.param == "redis":
+        with redis_for_results(directory) as kept:
+            yield Discovery(kept.url, kept.stop, kept.start)
+    elif request.param == "consul":
+        with ConsulServer(directory) as consul:
+            yield Discovery(consul.url(), consul.stop, consul.start)
+    else:
+        with EtcdServer(directory) as etcd:
+            yield Discovery(etcd.url, etcd.stop, etcd.start)
 
 
 @pytest.fixture
-def jobs(redis_url: str, discovery: RedisServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Jobs]:
+def jobs(redis_url: str, discovery: Discovery, monkeypatch: pytest.MonkeyPatch) -> Iterator[Jobs]:
     """The app under test, with its registry in a service of its own."""
     monkeypatch.setenv("CLUSTER_BROKER_URL", redis_url)
     monkeypatch.setenv("CLUSTER_REGISTRY_URL", discovery.url)
@@ -51,7 +74,7 @@ def send(jobs: Jobs, number: int) -> list[object]:
 
 
 def test_a_node_that_discovery_does_not_know_works_and_is_known_again(
-    jobs: Jobs, discovery: RedisServer, new_worker: NewWorker
+    jobs: Jobs, discovery: Discovery, new_worker: NewWorker
 ) -> None:
     with running(new_worker("a")):
         epochs = standing(jobs)
@@ -62,7 +85,7 @@ def test_a_node_that_discovery_does_not_know_works_and_is_known_again(
             assert by_node["a@test"]
             assert standing(jobs).items() > epochs.items(), "nobody was taken for dead"
             discovery.start()
-            wait_until(lambda: known(jobs) == standing(jobs), END_S, "discovery came back empty and knows them all")
+            wait_until(lambda: known(jobs) == standing(jobs), END_S, "discovery is back and knows them all")
     assert [event.kind for event in jobs.cluster.events.latest() if event.kind == "node lost"] == []
 
 
@@ -96,3 +119,17 @@ def test_who_drains_is_what_the_fence_says(jobs: Jobs, new_worker: NewWorker) ->
         jobs.cluster.registry.set_status("a@test", NodeStatus.DRAINING)
         assert says(NodeStatus.ONLINE)
         assert finish(send(jobs, 20)) == {"a@test": 20}
+
+
+@pytest.mark.timeout(300)
+def test_the_demo_ends_as_well_with_each_registry(
+    discovery: Discovery, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    command = [sys.executable, "-m", "cluster_tasks.cli.main", "demo", "--json"]
+    environ = {**os.environ, "TMPDIR": str(tmp_path), "CLUSTER_REGISTRY_URL": discovery.url}
+    done = subprocess.run(command, env=environ, capture_output=True, timeout=280)
+    assert done.returncode == 0, done.stderr.decode()
+    told = json.loads(done.stdout)
+    assert (told["failed"], told["lost"], told["committed_twice"]) == (0, 0, 0)
+    assert told["held_by_killed_node"] > 0
+    record_property(RECOVERY, [(told["detected_after_s"], told["reowned_after_s"])])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from kombu.exceptions import OperationalError
@@ -93,6 +95,29 @@ def test_nodes_outlast_a_redis_that_is(
             assert {notes.llen(f"test:started:{result.id}") for result in results} == {1}
         assert "node lost" not in [event.kind for event in jobs.cluster.events.latest(1000)]
     del results
+    jobs.app.close()
+
+
+@pytest.mark.parametrize("fault", [refusing_writes_for_lack_of_memory, restarted])
+def test_a_job_whose_next_step_cannot_be_published_does_not_fail_for_it(
+    fault: Fault, lasting_redis: RedisServer, redis_server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLUSTER_BROKER_URL", lasting_redis.url)
+    jobs, environ = make_jobs(), {"TEST_NOTES_URL": redis_server.url}
+    app = "tests.process.impatient"
+    worker = WorkerProcess("a", lasting_redis.url, tmp_path, app=app, pool="threads", environ=environ)
+    with running(worker), connect(redis_server.url) as notes:
+        last = (jobs.work.si(1.0) | jobs.work.si()).apply_async()
+        first: Any = last.parent
+        first_id = first.id
+        wait_until(lambda: notes.llen(f"test:started:{first_id}"), END_S, "it runs")
+        with fault(jobs, lasting_redis):
+            # Then it is let lie at once. Were it to fail, that would be stored as soon as Redis is back.
+            told = rf"the end of job jobs\.work\[{first_id}\] is not stored|Connection to Redis lost: Retry"
+            wait_until(lambda: re.search(told, worker.read_log()), END_S, "it cannot be published")
+        assert [last.get(timeout=END_S), first.get(timeout=END_S)] == [worker.id] * 2
+        wait_until_nothing_is_left(jobs)
+    del first, last
     jobs.app.close()
 
 

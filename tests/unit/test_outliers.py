@@ -12,8 +12,12 @@ from cluster_tasks.model import Recent
 SLOW = 10.0
 
 
-def node(node_id: str, jobs: int = 50, failures: int = 0, latency_s: float = 1.0, task: str = "chat") -> Record:
-    return Record(node_id, {task: Recent(jobs=jobs, failures=failures, latency_s=latency_s)})
+def node(
+    node_id: str, jobs: int = 50, failures: int = 0, latency_s: float = 1.0, task: str = "chat",
+    sure_latency_s: float | None = None,
+) -> Record:  # fmt: skip
+    sure_s = latency_s if sure_latency_s is None else sure_latency_s
+    return Record(node_id, {task: Recent(jobs=jobs, failures=failures, latency_s=latency_s, sure_latency_s=sure_s)})
 
 
 def named(*records: Record, slow_factor: float = SLOW) -> list[str]:
@@ -23,7 +27,9 @@ def named(*records: Record, slow_factor: float = SLOW) -> list[str]:
 def recents(failures: st.SearchStrategy[float] | None = None) -> st.SearchStrategy[Recent]:
     """Any report; ``failures`` is drawn from as the share that failed."""
     return st.builds(
-        lambda jobs, share, latency_s: Recent(jobs=jobs, failures=round(jobs * share), latency_s=latency_s),
+        lambda jobs, share, latency_s: Recent(
+            jobs=jobs, failures=round(jobs * share), latency_s=latency_s, sure_latency_s=latency_s
+        ),
         st.integers(0, 100), failures or st.floats(0, 1), st.floats(0, 100),
     )  # fmt: skip
 
@@ -43,6 +49,10 @@ def test_a_node_that_takes_ten_times_as_long_as_the_others_is_named() -> None:
     assert named(node("a", latency_s=10), node("b"), node("c")) == ["a"]
     assert named(node("a", latency_s=9.9), node("b"), node("c")) == []
     assert named(node("a", latency_s=100), node("b"), node("c"), slow_factor=0) == []
+
+
+def test_a_node_that_may_have_met_long_jobs_by_chance_is_not_slow() -> None:
+    assert named(node("a", latency_s=30, sure_latency_s=0.1), node("b"), node("c")) == []
 
 
 def test_a_hiccup_of_milliseconds_is_not_slow() -> None:

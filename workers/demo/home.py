@@ -13,13 +13,15 @@ from pathlib import Path
 
 from celery.backends.redis import RedisBackend
 
+from cluster_tasks.clock import SystemClock
 from cluster_tasks.keys import Keys
 from cluster_tasks.redis_store import connect
+from cluster_tasks.registry import create_registry
 from cluster_tasks.settings import ENV_PREFIX
 from workers.demo.record import EXECUTED, Record
 from workers.local import LocalCluster, Plan
 
-KEPT = {"CLUSTER_BROKER_URL", "CLUSTER_SENTINEL_MASTER"}
+KEPT = {"CLUSTER_BROKER_URL", "CLUSTER_SENTINEL_MASTER", "CLUSTER_REGISTRY_URL"}
 DEFAULTS = '"""The demo runs with the defaults, whatever is set elsewhere."""\n'
 
 # Deletes a folder when the process at the other end of the pipe is gone; its dying nodes may still write.
@@ -34,14 +36,14 @@ for _ in range(30):
 
 @contextmanager
 def own_cluster(nodes: int, strategy: str, flower_port: int) -> Iterator[LocalCluster]:
-    """Start a cluster with nothing of the caller's but a Redis, on which it takes a name of its own.
+    """Start a cluster with nothing of the caller's but a Redis and a registry, on which it takes a name of its own.
 
     Nodes that die stay dead, so that others must do their work. Raises as ``LocalCluster.start`` does.
     """
     for variable in [name for name in os.environ if name.startswith(ENV_PREFIX) and name not in KEPT]:
         del os.environ[variable]
-    broker_url = os.environ.get("CLUSTER_BROKER_URL", "")
-    if broker_url:
+    broker_url, registry_url = (os.environ.get(f"{ENV_PREFIX}{kind}_URL", "") for kind in ("BROKER", "REGISTRY"))
+    if broker_url or registry_url:
         os.environ["CLUSTER_NAME"] = f"demo-{secrets.token_hex(4)}"
     with _passing_folder() as folder, chdir(folder):
         # Found before any other celeryconfig: here by the path, in the nodes by their current folder.
@@ -55,6 +57,9 @@ def own_cluster(nodes: int, strategy: str, flower_port: int) -> Iterator[LocalCl
         finally:
             if broker_url:
                 _delete_keys(broker_url, os.environ["CLUSTER_NAME"])
+            if registry_url:
+                keys = Keys(os.environ["CLUSTER_NAME"])
+                create_registry(registry_url, broker_url=broker_url, keys=keys, clock=SystemClock()).erase()
 
 
 @contextmanager
