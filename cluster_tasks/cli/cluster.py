@@ -5,8 +5,6 @@ A command is a function under ``@cluster.command()`` and ``@pass_cluster``; it l
 
 from __future__ import annotations
 
-import json
-import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -19,20 +17,18 @@ from celery.platforms import EX_FAILURE, EX_OK
 from celery.utils.nodenames import default_nodename, host_format
 from kombu.utils.imports import symbol_by_name
 
-from cluster_tasks.broker.epochs import MAX_EVENTS
 from cluster_tasks.broker.placement import UNDECODABLE_KEPT
+from cluster_tasks.cli.events import events, tell_changes
 from cluster_tasks.cli.group import ClusterGroup, json_option, pass_cluster
 from cluster_tasks.cli.quarantine import quarantine
+from cluster_tasks.cli.registry import registry
 from cluster_tasks.cli.summary import Summary, summarize
 from cluster_tasks.cli.tables import Cell, Column, moment, print_json, print_rows, printable
 from cluster_tasks.cluster import Cluster, cluster_of
 from cluster_tasks.errors import ClusterError, NodeNotFound, UnavailableError
-from cluster_tasks.failover.events import ClusterEvent
 from cluster_tasks.model import Node, NodeFilter, NodeRole, NodeStatus, check_node_id, check_request_type
 from cluster_tasks.runtime import check_runtime
 
-FOLLOW_S = 1.0
-"""How long one read waits for news; less than the time-out of a socket."""
 NODE_COLUMNS = (
     Column("id", whole=True), Column("status", whole=True), Column("roles", wide=True), Column("serves"),
     Column("held", number=True), Column("queue", number=True), Column("qps", number=True),
@@ -40,7 +36,6 @@ NODE_COLUMNS = (
     Column("memory_mb", number=True, wide=True), Column("success_rate", number=True, wide=True),
     Column("epoch", wide=True), Column("last_seen_s", number=True),
 )  # fmt: skip
-EVENT_COLUMNS = (Column("time", min_width=25), Column("kind", min_width=13), Column("facts"))
 STATUS_COLUMNS = (Column("name"), Column("value"))
 
 
@@ -57,7 +52,9 @@ def cluster() -> None:
     """
 
 
+cluster.add_command(events)
 cluster.add_command(quarantine)
+cluster.add_command(registry)
 
 
 def _metadata(_: click.Context, __: click.Parameter, values: Sequence[str]) -> Mapping[str, str]:
@@ -80,6 +77,9 @@ def _request_type(_: click.Context, __: click.Parameter, value: str | None) -> s
 @click.option("--type", "request_type", metavar="TYPE", callback=_request_type, help="Only nodes that serve this type.")
 @click.option("--metadata", metavar="KEY=VALUE", multiple=True, callback=_metadata,
               help="Only nodes with this in their metadata; can be repeated.")  # fmt: skip
+@click.option(
+    "--watch", is_flag=True, help="Tell who joins, changes and leaves until Ctrl-C; with --json an object a line."
+)
 @json_option
 @pass_cluster
 def nodes(
@@ -88,6 +88,7 @@ def nodes(
     role: NodeRole | None,
     request_type: str | None,
     metadata: Mapping[str, str],
+    watch: bool,
     as_json: bool,
 ) -> None:
     """List the nodes and what they carry.
@@ -100,7 +101,11 @@ def nodes(
     \b
     Example: celery -A cluster_tasks cluster nodes --status online --type llm
     """
-    found = cluster.nodes(NodeFilter(status, role, request_type, metadata))
+    where = NodeFilter(status, role, request_type, metadata)
+    if watch:
+        tell_changes(cluster, where, as_json)
+        return
+    found = cluster.nodes(where)
     if as_json:
         print_json([node.model_dump(mode="json") for node in found])
     else:
@@ -165,53 +170,6 @@ def _status_cells(summary: Summary) -> Iterator[tuple[str, str]]:
 
 def _counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
-
-
-@cluster.command()
-@click.option("--count", type=click.IntRange(1, MAX_EVENTS), default=20, show_default=True, help="How many at most.")
-@click.option("--follow", is_flag=True, help="Go on with what happens until Ctrl-C; with --json an object a line.")
-@json_option
-@pass_cluster
-def events(cluster: Cluster, count: int, follow: bool, as_json: bool) -> None:
-    """Tell what happened in the cluster, the oldest first.
-
-    \b
-    Example: celery -A cluster_tasks cluster events --count 5 --follow
-    """
-    latest = cluster.events.latest(count)
-    if as_json and not follow:
-        print_json([asdict(event) for event in latest])
-        return
-    _print_events(latest, as_json)
-    if follow:
-        try:
-            _follow(cluster, latest[-1].id if latest else "0", as_json)
-        except KeyboardInterrupt:
-            click.get_current_context().exit(128 + signal.SIGINT)
-
-
-def _follow(cluster: Cluster, position: str, as_json: bool) -> None:
-    while True:
-        if news := cluster.events.after(position, FOLLOW_S):
-            _print_events(news, as_json, header=False)
-            position = news[-1].id
-
-
-def _print_events(found: Sequence[ClusterEvent], as_json: bool, *, header: bool = True) -> None:
-    if as_json:
-        for event in found:
-            print_json(asdict(event), one_line=True)
-    else:
-        print_rows(EVENT_COLUMNS, [_event_cells(event) for event in found], header=header)
-
-
-def _event_cells(event: ClusterEvent) -> tuple[str, str, str]:
-    return moment(event.timestamp), event.kind, " ".join(f"{key}={_fact(fact)}" for key, fact in event.facts.items())
-
-
-def _fact(fact: Any) -> str:
-    # Quoted, whatever it holds: neither a tab nor an escape code reaches the terminal.
-    return fact if isinstance(fact, str) and fact.isprintable() else json.dumps(fact)
 
 
 @cluster.command()
