@@ -21,6 +21,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from cluster_tasks.consul_url import parse_consul_url
 from cluster_tasks.settings import CONF_PREFIX, ENV_PREFIX, ClusterSettings, load_settings
 
 ROOT = Path(__file__).parents[2]
@@ -63,6 +64,15 @@ def test_flower_asks_for_a_password_only_if_the_shell_has_one() -> None:
     flower = SERVICES["flower"]
     assert flower["environment"]["FLOWER_BASIC_AUTH"] is None
     assert "basic" not in flower["command"]
+
+
+def test_the_profile_with_consul_is_one_that_the_nodes_can_be_pointed_at() -> None:
+    consul = SERVICES["consul"]
+    assert consul["profiles"] == ["consul"]
+    assert SERVICES["worker"]["environment"]["CLUSTER_REGISTRY_URL"] == "${CLUSTER_REGISTRY_URL:-}"
+    (told,) = re.findall(r"CLUSTER_REGISTRY_URL=(\S+) docker compose", (ROOT / "docker-compose.yml").read_text())
+    assert parse_consul_url(told).host == "consul"
+    assert any("consul" in re.findall(r"\w+", command) for command in instructions("RUN") if "pip install" in command)
 
 
 def test_redis_keeps_the_jobs_over_a_restart_and_throws_none_away() -> None:
