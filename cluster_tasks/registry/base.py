@@ -6,12 +6,19 @@ A registry answers *who exists*. Who may *work* is decided by the epoch table in
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from threading import Event
 from typing import Protocol
 
+from cluster_tasks.errors import RegistryUnavailable
 from cluster_tasks.model import EventType, Load, Node, NodeEvent, NodeFilter, NodeStatus
 
+logger = logging.getLogger(__name__)
+
+RETRY_S = 0.5
+"""About how long a watch waits before it asks a registry again that did not answer."""
 ALL = NodeFilter()
 BEATEN = {"load", "last_seen"}
 """Fields that every beat renews; watchers are not told of them."""
@@ -89,3 +96,25 @@ def note_told(told: dict[str, Node], event: NodeEvent) -> None:
         told.pop(event.node.id, None)
     else:
         told[event.node.id] = event.node
+
+
+def follow(news: Callable[[], Sequence[NodeEvent]], stop: Event) -> Iterator[NodeEvent]:
+    """Yield what each call of ``news`` returns until ``stop`` is set. It raises RegistryUnavailable in an outage."""
+    lost = False
+    while not stop.is_set():
+        try:
+            events = news()
+        except RegistryUnavailable as exc:
+            if not lost:
+                logger.warning("registry lost, the watch goes on when it answers", extra={"reason": str(exc)})
+            lost = True
+            # Not all at once, when it is back.
+            stop.wait(random.uniform(0.5, 1.5) * RETRY_S)
+            continue
+        if lost:
+            logger.info("registry answers again")
+            lost = False
+        for event in events:
+            if stop.is_set():
+                return
+            yield event

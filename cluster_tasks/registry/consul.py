@@ -40,7 +40,7 @@ from cluster_tasks.consul_url import ConsulUrl, parse_consul_url
 from cluster_tasks.errors import NodeNotFound, RegistryUnavailable
 from cluster_tasks.keys import Keys
 from cluster_tasks.model import Load, Node, NodeEvent, NodeFilter, NodeStatus
-from cluster_tasks.registry.base import ALL, changes, note_told
+from cluster_tasks.registry.base import ALL, changes, follow, note_told
 from cluster_tasks.registry.consul_catalog import Catalog
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,6 @@ WAIT_S = 0.9
 """For a change, in one query. Consul adds up to a sixteenth, so that its clients do not come all at once."""
 PAUSE_S = 0.05
 """Between queries that told nothing: one for a key that does not exist wakes with every write to the store."""
-RETRY_S = 0.5
 ATTEMPTS = 40
 CONFLICT_PAUSE_S = 0.005
 LONGEST_CONFLICT_PAUSE_S = 0.5
@@ -127,26 +126,18 @@ class ConsulRegistry:
     def watch(self, stop: Event) -> Iterator[NodeEvent]:
         told: dict[str, Node] = {}
         link: _Link | None = None
-        index, lost = 0, False
-        while not stop.is_set():
-            try:
-                index, link, events = self._news(index, link, told)
-            except RegistryUnavailable as exc:
-                if not lost:
-                    logger.warning("registry lost, the watch goes on when it answers", extra={"reason": str(exc)})
-                lost = True
-                stop.wait(random.uniform(0.5, 1.5) * RETRY_S)
-                continue
-            if lost:
-                logger.info("registry answers again")
-                lost = False
+        index = 0
+
+        def news() -> Sequence[NodeEvent]:
+            nonlocal index, link
+            index, link, events = self._news(index, link, told)
             for event in events:
-                if stop.is_set():
-                    return
                 note_told(told, event)
-                yield event
             if not events:
                 stop.wait(PAUSE_S)
+            return events
+
+        return follow(news, stop)
 
     def erase(self) -> None:
         for node_id in self._snapshot()[0]:

@@ -35,14 +35,13 @@ from cluster_tasks.etcd.store import (
 )  # fmt: skip
 from cluster_tasks.keys import Keys
 from cluster_tasks.model import Load, Node, NodeEvent, NodeFilter, NodeStatus
-from cluster_tasks.registry.base import ALL, BEATEN
+from cluster_tasks.registry.base import ALL, BEATEN, follow
 from cluster_tasks.registry.etcd_watch import Following, Place, Snapshot
 from cluster_tasks.settings import SecretUrl
 
 logger = logging.getLogger(__name__)
 
 KINDS = frozenset({"loads", "mark", "nodes", "past"})
-RETRY_S = 0.5
 RENEWALS = 5
 """How often, in the time that a lease lasts, a node that beats keeps it alive."""
 
@@ -141,24 +140,8 @@ class EtcdRegistry:
 
     def watch(self, stop: Event) -> Iterator[NodeEvent]:
         following = Following(self._store, self._folder, self._snapshot, self._read, self._clock)
-        lost = False
         try:
-            while not stop.is_set():
-                try:
-                    events = following.news()
-                except RegistryUnavailable as exc:
-                    if not lost:
-                        logger.warning("registry lost, the watch goes on when it answers", extra={"reason": str(exc)})
-                    lost = True
-                    stop.wait(RETRY_S)
-                    continue
-                if lost:
-                    logger.info("registry answers again")
-                    lost = False
-                for event in events:
-                    if stop.is_set():
-                        return
-                    yield event
+            yield from follow(following.news, stop)
         finally:
             following.close()
 

@@ -21,7 +21,7 @@ from cluster_tasks.errors import NodeNotFound, RegistryUnavailable
 from cluster_tasks.keys import Keys
 from cluster_tasks.model import EventType, Load, Node, NodeEvent, NodeFilter, NodeStatus
 from cluster_tasks.redis_store import connect, foreign_errors, load_script, text
-from cluster_tasks.registry.base import ALL, BEATEN, changes, note_told
+from cluster_tasks.registry.base import ALL, BEATEN, changes, follow, note_told
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,6 @@ EVENTS_KEPT = 10_000
 """About how many events the stream keeps: a watcher that falls back further compares lists."""
 READ_AT_MOST = 1_000
 BLOCK_MS = 1_000
-RETRY_S = 0.5
 TOLD_TYPES = frozenset(EventType)
 ANCHOR = "anchor"
 """Type of an entry that tells nothing: a watcher of an empty stream needs an id to go on from."""
@@ -82,24 +81,15 @@ class RedisRegistry:
     def watch(self, stop: Event) -> Iterator[NodeEvent]:
         told: dict[str, Node] = {}
         cursor: str | None = None
-        lost = False
-        while not stop.is_set():
-            try:
-                cursor, events = self._news(cursor, told)
-            except RegistryUnavailable as exc:
-                if not lost:
-                    logger.warning("registry lost, the watch goes on when it answers", extra={"reason": str(exc)})
-                lost = True
-                stop.wait(RETRY_S)
-                continue
-            if lost:
-                logger.info("registry answers again")
-                lost = False
+
+        def news() -> Sequence[NodeEvent]:
+            nonlocal cursor
+            cursor, events = self._news(cursor, told)
             for event in events:
-                if stop.is_set():
-                    return
                 note_told(told, event)
-                yield event
+            return events
+
+        return follow(news, stop)
 
     def erase(self) -> None:
         with foreign_errors(RegistryUnavailable, "erasing the nodes"):
