@@ -72,7 +72,12 @@ class RollingRestart:
         if not _wait_for(lambda: self._supervisor.states()[name] in ENDED, stop_s):
             raise ClusterError(f"{name} was told to end {stop_s:g} s ago and has not")
         self._supervisor.start(name)
-        if not _wait_for(lambda: self._epoch_online(name) not in ("", before), self._start_timeout_s):
+
+        def is_back() -> bool:
+            # The supervisor itself takes a program for started only after a while.
+            return self._supervisor.states()[name] == RUNNING and self._epoch_online(name) not in ("", before)
+
+        if not _wait_for(is_back, self._start_timeout_s):
             words = last_words(self._directory, name)
             raise ClusterError(
                 f"{name} is not back after {self._start_timeout_s:g} s, and the rest is left as it is. It is "

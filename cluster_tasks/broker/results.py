@@ -141,7 +141,11 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
         # An error of the task itself may be on its way up here.
         token = _error_before.set(sys.exception())
         try:
-            return super().on_chord_part_return(request, state, result, propagate, **kwargs)
+            with refusals_as_outages(self.client):
+                return super().on_chord_part_return(request, state, result, propagate, **kwargs)
+        except (redis.ConnectionError, redis.TimeoutError) as exc:
+            # Celery would take it for an error of the task, whose end is stored, and count the part as failed.
+            raise EndNotStored(f"the part {request.id} of a chord could not be counted: {exc}") from exc
         finally:
             _error_before.reset(token)
 

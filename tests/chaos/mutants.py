@@ -14,11 +14,10 @@ from hashlib import sha1
 from typing import Any
 
 import redis
-from redis.commands.core import Script
 
 from cluster_tasks.broker import channel
 from cluster_tasks.broker.deliveries import Deliveries
-from cluster_tasks.redis_store import script_source
+from cluster_tasks.redis_store import RememberedScript, script_source
 
 MUTANT = os.environ.get("CHAOS_MUTANT", "")
 RECORDED_LATER_S = 0.3
@@ -50,12 +49,12 @@ def mutate(source: str) -> str:
     return source
 
 
-register: Callable[..., Script] = redis.Redis.register_script
+remember: Callable[..., None] = RememberedScript.__init__
 receive: Callable[..., None] = Deliveries.receive
 
 
-def register_mutated(client: redis.Redis, script: str) -> Script:
-    return register(client, mutate(script))
+def remember_mutated(self: RememberedScript, client: redis.Redis, script: str) -> None:
+    remember(self, client, mutate(script))
 
 
 def record_later(self: Any, deliveries: Collection[tuple[str, bytes]], *rest: Any) -> None:
@@ -66,7 +65,7 @@ def record_later(self: Any, deliveries: Collection[tuple[str, bytes]], *rest: An
 
 
 if MUTANT:
-    redis.Redis.register_script = register_mutated
+    RememberedScript.__init__ = remember_mutated  # type: ignore[method-assign]
 if MUTANT == "fetch":
     Deliveries.receive = record_later
     # The channel writes this one to its socket itself.

@@ -144,6 +144,18 @@ def test_an_end_that_was_refused_or_not_stored_is_not_replaced_by_a_failure(
     assert broker.held("a", epoch) == ["job"]
 
 
+def test_a_part_of_a_chord_that_cannot_be_counted_has_not_failed(broker: Broker, app: Celery, epoch: str) -> None:
+    # Its end may be lost with a Redis that was demoted: then Celery's failure would be the first end on the new one.
+    chord = {"task": "body", "options": {"task_id": "body"}, "chord_size": 1}
+    request = take(broker, epoch, "job", group="parts", chord=chord)
+    broker.client.config_set("min-replicas-to-write", 1)
+    try:
+        with pytest.raises(EndNotStored, match="part job of a chord could not be counted"):
+            app.backend.on_chord_part_return(request, "SUCCESS", 42)
+    finally:
+        broker.client.config_set("min-replicas-to-write", 0)
+
+
 def test_a_job_goes_on_though_redis_takes_no_news_of_it(
     broker: Broker, app: Celery, epoch: str, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -61,6 +61,7 @@ class Fork:
     def __init__(self, words: list[str], environ: Mapping[str, str], log: Path) -> None:
         """Start ``celery`` with these words and nothing in its environment but ``environ``; it appends to ``log``."""
         self._log = log
+        log.touch()
         self.returncode: int | None = None
         order = {"argv": words, "environ": dict(environ), "log": str(log), "directory": str(Path.cwd())}
         pid = fork_server().ask("fork", **order)
