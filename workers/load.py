@@ -12,6 +12,7 @@ from statistics import median
 
 import psutil
 
+from cluster_tasks.failover.outliers import SURE
 from cluster_tasks.model import Load, Recent
 
 QPS_WINDOW_S = 10.0
@@ -20,8 +21,6 @@ HISTORY = 200
 RECENT = 100
 """Jobs that are compared with those of other nodes."""
 RECENT_S = 300.0
-SURE = 4.0
-"""Standard deviations of chance that are allowed for: nodes are compared again and again."""
 ALARMING = 10
 """So many failures in a row are told at once."""
 

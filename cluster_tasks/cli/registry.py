@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from queue import Empty, SimpleQueue
 
@@ -127,6 +128,8 @@ def _life_of_a_node(kept: Registry) -> Iterator[Finding]:
     finally:
         stop.set()
         watching.join()
+        with suppress(UnavailableError):
+            kept.deregister(node.id, node.epoch)
 
 
 def _clocks(nodes: Sequence[Node], now: float) -> Finding:

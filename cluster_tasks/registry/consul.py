@@ -83,7 +83,7 @@ class ConsulRegistry:
         self._client = ConsulClient(address)
         self._catalog = Catalog(self._client, address, keys.name)
         self._clock, self._events_kept = clock, events_kept
-        self._prefix = prefix = f"{address.service}/{keys.name}/"
+        prefix = f"{address.service}/{keys.name}/"
         self._nodes, self._events, self._head = f"{prefix}nodes/", f"{prefix}events/", f"{prefix}head"
         self._may_read, self._may_write = (f'key_prefix "{prefix}" {{ policy = "{p}" }}' for p in ("read", "write"))
         self._written: dict[str, Entry] = {}
@@ -144,7 +144,10 @@ class ConsulRegistry:
             self._catalog.remove(node_id)
         self._written.clear()
         with self._unavailable("erasing the nodes", self._may_write):
-            self._client.transact([{"Verb": "delete-tree", "Key": self._prefix}])
+            # Not all of the cluster: its locks are its neighbours.
+            self._client.transact(
+                [{"Verb": "delete-tree", "Key": key} for key in (self._nodes, self._events, self._head)]
+            )
 
     def close(self) -> None:
         # Connections in use stay: a watch in another thread ends by its stop, not by a torn connection.

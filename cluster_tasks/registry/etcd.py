@@ -147,7 +147,9 @@ class EtcdRegistry:
 
     def erase(self) -> None:
         self._beaten.clear()
-        self._store.commit([], [delete(self._folder, f"{self._folder[:-1]}0")], "erasing the nodes")
+        # Not all of the cluster: its locks are its neighbours.
+        folders = [delete(f"{self._folder}{kind}/", f"{self._folder}{kind}0") for kind in ("loads", "nodes", "past")]
+        self._store.commit([], [delete(f"{self._folder}mark"), *folders], "erasing the nodes")
 
     def close(self) -> None:
         self._store.close()

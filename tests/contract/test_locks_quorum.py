@@ -21,6 +21,7 @@ from cluster_tasks.keys import Keys
 from cluster_tasks.locks import Locks, create_locks
 from cluster_tasks.locks.consul import ConsulLocks
 from cluster_tasks.locks.etcd import EtcdLocks
+from cluster_tasks.registry import create_registry
 from tests.consul_server import ConsulCluster, ConsulServer
 from tests.contract.locking import END_S, ConsulStage, EtcdStage, open_consul, open_etcd
 from tests.etcd_server import EtcdServer, etcd_cluster
@@ -301,3 +302,16 @@ def test_without_their_library_locks_in_consul_say_what_to_install(monkeypatch: 
     monkeypatch.setitem(sys.modules, "consul", None)
     with pytest.raises(ConfigurationError, match=re.escape("pip install 'cluster-tasks[consul]'")):
         create_locks("consul://host", broker_url="", keys=Keys(), clock=SystemClock())
+
+
+@pytest.mark.parametrize("kind", ["consul", "etcd"])
+def test_a_registry_that_is_erased_leaves_the_locks_beside_it(kind: str, tmp_path: Path) -> None:
+    keys, clock = Keys("erased"), SystemClock()
+    with ConsulServer(tmp_path) if kind == "consul" else EtcdServer(tmp_path) as server:
+        url = server.url() if isinstance(server, ConsulServer) else server.url
+        registry = create_registry(url, broker_url=url, keys=keys, clock=clock)
+        locks = create_locks(url, broker_url=url, keys=keys, clock=clock)
+        with closing(registry), closing(locks), locks.acquire("shard 1", 60):
+            registry.erase()
+            with pytest.raises(LockTaken):
+                locks.acquire("shard 1", 60)
