@@ -7,10 +7,8 @@ from collections.abc import Callable
 from cluster_tasks.clock import SystemClock
 from cluster_tasks.errors import RegistryUnavailable
 from cluster_tasks.keys import Keys
-from cluster_tasks.model import NodeStatus
-from cluster_tasks.registry import Registry
 from cluster_tasks.registry.etcd import EtcdRegistry
-from tests.contract.test_registry import KEYS, LOADED, RICH
+from tests.contract.test_registry import KEYS
 from tests.waiting import wait_until
 
 PATIENCE_S = 60.0
@@ -20,17 +18,6 @@ LOST = "registry lost, the watch goes on when it answers"
 
 def registry_at(url: str, keys: Keys = KEYS) -> EtcdRegistry:
     return EtcdRegistry(url, keys, SystemClock())
-
-
-def calls(registry: Registry) -> list[Callable[[], object]]:
-    return [
-        lambda: registry.register(RICH),
-        lambda: registry.beat(RICH.id, LOADED, NodeStatus.ONLINE),
-        lambda: registry.deregister(RICH.id, RICH.epoch),
-        lambda: registry.get(RICH.id),
-        lambda: registry.list(),
-        lambda: registry.set_status(RICH.id, NodeStatus.ONLINE),
-    ]
 
 
 def patiently(call: Callable[[], object]) -> None:

@@ -27,6 +27,7 @@ from tests.contract.test_registry import (
     RICH,
     WAIT_S,
     Watcher,
+    calls,
     come_and_go,
     live,
     node,
@@ -75,17 +76,6 @@ def guarded_server(tmp_path: Path) -> Iterator[ConsulServer]:
 
 def through(server: ConsulServer, wire: Wire) -> str:
     return server.url().replace(str(server.port), str(wire.port))
-
-
-def calls(registry: ConsulRegistry) -> list[Callable[[], object]]:
-    return [
-        lambda: registry.register(RICH),
-        lambda: registry.beat(RICH.id, LOADED, NodeStatus.ONLINE),
-        lambda: registry.deregister(RICH.id, RICH.epoch),
-        lambda: registry.get(RICH.id),
-        lambda: registry.list(),
-        lambda: registry.set_status(RICH.id, NodeStatus.ONLINE),
-    ]
 
 
 def services(server: ConsulServer, node_id: str = "") -> list[dict[str, Any]]:

@@ -14,8 +14,19 @@ from cluster_tasks.errors import NodeNotFound, RegistryUnavailable
 from cluster_tasks.etcd.store import TIMEOUT_S
 from cluster_tasks.model import Load, NodeStatus
 from cluster_tasks.registry.etcd import EtcdRegistry
-from tests.contract.etcds import LOST, PATIENCE_S, calls, patiently, registry_at
-from tests.contract.test_registry import LOADED, RICH, WAIT_S, Watcher, come_and_go, node, rest, take, watch_from_now
+from tests.contract.etcds import LOST, PATIENCE_S, patiently, registry_at
+from tests.contract.test_registry import (
+    LOADED,
+    RICH,
+    WAIT_S,
+    Watcher,
+    calls,
+    come_and_go,
+    node,
+    rest,
+    take,
+    watch_from_now,
+)
 from tests.etcd_server import EtcdServer, etcd_cluster
 from tests.process.proxy import Cut, wire_to
 from tests.waiting import wait_until

@@ -21,13 +21,14 @@ from cluster_tasks.keys import Keys
 from cluster_tasks.model import Load, NodeStatus
 from cluster_tasks.registry import create_registry
 from cluster_tasks.registry.etcd import EtcdRegistry
-from tests.contract.etcds import LOST, PATIENCE_S, calls, registry_at
+from tests.contract.etcds import LOST, PATIENCE_S, registry_at
 from tests.contract.test_registry import (
     KEYS,
     LOADED,
     RICH,
     WAIT_S,
     Watcher,
+    calls,
     come_and_go,
     node,
     rest,

@@ -55,6 +55,18 @@ def node(node_id: str, epoch: str = "1", **fields: Any) -> Node:
     return Node(id=node_id, epoch=epoch, **fields)
 
 
+def calls(registry: Registry) -> list[Callable[[], object]]:
+    """Every call of a registry that an outage ends."""
+    return [
+        lambda: registry.register(RICH),
+        lambda: registry.beat(RICH.id, LOADED, NodeStatus.ONLINE),
+        lambda: registry.deregister(RICH.id, RICH.epoch),
+        lambda: registry.get(RICH.id),
+        lambda: registry.list(),
+        lambda: registry.set_status(RICH.id, NodeStatus.ONLINE),
+    ]
+
+
 def said(event: NodeEvent) -> str:
     return f"{event.type} {event.node.id}/{event.node.epoch}"
 
@@ -540,14 +552,7 @@ def test_every_call_during_an_outage_raises_registry_unavailable(
 ) -> None:
     in_redis.register(RICH)
     redis_server.stop()
-    for call in (
-        lambda: in_redis.register(RICH),
-        lambda: in_redis.beat(RICH.id, LOADED, NodeStatus.ONLINE),
-        lambda: in_redis.deregister(RICH.id, RICH.epoch),
-        lambda: in_redis.get(RICH.id),
-        lambda: in_redis.list(),
-        lambda: in_redis.set_status(RICH.id, NodeStatus.ONLINE),
-    ):
+    for call in calls(in_redis):
         with pytest.raises(RegistryUnavailable):
             call()
 
