@@ -33,6 +33,7 @@ from workers.load import measure
 from workers.periodic import Periodic
 from workers.progress import LOOK_EVERY_S, Progress, Pulse, stack_of
 from workers.refusals import Refusals
+from workers.reports import read_to_the_end
 from workers.request import keeping_errors_in
 
 logger = logging.getLogger(__name__)
@@ -76,6 +77,8 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
         )
         # Children of prefork have a GIL of their own; tasks of the other pools share the agent's.
         helper = None if isinstance(worker.pool, PreforkPool) else HeartbeatProcess(cluster.settings, node.id)
+        if isinstance(worker.pool, PreforkPool):
+            read_to_the_end(worker.pool._pool._result_handler)
         executions = Executions(worker.pool)
         agent = NodeAgent(cluster, node, register, lambda: measure(register.held(), register.trial), helper, executions)
         self._accompany(agent, register, executions, Progress(worker, register, executions, self._pulse))

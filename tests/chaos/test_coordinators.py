@@ -38,7 +38,8 @@ def commands_told(coordinator: Fork) -> int:
 def fail_over(stage: Stage, doomed: Fork, way: str) -> None:
     """Let others take over from a coordinator that dies. Of several at once, it may not be the one that acts."""
     if way in ("another comes", "nodes alone"):
-        doomed.wait()
+        # How many commands a failover takes differs: this one may be over before it comes to its last step.
+        wait_until(lambda: doomed.poll() is not None or commands_told(doomed), END_S, "it dies or has failed over")
     if way == "nodes alone":
         stage.worker("heir")
     else:

@@ -35,6 +35,7 @@ class Jobs:
     frail: Any
     stubborn: Any
     stubborn_once: Any
+    verbose: Any
 
 
 def make_jobs() -> Jobs:
@@ -116,6 +117,13 @@ def make_jobs() -> Jobs:
         time.sleep(seconds * (int(illness) if illness else 1))
         return str(self.request.hostname)
 
+    @app.task(base=ClusterTask, bind=True, shared=False, name="jobs.verbose", request_type="llm")
+    def verbose(self: Any, characters: int, seconds: float) -> None:
+        """Take some time, and fail with an error of so many characters."""
+        note(f"started:{self.request.id}", self.request.hostname)
+        time.sleep(seconds)
+        raise ValueError("x" * characters)
+
     def take_long_the_first_time(self: Any, seconds: float = 600.0) -> str:
         """Whoever runs it first does not come to its end in time."""
         if len(note(f"started:{self.request.id}", self.request.hostname)) == 1:
@@ -127,7 +135,8 @@ def make_jobs() -> Jobs:
     stubborn_once = app.task(name="jobs.stubborn_once", rerun_on_crash=False, **options)(take_long_the_first_time)
 
     return Jobs(
-        app, cluster, work, flaky, plain, hog, fatal, once, silent, huge, limited, leave, frail, stubborn, stubborn_once
+        app, cluster, work, flaky, plain, hog, fatal, once, silent, huge, limited, leave, frail, stubborn,
+        stubborn_once, verbose,
     )  # fmt: skip
 
 
