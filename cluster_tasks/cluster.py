@@ -22,6 +22,7 @@ from cluster_tasks.broker.amqp import ClusterAMQP, ClusterQueues
 from cluster_tasks.broker.delays import DelayedJob, delayed_jobs
 from cluster_tasks.broker.epochs import EpochTable, Lists
 from cluster_tasks.broker.revocations import ClusterControl, Revocations
+from cluster_tasks.cache import Cache, Caches, create_caches
 from cluster_tasks.clock import SystemClock
 from cluster_tasks.configuration import configure
 from cluster_tasks.errors import (
@@ -150,6 +151,16 @@ class Cluster:
             self.settings.registry_url, broker_url=self._broker_url, keys=self.keys, clock=self.clock,
             sentinel_master=self.settings.sentinel_master,
         )  # fmt: skip
+
+    @cached_property
+    def caches(self) -> Caches:
+        """What is kept so as not to compute it again, by namespaces."""
+        return create_caches(self.settings, self.keys, self.clock)
+
+    @property
+    def cache(self) -> Cache:
+        """The namespace of the cache for tasks of your own that name none."""
+        return self.caches.namespace()
 
     @cached_property
     def events(self) -> EventLog:

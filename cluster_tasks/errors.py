@@ -68,6 +68,10 @@ class LocksUnavailable(UnavailableError):
     """The service that holds the locks did not answer."""
 
 
+class CacheUnavailable(UnavailableError):
+    """The cache did not answer, lately at least."""
+
+
 class StoreUnavailable(UnavailableError):
     """The document store could not be read or written."""
 

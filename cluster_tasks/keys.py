@@ -255,6 +255,30 @@ class Keys:
         """List (JSON) of what a provider was asked in each second of the last minute."""
         return f"{self.name}:limits:{provider}"
 
+    # The cache, which may live in another Redis. Braces: what concerns one key is in one slot of a Redis Cluster.
+
+    def cache_entry(self, namespace: str, key: str) -> str:
+        """A value of the cache."""
+        return f"{self.name}:cache:{{{namespace}:{key}}}"
+
+    def cache_lease(self, namespace: str, key: str) -> str:
+        """Token of whoever computes that value."""
+        return f"{self.name}:cache:{{{namespace}:{key}}}:lease"
+
+    def cache_state(self, namespace: str) -> str:
+        """Hash of the generation of a namespace and its last change."""
+        return f"{self.name}:cache_state:{namespace}"
+
+    @property
+    def cache_changes(self) -> str:
+        """Channel on which changes of cached values are told."""
+        return f"{self.name}:cache_changes"
+
+    @property
+    def cache_counters(self) -> str:
+        """Hash of what all processes have counted of the cache."""
+        return f"{self.name}:cache_counters"
+
     # Locks, where they live in Redis.
 
     def lock(self, quoted_name: str) -> str:

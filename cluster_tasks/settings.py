@@ -37,6 +37,7 @@ SECRET_WORDS = ("_key", "_password", "_secret", "_fallbacks", "alert_url")
 """In the name of a setting whose value is never shown."""
 CERTIFICATE_CHECKS = ("required", "optional", "none")
 BROKER_SCHEMES = ("redis", "rediss", "redis+socket", "sentinel")
+CACHE_CLUSTER_SCHEMES = ("redis+cluster", "rediss+cluster")
 
 
 class SecretUrl(SecretStr):
@@ -252,6 +253,23 @@ class ClusterSettings(BaseSettings):
     given others."""
     breaker_timeout_s: Seconds = 30.0
     """How long a provider, or a node that was ejected, is left alone before the first probe."""
+    cache_url: SecretUrl | None = None
+    """Where jobs keep what they computed, in a Redis that may forget it, or a Redis Cluster
+    (``redis+cluster://HOST:PORT,HOST:PORT``); None: jobs keep nothing, and ``cluster.cache`` is of each process."""
+    cache_ttl_s: Annotated[float, Field(ge=0.001)] = 24 * 3600.0
+    """How long embeddings and answers are fresh, and what tasks store without a TTL of its own."""
+    cache_search_ttl_s: Annotated[float, Field(ge=0.001)] = 300.0
+    """How long searches are fresh in a collection that does not change."""
+    cache_kept_s: Annotated[float, Field(ge=0)] = 24 * 3600.0
+    """How long answers are kept when they are not fresh any more, for when no provider answers."""
+    cache_staleness_s: Annotated[float, Field(ge=0, le=3600)] = 1.0
+    """How long a process may serve what another has replaced, deleted or invalidated."""
+    cache_timeout_s: Seconds = 0.5
+    """How long a cache that does not answer is waited for, before it is left alone for two seconds."""
+    cache_local_entries: Annotated[int, Field(ge=1)] = 10_000
+    """Of each process."""
+    cache_local_mb: Annotated[int, Field(ge=1)] = 64
+    """Of each process."""
     data_dir: str = "cluster-data"
     """Where collections live; every node that serves ``retrieval`` must reach it."""
 
@@ -295,6 +313,17 @@ class ClusterSettings(BaseSettings):
         elif scheme not in (*BROKER_SCHEMES, "etcd", "memory"):
             raise ValueError("expected redis://, rediss://, redis+socket://, sentinel://, consul:// or etcd://")
         return value
+
+    @field_validator("cache_url", mode="after")
+    @classmethod
+    def _check_cache_url(cls, value: SecretUrl | None) -> SecretUrl | None:
+        scheme, separator, _ = value.get_secret_value().partition("://") if value else ("", "", "")
+        if value is None or scheme in CACHE_CLUSTER_SCHEMES:
+            return value
+        if not separator or scheme not in BROKER_SCHEMES:
+            known = ", ".join(f"{name}://" for name in (*BROKER_SCHEMES, *CACHE_CLUSTER_SCHEMES))
+            raise ValueError(f"expected a URL that begins with one of {known}")
+        return SecretUrl(_checked_redis_url(value.get_secret_value()))
 
     @field_validator("alert_url", mode="after")
     @classmethod

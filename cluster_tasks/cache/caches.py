@@ -1,0 +1,75 @@
+"""The namespaces of a cluster's cache."""
+
+from __future__ import annotations
+
+from threading import Lock
+
+from cluster_tasks.cache.base import Cache, check_namespace
+from cluster_tasks.cache.connection import CacheConnection
+from cluster_tasks.cache.counters import Counters
+from cluster_tasks.cache.forks import renewed_after_fork
+from cluster_tasks.cache.local import LocalCache, Memory
+from cluster_tasks.cache.redis import RedisCache, Shared, share
+from cluster_tasks.cache.tiered import TieredCache
+from cluster_tasks.clock import Clock
+from cluster_tasks.keys import Keys
+from cluster_tasks.settings import ClusterSettings
+
+DEFAULT_NAMESPACE = "default"
+
+
+class Caches:
+    """Makes namespaces, each once for a process. Safe to share between threads, and in forked children."""
+
+    def __init__(
+        self, memory: Memory, shared: Shared | None, counters: Counters, ttl_s: float, staleness_s: float
+    ) -> None:
+        """``shared``: None means that each process has its own cache."""
+        self.memory, self.shared, self.counters = memory, shared, counters
+        self._ttl_s, self._staleness_s = ttl_s, staleness_s
+        self._namespaces: dict[tuple[str, float], Cache] = {}
+        self._lock = Lock()
+        renewed_after_fork(self)
+
+    def after_fork(self) -> None:
+        self._lock = Lock()
+
+    def namespace(self, name: str = DEFAULT_NAMESPACE, *, tenant: str = "", staleness_s: float | None = None) -> Cache:
+        """Return a namespace; one of a tenant is another than that of the same name of anybody else.
+
+        ``staleness_s``, if given, stands for ``cluster_cache_staleness_s``; with 0 nobody sees what was invalidated,
+        and every hit asks Redis. Raises ValueError for a name that cannot be.
+        """
+        full = check_namespace(f"{tenant}/{name}" if tenant else name)
+        staleness_s = self._staleness_s if staleness_s is None else staleness_s
+        with self._lock:
+            made = self._namespaces.get((full, staleness_s))
+            if made is None:
+                made = self._namespaces[full, staleness_s] = self._make(full, staleness_s)
+            return made
+
+    def close(self) -> None:
+        """Close this process's connections. Safe to repeat; a later call opens them again."""
+        if self.shared is not None:
+            self.shared.coherence.close()
+            self.shared.connection.close()
+
+    def _make(self, name: str, staleness_s: float) -> Cache:
+        if self.shared is None:
+            return LocalCache(self.memory, name, self._ttl_s)
+        remote = RedisCache(self.shared, name, self._ttl_s, staleness_s)
+        return TieredCache(self.memory, remote) if staleness_s else remote
+
+
+def create_caches(settings: ClusterSettings, keys: Keys, clock: Clock) -> Caches:
+    """Return the caches of the settings. Does no I/O. Raises ConfigurationError for a URL that cannot be used."""
+    counters = Counters()
+    memory = Memory(clock, counters, settings.cache_local_entries, settings.cache_local_mb << 20)
+    shared = None
+    if settings.cache_url is not None:
+        connection = CacheConnection(
+            settings.cache_url.get_secret_value(), clock, timeout_s=settings.cache_timeout_s,
+            sentinel_master=settings.sentinel_master,
+        )  # fmt: skip
+        shared = share(connection, keys, clock, counters)
+    return Caches(memory, shared, counters, settings.cache_ttl_s, settings.cache_staleness_s)

@@ -1,0 +1,144 @@
+"""How processes learn that what they hold of a cache is void.
+
+Each namespace has a *state* in Redis of two tokens, compared for equality only. The *generation* is renewed when all
+of the namespace is void: an entry of another generation is a miss. The *change* is renewed with every key that is
+written or deleted, in one step with a message that tells the token before and after it. A process that sees the
+tokens follow each other drops the keys that the messages name. If one is missing it drops all that it holds of the
+namespace, and the state, read anew when it is older than ``staleness_s``, shows it that without any message.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from secrets import token_hex
+
+import redis
+
+from cluster_tasks.cache.connection import CacheConnection
+from cluster_tasks.cache.forks import renewed_after_fork
+from cluster_tasks.clock import Clock
+from cluster_tasks.errors import CacheUnavailable
+from cluster_tasks.keys import Keys
+from cluster_tasks.redis_store import text
+
+logger = logging.getLogger(__name__)
+
+TOLD_AT_ONCE = 100
+"""A change of more keys is told as one of all the namespace."""
+LISTEN_S = 1.0
+Drop = Callable[[str, Sequence[str] | None], object]
+"""Is called with a namespace and the keys to forget; None: all."""
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What a process knows of a namespace. Times are of the monotonic clock."""
+
+    generation: str
+    change: str
+    read_at_s: float
+    """Before it was asked for."""
+    told_at_s: float = float("-inf")
+    """When a message was last taken in."""
+
+
+class Coherence:
+    """The states that this process knows. Safe to share between threads, and in forked children."""
+
+    def __init__(self, connection: CacheConnection, keys: Keys, clock: Clock) -> None:
+        self._connection, self._keys, self._clock = connection, keys, clock
+        self._states: dict[str, State] = {}
+        self._drops: list[Drop] = []
+        self._lock = threading.Lock()
+        self._listener: threading.Thread | None = None
+        renewed_after_fork(self)
+
+    def on_change(self, drop: Drop) -> None:
+        """Have ``drop`` called when something is void, and listen for that from the first use on. Safe to repeat."""
+        if drop not in self._drops:
+            self._drops.append(drop)
+
+    def known(self, namespace: str, staleness_s: float) -> State | None:
+        """Return the state if it was read within ``staleness_s``."""
+        state = self._states.get(namespace)
+        fresh = state is not None and self._clock.monotonic() - state.read_at_s < staleness_s
+        return state if fresh else None
+
+    def learn(self, namespace: str, generation: bytes | str, change: bytes | str, asked_at_s: float) -> State:
+        """Take in a state that was read; return what is known now."""
+        with self._lock:
+            before = self._states.get(namespace)
+            state = State(text(generation), text(change), asked_at_s)
+            if before is not None and before.change != state.change:
+                if before.told_at_s > asked_at_s:
+                    # A message that came meanwhile may tell of something later. The next one who reads asks again.
+                    state = replace(before, read_at_s=float("-inf"))
+                self._drop(namespace, None)
+            self._states[namespace] = state
+        if self._drops and self._listener is None:
+            self._listen()
+        return state
+
+    def announce(self, namespace: str, keys: Sequence[str] | None, *, new_generation: bool = False) -> None:
+        """Tell all processes that keys, or all keys, have changed. Raises CacheUnavailable: then some may not know."""
+        told = list(keys) if keys is not None and len(keys) <= TOLD_AT_ONCE else None
+        message = self._connection.run(
+            "announce",
+            [self._keys.cache_state(namespace)],
+            [token_hex(8), token_hex(8) if new_generation else "", self._keys.cache_changes,
+             json.dumps([namespace, told])],
+        )  # fmt: skip
+        self._hear(text(message))
+
+    def close(self) -> None:
+        """Stop listening, within a second. Safe to repeat; reading begins it again."""
+        self._listener = None
+
+    def after_fork(self) -> None:
+        self._lock, self._listener = threading.Lock(), None
+        self._states = {}
+
+    def _hear(self, message: str) -> None:
+        before, change, generation, said = message.split(" ", 3)
+        namespace, keys = json.loads(said)
+        now_s = self._clock.monotonic()
+        with self._lock:
+            state = self._states.get(namespace)
+            if state is not None and state.change == change:
+                return
+            if state is not None and state.change == before:
+                state = replace(state, generation=generation, change=change, told_at_s=now_s)
+            elif state is not None:
+                # Something was missed: the state is read before anything is used.
+                state, keys = replace(state, read_at_s=float("-inf"), told_at_s=now_s), None
+            if state is not None:
+                self._states[namespace] = state
+            self._drop(namespace, keys)
+
+    def _drop(self, namespace: str, keys: Sequence[str] | None) -> None:
+        for drop in self._drops:
+            drop(namespace, keys)
+
+    def _listen(self) -> None:
+        with self._lock:
+            if self._listener is None or not self._listener.is_alive():
+                self._listener = threading.Thread(target=self._hear_all, name="cache-changes", daemon=True)
+                self._listener.start()
+
+    def _hear_all(self) -> None:
+        me = threading.current_thread()
+        while self._listener is me:
+            try:
+                with closing(self._connection.subscribe(self._keys.cache_changes)) as subscription:
+                    while self._listener is me:
+                        message = subscription.get_message(timeout=LISTEN_S)
+                        if message and message["type"] == "message":
+                            self._hear(text(message["data"]))
+            except (CacheUnavailable, redis.RedisError, OSError, ValueError) as exc:
+                logger.debug("changes of the cache are not heard for now: %s", exc)
+                threading.Event().wait(LISTEN_S)

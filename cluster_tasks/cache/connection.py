@@ -1,0 +1,198 @@
+"""The Redis that a cache lives in: one server, one behind Sentinel, or a Redis Cluster.
+
+A cache that is away must cost nothing: after one short time-out it is left alone for a while.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from threading import Lock
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import redis
+from redis.backoff import NoBackoff
+from redis.cluster import ClusterNode, RedisCluster
+from redis.exceptions import RedisClusterException
+from redis.retry import Retry
+
+from cluster_tasks.breaker import Breaker, BreakerPolicy, Outcome, Phase
+from cluster_tasks.cache.forks import renewed_after_fork
+from cluster_tasks.clock import Clock
+from cluster_tasks.errors import CacheUnavailable, ConfigurationError
+from cluster_tasks.redis_store import connect, load_script
+from cluster_tasks.settings import CACHE_CLUSTER_SCHEMES
+
+logger = logging.getLogger(__name__)
+
+LEFT_ALONE_S = 2.0
+"""How long a cache that did not answer is not asked."""
+ATTEMPTS_MORE = 1
+"""How often a command is sent again when a Redis Cluster has lost a master, to whoever took its place."""
+DEFAULT_PORT = 6379
+
+Command = tuple[Any, ...]
+Client = redis.Redis | RedisCluster
+_POLICY = BreakerPolicy(
+    failure_threshold=1, success_threshold=1, timeout_s=LEFT_ALONE_S, window=1, probe_lease_s=LEFT_ALONE_S
+)
+
+
+class CacheConnection:
+    """Sends commands to the Redis of a cache. Safe to share between threads, and in forked children.
+
+    Every method raises CacheUnavailable: after one time-out, and at once while the cache is left alone.
+    """
+
+    def __init__(self, url: str, clock: Clock, *, timeout_s: float = 0.5, sentinel_master: str = "mymaster") -> None:
+        """Does no I/O. Raises ConfigurationError for a URL that cannot be used."""
+        self._make = _maker(url, timeout_s, sentinel_master)
+        self._clock, self._timeout_s = clock, timeout_s
+        self._lock = Lock()
+        self._breaker = Breaker(_POLICY, clock)
+        renewed_after_fork(self)
+
+    def pipeline(self, commands: Sequence[Command], doing: str) -> list[Any]:
+        """Send commands in one round trip, in a Redis Cluster one to each master concerned; return their replies."""
+        with self._asking(doing):
+            pipe = self.client.pipeline(transaction=False) if not self.is_cluster else self.client.pipeline()
+            for command in commands:
+                pipe.execute_command(*command)
+            replies: list[Any] = pipe.execute()
+            return replies
+
+    def run(self, script: str, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
+        """Run a script of this package, all of whose keys are in one slot."""
+        with self._asking(f"cache script {script}"):
+            return self._scripts[script](keys, arguments)
+
+    def scan(self, pattern: str) -> Iterator[list[str]]:
+        """Yield the keys of every master that match, some at a time; one that comes or goes meanwhile may be missed."""
+        with self._asking("scanning the cache"):
+            masters = [self.client.get_redis_connection(node) for node in self._masters()] or [self.client]
+        for master in masters:
+            cursor = None
+            while cursor != 0:
+                with self._asking("scanning the cache"):
+                    cursor, keys = master.scan(cursor or 0, match=pattern, count=1000)
+                yield [key.decode(errors="replace") for key in keys]
+
+    def subscribe(self, channel: str) -> redis.client.PubSub:
+        """Return a subscription to a channel; it has a connection of its own. Raises redis.RedisError as well."""
+        with self._asking("subscribing to the cache"):
+            subscription: redis.client.PubSub = self.client.pubsub()
+            subscription.subscribe(channel)
+            return subscription
+
+    @property
+    def is_cluster(self) -> bool:
+        """Whether it is a Redis Cluster."""
+        return isinstance(self.client, RedisCluster)
+
+    @property
+    def is_left_alone(self) -> bool:
+        """Whether it would not be asked now."""
+        return self._breaker.phase is not Phase.CLOSED
+
+    @property
+    def client(self) -> Any:
+        """The client of this process. Raises CacheUnavailable if a Redis Cluster cannot be reached."""
+        # Finding a Redis Cluster may take a while, and who waits for that has no time for an attempt of his own.
+        if not self._lock.acquire(timeout=self._timeout_s):
+            raise redis.ConnectionError("the cache is being looked for")
+        try:
+            return self._client
+        finally:
+            self._lock.release()
+
+    def close(self) -> None:
+        """Close this process's connections. Safe to repeat; a later call opens them again."""
+        with self._lock:
+            client = self.__dict__.pop("_client", None)
+            self.__dict__.pop("_scripts", None)
+        if client is not None:
+            client.close()
+
+    def after_fork(self) -> None:
+        self._lock = Lock()
+        self._breaker = Breaker(_POLICY, self._clock)
+        # Not closed: the connections are the parent's.
+        self.__dict__.pop("_client", None)
+        self.__dict__.pop("_scripts", None)
+
+    @cached_property
+    def _client(self) -> Client:
+        return self._make()
+
+    @cached_property
+    def _scripts(self) -> dict[str, Callable[..., Any]]:
+        return {name: load_script(self.client, __package__, name) for name in ("announce", "hold", "store")}
+
+    def _masters(self) -> Iterable[ClusterNode]:
+        return self.client.get_primaries() if self.is_cluster else ()
+
+    @contextmanager
+    def _asking(self, doing: str) -> Iterator[None]:
+        permit = self._breaker.admit()
+        if permit is None:
+            raise CacheUnavailable(f"{doing}: the cache did not answer lately and is left alone")
+        outcome = Outcome.UNKNOWN
+        try:
+            yield
+            outcome = Outcome.SUCCESS
+        except (redis.RedisError, RedisClusterException, OSError) as exc:
+            outcome = Outcome.FAILURE
+            raise CacheUnavailable(f"{doing}: {type(exc).__name__}: {exc}") from exc
+        finally:
+            news = self._breaker.record(permit, outcome)
+            if news is Phase.OPEN:
+                logger.warning("cache unavailable, jobs run without it: %s", doing)
+            elif news is Phase.CLOSED:
+                logger.info("cache available again")
+
+
+def _maker(url: str, timeout_s: float, sentinel_master: str) -> Callable[[], Client]:
+    options: dict[str, Any] = {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s}
+    if url.partition("://")[0] not in CACHE_CLUSTER_SCHEMES:
+        # Without health checks: they would be a second round trip.
+        client = connect(url, sentinel_master=sentinel_master, health_check_interval=0, **options)
+        client.close()
+        return lambda: connect(url, sentinel_master=sentinel_master, health_check_interval=0, **options)
+    nodes, credentials = parse_cluster_url(url)
+    return lambda: RedisCluster(
+        startup_nodes=[ClusterNode(host, port) for host, port in nodes],
+        retry=Retry(NoBackoff(), ATTEMPTS_MORE),
+        # A part that is down must not take the rest with it.
+        require_full_coverage=False,
+        **credentials,
+        **options,
+    )
+
+
+def parse_cluster_url(url: str) -> tuple[list[tuple[str, int]], dict[str, Any]]:
+    """Read ``redis+cluster://[USER:PASSWORD@]HOST:PORT,HOST:PORT``; return the nodes and how to log in.
+
+    ``rediss+cluster://`` is with TLS. Raises ConfigurationError, without the password, for what cannot be used.
+    """
+    scheme, _, rest = url.partition("://")
+    login, _, hosts = rest.rstrip("/").rpartition("@")
+    user, _, password = login.partition(":")
+    nodes = []
+    for host in hosts.split(","):
+        try:
+            parts = urlsplit(f"redis://{host}")
+            is_address = bool(parts.hostname) and not (parts.path or parts.query or parts.fragment)
+            nodes.append((parts.hostname or "", parts.port or DEFAULT_PORT))
+        except ValueError:
+            is_address = False
+        if not is_address:
+            raise ConfigurationError(f"{scheme}://: expected HOST:PORT,HOST:PORT,… and not {host!r} among them")
+    options: dict[str, Any] = {"ssl": scheme.startswith("rediss")} if scheme.startswith("rediss") else {}
+    if user:
+        options["username"] = unquote(user)
+    if password:
+        options["password"] = unquote(password)
+    return nodes, options

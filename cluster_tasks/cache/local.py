@@ -1,0 +1,204 @@
+"""The cache of one process: the least recently used goes when there is no room."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from secrets import token_hex
+from threading import RLock
+
+from cluster_tasks.cache.base import Cache, Reading, check_keys, check_ttl
+from cluster_tasks.cache.counters import Counters, count_found
+from cluster_tasks.cache.entry import Entry
+from cluster_tasks.cache.forks import renewed_after_fork
+from cluster_tasks.cache.patterns import compile_pattern
+from cluster_tasks.clock import Clock
+
+OVERHEAD_BYTES = 300
+"""About what an entry takes besides its key and value."""
+Place = tuple[str, str]
+"""Namespace and key."""
+
+
+class Memory:
+    """Entries of all namespaces, bounded by their number and by bytes. Safe to share between threads.
+
+    A child that this process forks begins with none.
+    """
+
+    def __init__(self, clock: Clock, counters: Counters, max_entries: int = 10_000, max_bytes: int = 64 << 20) -> None:
+        if max_entries < 1 or max_bytes < 1:
+            raise ValueError(f"local cache: max_entries={max_entries}, max_bytes={max_bytes}: expected 1 or more")
+        self._clock, self._counters, self._max_entries, self._max_bytes = clock, counters, max_entries, max_bytes
+        self.after_fork()
+        renewed_after_fork(self)
+
+    def after_fork(self) -> None:
+        self._lock = RLock()
+        self._entries: OrderedDict[Place, tuple[Entry, float]] = OrderedDict()
+        """Each with the second when it was put, by the monotonic clock."""
+        self._bytes = 0
+        self._eras: dict[str, int] = {}
+
+    @property
+    def bytes(self) -> int:
+        """What the entries take."""
+        return self._bytes
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, namespace: str, key: str) -> Entry | None:
+        """Return an entry that is kept still."""
+        with self._lock:
+            found = self._entries.get((namespace, key))
+            if found is None:
+                return None
+            entry, put_at_s = found
+            entry = entry.after(self._clock.monotonic() - put_at_s)
+            if entry.left_s + entry.kept_s <= 0:
+                self._remove((namespace, key))
+                return None
+            self._entries.move_to_end((namespace, key))
+            return entry
+
+    def era(self, namespace: str) -> int:
+        """A number that grows whenever something of the namespace is forgotten on demand."""
+        return self._eras.get(namespace, 0)
+
+    def put(self, namespace: str, key: str, entry: Entry, era: int | None = None) -> bool:
+        """Put an entry, unless it takes more than all the room or ``era`` is over."""
+        place, size = (namespace, key), _size(namespace, key, entry)
+        with self._lock:
+            if era is not None and era != self.era(namespace):
+                return False
+            self._remove(place)
+            if size > self._max_bytes:
+                return False
+            self._entries[place] = entry, self._clock.monotonic()
+            self._bytes += size
+            evicted = 0
+            while len(self._entries) > self._max_entries or self._bytes > self._max_bytes:
+                self._remove(next(iter(self._entries)))
+                evicted += 1
+        self._counters.add(local_evictions=evicted)
+        return True
+
+    def forget(self, namespace: str, keys: Iterable[str] | None) -> int:
+        """Forget keys, or a whole namespace, or with "" all; return how many there were."""
+        with self._lock:
+            names = [namespace] if namespace else list(self._eras)
+            for name in names:
+                self._eras[name] = self.era(name) + 1
+            places = self.places(namespace) if keys is None else [(namespace, key) for key in keys]
+            return sum(self._remove(place) for place in places)
+
+    def places(self, namespace: str) -> list[Place]:
+        """Where entries of a namespace are, or with "" of all."""
+        with self._lock:
+            return [place for place in self._entries if namespace in ("", place[0])]
+
+    def _remove(self, place: Place) -> bool:
+        found = self._entries.pop(place, None)
+        if found is None:
+            return False
+        self._bytes -= _size(*place, found[0])
+        return True
+
+
+class LocalCache(Cache):
+    """A namespace in the memory of this process; other processes do not see it."""
+
+    def __init__(self, memory: Memory, namespace: str = "default", default_ttl_s: float = 3600.0) -> None:
+        super().__init__(namespace, default_ttl_s, memory._counters)
+        self.memory = memory
+        self._generation = token_hex(8)
+        self._lock, self._leases = RLock(), dict[str, tuple[str, float]]()
+        renewed_after_fork(self)
+
+    def after_fork(self) -> None:
+        self._lock, self._leases = RLock(), {}
+
+    def read(self, keys: Iterable[str]) -> Reading:
+        keys = check_keys(keys)
+        found = {key: entry for key in keys if (entry := self.memory.get(self.namespace, key)) is not None}
+        count_found(self.counters, "local", len(keys), found)
+        return Reading(found, self._generation)
+
+    def write(
+        self,
+        values: Mapping[str, bytes | None],
+        ttl_s: float | None = None,
+        *,
+        kept_s: float = 0.0,
+        cost_s: float = 0.0,
+        generation: str | None = None,
+        replaces: bool = True,
+    ) -> bool:
+        check_keys(values)
+        ttl_s = self._ttl(ttl_s)
+        with self._lock:
+            if generation not in (None, self._generation):
+                return False
+            for key in values:
+                self._leases.pop(key, None)
+            entries = {key: Entry(value, ttl_s, ttl_s, kept_s, cost_s) for key, value in values.items()}
+            return sum(self.memory.put(self.namespace, key, entry) for key, entry in entries.items()) == len(values)
+
+    def delete(self, *keys: str) -> int:
+        check_keys(keys)
+        with self._lock:
+            for key in keys:
+                self._leases.pop(key, None)
+            return self.memory.forget(self.namespace, keys)
+
+    def expire(self, key: str, ttl_s: float) -> bool:
+        check_keys([key])
+        entry = self.memory.get(self.namespace, key)
+        if entry is None:
+            return False
+        return self.memory.put(self.namespace, key, replace(entry, ttl_s=check_ttl(ttl_s), left_s=ttl_s))
+
+    def clear(self, pattern: str = "*") -> int:
+        matches = compile_pattern(pattern).fullmatch
+        with self._lock:
+            self._leases = {key: lease for key, lease in self._leases.items() if not matches(key)}
+            return self.memory.forget(
+                self.namespace, [key for _, key in self.memory.places(self.namespace) if matches(key)]
+            )
+
+    def invalidate(self) -> None:
+        with self._lock:
+            self._generation = token_hex(8)
+            self._leases.clear()
+            self.memory.forget(self.namespace, None)
+
+    def lease(self, key: str, lease_s: float) -> str | None:
+        now_s = self.memory._clock.monotonic()
+        with self._lock:
+            if (held := self._leases.get(key)) is not None and held[1] > now_s:
+                return None
+            token = token_hex(8)
+            self._leases[key] = token, now_s + lease_s
+            return token
+
+    def hold(self, key: str, token: str, lease_s: float) -> bool:
+        with self._lock:
+            if self._leases.get(key, ("",))[0] != token:
+                return False
+            if lease_s > 0:
+                self._leases[key] = token, self.memory._clock.monotonic() + lease_s
+            else:
+                del self._leases[key]
+            return True
+
+    def commit(self, key: str, token: str, entry: Entry) -> bool:
+        with self._lock:
+            return self.hold(key, token, 0) and self.write(
+                {key: entry.value}, entry.ttl_s, kept_s=entry.kept_s, cost_s=entry.cost_s, generation=entry.generation
+            )
+
+
+def _size(namespace: str, key: str, entry: Entry) -> int:
+    return len(namespace) + len(key) + len(entry.value or b"") + OVERHEAD_BYTES
