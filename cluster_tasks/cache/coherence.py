@@ -74,10 +74,11 @@ class Coherence:
         with self._lock:
             before = self._states.get(namespace)
             state = State(text(generation), text(change), asked_at_s)
-            if before is not None and before.change != state.change:
-                if before.told_at_s > asked_at_s:
+            if before is None or before.change != state.change:
+                if before is not None and before.told_at_s > asked_at_s:
                     # A message that came meanwhile may tell of something later. The next one who reads asks again.
                     state = replace(before, read_at_s=float("-inf"))
+                # The first state, too: in a Redis Cluster it may be younger than a value that was asked for with it.
                 self._drop(namespace, None)
             self._states[namespace] = state
         if self._drops and self._listener is None:
