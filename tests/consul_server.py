@@ -38,7 +38,7 @@ class ConsulServer:
 
     Data and ``consul.log`` are in ``directory``; the data outlive ``stop`` and ``kill``, and ports are kept.
     ``acl``: what has no token may do nothing; ``manager`` is the token that may do all. ``settings`` are more of
-    its configuration.
+    its configuration; ``also_at`` are further addresses of this machine at which clients find it.
     """
 
     def __init__(
@@ -49,10 +49,11 @@ class ConsulServer:
         expect: int = 1,
         join: Sequence[int] = (),
         settings: Mapping[str, Any] | None = None,
+        also_at: Sequence[str] = (),
     ) -> None:
         self._directory, self._expect, self._join = directory, expect, join
         self.manager = str(uuid.uuid4()) if acl else ""
-        self._settings = dict(settings or {})
+        self._settings = {"client_addr": " ".join({HOST, *also_at}), **(settings or {})}
         self._ports: dict[str, int] = {}
         self._process: subprocess.Popen[bytes] | None = None
         self._parent_thread: ThreadPoolExecutor | None = None
@@ -226,7 +227,6 @@ class ConsulServer:
             "data_dir": str(self._directory / "data"),
             "bind_addr": HOST,
             "advertise_addr": HOST,
-            "client_addr": HOST,
             "ports": {**self._ports, "dns": ABSENT, "serf_wan": ABSENT, "grpc": ABSENT, "https": ABSENT},
             "retry_join": [f"{HOST}:{port}" for port in self._join],
             "retry_interval": "1s",

@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 from base64 import b64encode
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -32,7 +32,7 @@ class EtcdServer:
 
     ``peers`` are the peer ports of all members by name, its own among them, when it is one of several. With
     ``identity``, the files of a certificate and its key, it speaks TLS and takes only clients of the same certificate.
-    ``options`` are more of its flags.
+    ``options`` are more of its flags; ``also_at`` are further addresses of this machine at which clients find it.
     """
 
     def __init__(
@@ -42,10 +42,11 @@ class EtcdServer:
         peers: Mapping[str, int] | None = None,
         identity: tuple[Path, Path] | None = None,
         options: Mapping[str, object] | None = None,
+        also_at: Sequence[str] = (),
     ) -> None:
         self.directory, self.name = directory, name
         self.port = free_port()
-        self._identity, self._options = identity, options or {}
+        self._identity, self._options, self._hosts = identity, options or {}, sorted({HOST, *also_at})
         self._peers = peers or {name: free_port()}
         self._process: subprocess.Popen[bytes] | None = None
         self._parent_thread: ThreadPoolExecutor | None = None
@@ -94,7 +95,7 @@ class EtcdServer:
         options: dict[str, object] = {
             "name": self.name,
             "data-dir": self.directory / "data",
-            "listen-client-urls": self._base_url,
+            "listen-client-urls": ",".join(self._base_url.replace(HOST, host) for host in self._hosts),
             "advertise-client-urls": self._base_url,
             "listen-peer-urls": peer,
             "initial-advertise-peer-urls": peer,

@@ -15,10 +15,11 @@ from contextlib import ExitStack, contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Protocol
+from urllib.parse import urlsplit
 
 from tests.process.proxy import Wire, wire_to
 from tests.servers import missing, redis_for_results
-from workers.redis_server import RedisServer
+from workers.redis_server import HOST, RedisServer
 
 EVERYTHING_IS_LOST = ("bfifo", "limit", "1")
 """A queue in which no packet finds room."""
@@ -33,6 +34,11 @@ class Link(Protocol):
     """Where the node finds it."""
     within: tuple[str, ...]
     """Words before the node's command."""
+    address: str
+    """Where a server of this machine must listen to be found by this way."""
+
+    def way_to(self, port: int) -> str:
+        """The ``host:port`` by which the node finds such a server; it is cut with the rest."""
 
     def cut(self, *, requests: bool = True, replies: bool = True) -> None:
         """Lose what the node sends, what it is sent, or both."""
@@ -51,6 +57,9 @@ class Namespace:
         self.within: tuple[str, ...] = ("ip", "netns", "exec", self._name)
         self.address, self._own_address = _free_pair()
         self.url = ""
+
+    def way_to(self, port: int) -> str:
+        return f"{self.address}:{port}"
 
     def make(self) -> None:
         """Make it, with a pair of interfaces into it."""
@@ -85,15 +94,24 @@ class ProxyLink:
     """The same over a proxy. What it is to lose arrives late instead, as what TCP sends again."""
 
     within: tuple[str, ...] = ()
+    address = HOST
 
-    def __init__(self, wire: Wire) -> None:
-        self.url, self._wire = wire.url, wire
+    def __init__(self, stack: ExitStack, port: int) -> None:
+        """To the Redis at ``port``; ``stack`` ends the proxies."""
+        self._stack, self._wires = stack, dict[int, Wire]()
+        self.url = f"redis://{self.way_to(port)}/0"
+
+    def way_to(self, port: int) -> str:
+        if port not in self._wires:
+            self._wires[port] = self._stack.enter_context(wire_to(port))
+        return urlsplit(self._wires[port].url).netloc
 
     def cut(self, *, requests: bool = True, replies: bool = True) -> None:
-        self._wire.hold(requests=requests, replies=replies)
+        for wire in self._wires.values():
+            wire.hold(requests=requests, replies=replies)
 
     def heal(self) -> None:
-        self._wire.hold(requests=False, replies=False)
+        self.cut(requests=False, replies=False)
 
 
 def can_make_namespaces() -> bool:
@@ -127,11 +145,7 @@ def redis_behind_links(directory: Path, number: int) -> Iterator[tuple[RedisServ
             yield server, list(spaces), f"unix://{direct}"
         else:
             server = stack.enter_context(redis_for_results(directory, extra=[socket]))
-            yield (
-                server,
-                [ProxyLink(stack.enter_context(wire_to(server.port))) for _ in range(number)],
-                f"unix://{direct}",
-            )
+            yield server, [ProxyLink(stack, server.port) for _ in range(number)], f"unix://{direct}"
 
 
 def _free_pair() -> tuple[str, str]:
