@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import random
 import time
+from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 
 import psutil
 import pytest
 from celery import states
 
 from tests.chaos.conftest import ByLevel
-from tests.chaos.harness import Chaos
+from tests.chaos.harness import Chaos, chaos_on
 from tests.chaos.jobs import BACKTRACKS
 from tests.process.accounts import END_S
 from tests.process.nodes import WorkerProcess
 from tests.waiting import wait_until
+from workers.redis_server import RedisServer
 
 
 @pytest.mark.chaos("core")
@@ -41,9 +45,17 @@ def kill_a_child(chaos: Chaos, worker: WorkerProcess) -> None:
         chaos.rng.choice(children).kill()
 
 
+@pytest.fixture
+def patient_chaos(redis_server: RedisServer, tmp_path: Path, rng: random.Random) -> Iterator[Chaos]:
+    """A scenario whose jobs may take minutes: two of them may share the GIL of a node, and others the machine."""
+    with chaos_on(redis_server.url, tmp_path, rng, standstill_s=300.0) as made:
+        yield made
+
+
 @pytest.mark.chaos("short")
-@pytest.mark.timeout(600)
-def test_an_expression_that_backtracks_holds_no_node_for_dead(chaos: Chaos, by_level: ByLevel) -> None:
+@pytest.mark.timeout(900)
+def test_an_expression_that_backtracks_holds_no_node_for_dead(patient_chaos: Chaos, by_level: ByLevel) -> None:
+    chaos = patient_chaos
     # Every setting is at its default: it lasts longer than a lease.
     length = length_that_takes(by_level(short=5.0, full=13.0))
     with chaos.nodes(3, pools=("threads", "solo", "prefork")) as nodes:
