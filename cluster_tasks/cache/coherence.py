@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -30,7 +31,9 @@ logger = logging.getLogger(__name__)
 
 TOLD_AT_ONCE = 100
 """A change of more keys is told as one of all the namespace."""
-LISTEN_S = 1.0
+LISTEN_S = 0.25
+"""After so long a listener looks whether it is to go on."""
+AGAIN_S = 1.0
 Drop = Callable[[str, Sequence[str] | None], object]
 """Is called with a namespace and the keys to forget; None: all."""
 
@@ -97,8 +100,11 @@ class Coherence:
         self._hear(text(message))
 
     def close(self) -> None:
-        """Stop listening, within a second. Safe to repeat; reading begins it again."""
-        self._listener = None
+        """Stop listening, and wait for that. Safe to repeat; reading begins it again."""
+        with self._lock:
+            listener, self._listener = self._listener, None
+        if listener is not None:
+            listener.join()
 
     def after_fork(self) -> None:
         self._lock, self._listener = threading.Lock(), None
@@ -142,4 +148,4 @@ class Coherence:
                             self._hear(text(message["data"]))
             except (CacheUnavailable, redis.RedisError, OSError, ValueError) as exc:
                 logger.debug("changes of the cache are not heard for now: %s", exc)
-                threading.Event().wait(LISTEN_S)
+                time.sleep(AGAIN_S)

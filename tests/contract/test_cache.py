@@ -1,0 +1,309 @@
+"""What every cache promises: in the process, in Redis, in a Redis Cluster, and in two tiers."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cluster_tasks.cache import Cache, LocalCache, Memory, RedisCache, Refresh, TieredCache, share
+from cluster_tasks.cache.connection import CacheConnection
+from cluster_tasks.cache.counters import Counters
+from cluster_tasks.cache.patterns import escape
+from cluster_tasks.clock import SystemClock
+from cluster_tasks.keys import Keys
+from tests.redis_cluster import RedisCluster
+from tests.waiting import wait_until
+from workers.redis_server import RedisServer
+
+KINDS = ["local", "redis", "cluster", "tiered", "tiered cluster"]
+ODD_KEYS = ["a*b", "a?b", "[ab]", "a\\b", "{x}", "x}", "a b", "a\nb", "a\0b", "grüße", "-", "a:b", "k" * 1024]
+Make = Callable[..., Cache]
+
+
+@pytest.fixture(scope="module")
+def cluster_server(redis_binary: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisCluster]:
+    """Three masters with replicas."""
+    with RedisCluster(tmp_path_factory.mktemp("cluster")) as cluster:
+        yield cluster
+
+
+@pytest.fixture(params=KINDS)
+def make(request: pytest.FixtureRequest) -> Iterator[Make]:
+    """Makes a cache as another process would have it: of the same Redis, with a memory of its own."""
+    kind, clock = request.param, SystemClock()
+    shares = []
+    only_memory = Memory(clock, Counters())
+    url = ""
+    if "cluster" in kind:
+        cluster: RedisCluster = request.getfixturevalue("cluster_server")
+        cluster.empty()
+        url = cluster.url
+    elif kind != "local":
+        url = request.getfixturevalue("redis_server").url
+
+    def new(namespace: str = "test", **options: Any) -> Cache:
+        if kind == "local":
+            return LocalCache(only_memory, namespace, **options)
+        counters = Counters()
+        shares.append(share(CacheConnection(url, clock, timeout_s=5.0), Keys(), clock, counters))
+        remote = RedisCache(shares[-1], namespace, **options)
+        return TieredCache(Memory(clock, counters), remote) if kind.startswith("tiered") else remote
+
+    yield new
+    for shared in shares:
+        shared.coherence.close()
+        shared.connection.close()
+
+
+@pytest.fixture
+def cache(make: Make) -> Cache:
+    return make()
+
+
+def test_what_is_set_is_there_until_it_is_deleted(cache: Cache) -> None:
+    assert cache.get("k") is None
+    assert not cache.exists("k")
+    assert cache.set("k", b"one")
+    assert (cache.get("k"), cache.exists("k")) == (b"one", True)
+    assert cache.set("k", b"")
+    assert cache.get("k") == b""
+    assert cache.delete("k", "never there") == 1
+    assert cache.get("k") is None
+
+
+@pytest.mark.parametrize("key", ODD_KEYS)
+def test_any_text_is_a_key_and_a_pattern_of_it_matches_nothing_else(cache: Cache, key: str) -> None:
+    values = {other: other.encode() for other in ODD_KEYS}
+    assert cache.set_many(values)
+    assert cache.get_many(ODD_KEYS) == values
+    assert cache.clear(escape(key)) == 1
+    assert cache.get_many(ODD_KEYS) == {other: value for other, value in values.items() if other != key}
+
+
+def test_many_keys_are_set_and_got_together(cache: Cache) -> None:
+    values = {f"k{number}": str(number).encode() for number in range(2_500)}
+    assert cache.set_many(values)
+    assert cache.get_many([*values, "none"]) == values
+    assert cache.set_many({})
+    assert cache.get_many([]) == {}
+
+
+def test_a_value_lasts_its_ttl(cache: Cache) -> None:
+    cache.set("short", b"1", ttl_s=0.3)
+    cache.set("long", b"1", ttl_s=60)
+    assert cache.get("short") == b"1"
+    assert cache.expire("long", 0.3)
+    assert not cache.expire("none", 1)
+    wait_until(lambda: not cache.exists("short") and not cache.exists("long"), 10)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "left"),
+    [("*", []), ("a*", ["b1"]), ("a?", ["a10", "b1"]), ("[ab]1", ["a10"]), ("[^a]*", ["a1", "a10"]), ("none*", None)],
+)
+def test_a_pattern_clears_what_it_matches(cache: Cache, make: Make, pattern: str, left: list[str] | None) -> None:
+    keys, other = ["a1", "a10", "b1"], make("other")
+    cache.set_many(dict.fromkeys(keys, b"1"))
+    other.set_many(dict.fromkeys(keys, b"1"))
+    left = keys if left is None else left
+    assert cache.clear(pattern) == len(keys) - len(left)
+    assert sorted(cache.get_many(keys)) == left
+    assert sorted(other.get_many(keys)) == keys, "another namespace is not touched"
+
+
+def test_what_is_invalidated_is_gone_with_what_is_being_computed(cache: Cache, make: Make) -> None:
+    other = make("tenant/test")
+    for one in (cache, other):
+        one.set("k", b"old")
+    before = cache.read(["k"])
+    cache.invalidate()
+    assert cache.get("k") is None
+    cache.write({"k": b"computed from the old"}, generation=before.generation)
+    assert cache.get("k") is None
+    assert other.get("k") == b"old"
+    assert cache.set("k", b"new")
+    assert cache.get("k") == b"new"
+
+
+def test_a_value_that_is_missing_is_computed_once_by_all_who_ask(make: Make) -> None:
+    caches, computed, got = [make() for _ in range(2)], [], []
+
+    def compute() -> bytes:
+        computed.append(1)
+        time.sleep(0.3)
+        return b"v"
+
+    # Of the local kind, each namespace has flights of its own, and only the lease is shared.
+    threads = [
+        threading.Thread(target=lambda cache=cache: got.append(cache.get_or_compute("k", compute)))
+        for cache in caches * 8
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert got == [b"v"] * 16
+    limit = len(caches) if isinstance(caches[0], LocalCache) else 1
+    assert len(computed) <= limit
+
+
+def test_an_error_of_a_computation_reaches_the_caller_and_the_next_one_computes(cache: Cache) -> None:
+    def fail() -> bytes:
+        raise LookupError("no")
+
+    with pytest.raises(LookupError):
+        cache.get_or_compute("k", fail)
+    assert cache.get_or_compute("k", lambda: b"v") == b"v"
+
+
+def test_nothing_is_an_answer_that_is_kept_if_asked(cache: Cache) -> None:
+    asked = []
+
+    def compute() -> None:
+        asked.append(1)
+
+    for negative_ttl_s in (None, None, 60.0, None):
+        assert cache.get_or_compute("k", compute, negative_ttl_s=negative_ttl_s) is None
+    assert len(asked) == 3
+    assert not cache.exists("k")
+
+
+@pytest.mark.parametrize("change", ["set", "delete", "clear", "invalidate"])
+def test_what_changed_during_a_computation_is_not_overwritten_by_it(cache: Cache, change: str) -> None:
+    def compute() -> bytes:
+        changes: dict[str, Callable[[], object]] = {
+            "set": lambda: cache.set("k", b"new"), "delete": lambda: cache.delete("k"), "clear": cache.clear,
+            "invalidate": cache.invalidate,
+        }  # fmt: skip
+        changes[change]()
+        return b"of the old"
+
+    assert cache.get_or_compute("k", compute) == b"of the old"
+    assert cache.get("k") == (b"new" if change == "set" else None)
+
+
+def test_a_stale_value_is_served_while_it_is_computed_anew(cache: Cache) -> None:
+    cache.get_or_compute("k", lambda: b"old", 0.2, kept_s=60)
+    wait_until(lambda: not cache.exists("k"), 10)
+    may_end = threading.Event()
+
+    def compute() -> bytes:
+        may_end.wait(30)
+        return b"new"
+
+    assert cache.get_or_compute("k", compute, 60, kept_s=60) == b"old"
+    assert cache.read(["k"]).entries["k"].age_s > 0
+    may_end.set()
+    wait_until(lambda: cache.get("k") == b"new", 10)
+    assert cache.get_or_compute("k", lambda: b"newer", 60, refresh=Refresh.NOW) == b"newer"
+    assert cache.get("k") == b"newer"
+
+
+def test_who_wants_no_stale_value_computes(cache: Cache) -> None:
+    cache.get_or_compute("k", lambda: b"old", 0.2, kept_s=60)
+    wait_until(lambda: not cache.exists("k"), 10)
+    assert cache.get_or_compute("k", lambda: b"new", 60, refresh=Refresh.NEVER) == b"new"
+
+
+def test_changes_are_seen_by_other_processes_in_time(make: Make) -> None:
+    one, other = make(), make()
+    for change, expected in [
+        (lambda: one.set("k", b"2"), b"2"),
+        (lambda: one.delete("k"), None),
+        (lambda: one.set("k", b"3"), b"3"),
+        (one.invalidate, None),
+    ]:
+        one.set("k", b"1")
+        wait_until(lambda: other.get("k") == b"1", 10)
+        change()
+        wait_until(lambda expected=expected: other.get("k") == expected, 10)
+
+
+def test_json_and_vectors_come_back_as_they_went(cache: Cache) -> None:
+    cache.set_json("j", {"a": [1, None, "ü"]})
+    assert cache.get_json("j") == {"a": [1, None, "ü"]}
+    cache.set_vector("v", [0.5, -1.0])
+    found = cache.get_vector("v")
+    assert found is not None
+    assert (found.dtype, found.tolist()) == (np.float32, [0.5, -1.0])
+    cache.set("odd", b"123")
+    assert (cache.get_vector("odd"), cache.get_json("none"), cache.get_json("v")) == (None, None, None)
+    with pytest.raises(ValueError, match="of one dimension"):
+        cache.set_vector("v", [[1.0]])
+    with pytest.raises(ValueError, match="Out of range float"):
+        cache.set_json("j", float("nan"))
+
+
+@pytest.mark.parametrize("key", ["", "k" * 1025, "\ud800", 5])
+def test_what_cannot_be_a_key_is_refused(cache: Cache, key: Any) -> None:
+    for use in (lambda: cache.get(key), lambda: cache.set(key, b""), lambda: cache.delete(key)):
+        with pytest.raises(ValueError, match="of a cache: expected text of 1 to 1024 bytes"):
+            use()
+
+
+def test_what_cannot_be_a_ttl_pattern_or_namespace_is_refused(cache: Cache, make: Make) -> None:
+    for ttl_s in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"ttl_s=.* of a cache"):
+            cache.set("k", b"", ttl_s=ttl_s)
+    for pattern in ("[a", "a\\"):
+        with pytest.raises(ValueError, match="pattern"):
+            cache.clear(pattern)
+    for name in ("", "a:b", "a/b/c", "ä"):
+        with pytest.raises(ValueError, match="namespace="):
+            make(name)
+
+
+def test_values_that_are_damaged_or_of_another_key_are_misses(redis_server: RedisServer) -> None:
+    counters, clock, keys = Counters(), SystemClock(), Keys()
+    connection = CacheConnection(redis_server.url, clock)
+    cache = RedisCache(share(connection, keys, clock, counters), "test")
+    cache.set_many({"k": b"value", "other": b"another"})
+    name = keys.cache_entry("test", "k")
+    packed = connection.client.get(name)
+    damaged = [packed[:-1], packed[:20], b"", b"x", packed + b"x", packed[:-1] + b"E", b"xx" + packed[2:],
+               packed[:2] + b"\x63" + packed[3:], packed[:3] + b"\x01" + packed[4:],
+               connection.client.get(keys.cache_entry("test", "other"))]  # fmt: skip
+    for value in damaged:
+        connection.client.set(name, value, px=60_000)
+        counters.take()
+        assert cache.get("k") is None
+        assert counters.take()["redis.corrupt"] == 1
+    # A key without an end that is not ours is no more than that.
+    connection.client.set(name, packed)
+    assert cache.get("k") is None
+    connection.client.delete(keys.cache_state("test"))
+    time.sleep(1.1)  # As long as a state is believed.
+    assert cache.get("other") is None, "what is stored under a state that Redis has dropped is void"
+    connection.close()
+
+
+def test_a_redis_that_is_away_is_a_miss_for_readers_and_an_error_for_who_must_know(
+    redis_binary: str, tmp_path: Path
+) -> None:
+    from cluster_tasks.errors import CacheUnavailable
+
+    clock = SystemClock()
+    with RedisServer(tmp_path) as server:
+        connection = CacheConnection(server.url, clock, timeout_s=0.3)
+        cache = TieredCache(Memory(clock, Counters()), RedisCache(share(connection, Keys(), clock), "test"))
+        cache.set("k", b"v")
+        assert cache.get("k") == b"v"
+        server.stop()
+        time.sleep(1.1)  # As long as the process may serve what it holds.
+        assert cache.get("k") is None
+        assert cache.set("k", b"w") is False
+        assert cache.get_or_compute("k", lambda: b"computed") == b"computed"
+        for promise in (lambda: cache.delete("k"), cache.clear, cache.invalidate, lambda: cache.expire("k", 1)):
+            with pytest.raises(CacheUnavailable):
+                promise()
+        server.start()
+        wait_until(lambda: cache.set("k", b"x"), 30)
+        assert cache.get("k") == b"x"
+        cache.redis.shared.coherence.close()
+        connection.close()
