@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from cluster_tasks.breaker import BreakerPolicy
 from cluster_tasks.errors import CircuitOpen, ProviderError, ProviderLimited, ProviderUnavailable
@@ -32,6 +32,7 @@ CHARACTERS_A_TOKEN = 4
 ANSWER_TOKENS = 256
 """What an answer is taken to need, where the request sets no limit; the reply corrects it."""
 SHORTEST_WINDOW_S = 300.0
+Stored = Callable[[], ChatResult | None]
 
 
 class GuardedChat:
@@ -91,9 +92,10 @@ class ChatGateway:
     def __init__(self, models: Sequence[ChatProvider], stand_ins: Sequence[ChatProvider] = ()) -> None:
         self._models, self._stand_ins = models, stand_ins
 
-    def chat(self, request: ChatRequest, allow_degraded: bool = True) -> ChatResult:
+    def chat(self, request: ChatRequest, allow_degraded: bool = True, stored: Stored = lambda: None) -> ChatResult:
         """Answer as the first model does; if it is unavailable, as the next that is not, and marked ``degraded``.
 
+        ``stored`` returns what was answered before, or None, and is asked after all models.
         A model that the request names is that of the first provider; the others answer with their own. A provider
         whose limits are used up is passed over for other models, but never for a stand-in: the wait is short.
         Raises what the first provider raised; ProviderLimited if any of them has to be waited for. If
@@ -113,7 +115,7 @@ class ChatGateway:
         for error in errors:
             if isinstance(error, ProviderLimited):
                 raise error
-        if result := _first_answer(self._stand_ins, handed_on, errors):
+        if result := stored() or _first_answer(self._stand_ins, handed_on, errors):
             return _degraded(result, cause)
         raise cause
 

@@ -87,6 +87,10 @@ class ChatResult(_Value):
     """Whether something else answered than the first provider, for that was not to be had."""
     degraded_reason: str = ""
     """Why: ``circuit_open``, ``rate_limited`` or ``unavailable``."""
+    cached: bool = False
+    """Whether it was made before, for an equal request."""
+    age_s: float = 0.0
+    """How long ago that was."""
 
 
 class EmbeddingRequest(_Value):
@@ -103,6 +107,8 @@ class EmbeddingResult(_Value):
     model: str
     usage: Usage = Usage()
     provider: str
+    cached: bool = False
+    """Whether all of them were made before."""
 
 
 class ChatProvider(Protocol):

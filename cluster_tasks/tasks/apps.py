@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 from celery import Celery, current_app
 from kombu.utils.imports import symbol_by_name
 
+from cluster_tasks.cache import Caches
 from cluster_tasks.errors import ClusterError
 from cluster_tasks.gateway.guard import Neighbourhood
 from cluster_tasks.settings import ClusterSettings
@@ -25,6 +26,10 @@ class Configured(Protocol):
     @property
     def neighbourhood(self) -> Neighbourhood:
         """What providers share. Raises ConfigurationError."""
+
+    @property
+    def caches(self) -> Caches:
+        """What is kept. Raises ConfigurationError."""
 
 
 _clusters: WeakKeyDictionary[Celery, Configured] = WeakKeyDictionary()

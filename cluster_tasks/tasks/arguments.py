@@ -5,7 +5,7 @@ They are models of their own and not the providers' requests: a process that onl
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -63,6 +63,9 @@ Extra = Annotated[dict[str, Any], AfterValidator(_check_extra)]
 Collection = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
 Count = Annotated[int, Field(ge=1, le=MAX_K)]
 Where = Annotated[dict[str, Any], AfterValidator(_check_where)]
+CacheUse = Annotated[bool, Field(strict=True)] | Literal["refresh"] | None
+"""False: neither read nor kept; ``"refresh"``: computed anew and kept; True: kept although it would not be; None: as is
+usual."""
 
 
 class _Arguments(BaseModel):
@@ -79,6 +82,7 @@ class Sampling(_Arguments):
     response_format: dict[str, Any] | None = None
     session_id: str | None = None
     allow_degraded: bool = True
+    cache: CacheUse = None
     extra: Extra = Field(default_factory=dict)
 
 
@@ -104,6 +108,7 @@ class EmbedArguments(_Arguments):
 
     texts: Annotated[list[Text], Field(min_length=1), BeforeValidator(_listed)]
     model: Text | None = None
+    cache: CacheUse = None
 
 
 class AddArguments(_Arguments):
@@ -121,6 +126,7 @@ class SearchArguments(_Arguments):
     vector: Annotated[list[FiniteFloat], Field(min_length=1)] | None = None
     k: Count = 5
     where: Where | None = None
+    cache: CacheUse = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -8,8 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, wraps
 from typing import Any, ClassVar
 
-from celery import Task
+import redis
+from celery import Task, states
 from celery.canvas import Signature
+from celery.utils import uuid
+from kombu.exceptions import OperationalError
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
@@ -22,6 +25,8 @@ from cluster_tasks.tasks.apps import cluster_of
 
 logger = logging.getLogger(__name__)
 
+RESULT_ONLY = frozenset({"task_id", "ignore_result", "priority", "expires", "shadow", "argsrepr", "kwargsrepr"})
+"""Options of a call that wants nothing but the result of its job."""
 Affinity = str | Callable[..., str | None] | None
 
 
@@ -38,6 +43,9 @@ class ClusterTask(Task):  # type: ignore[misc]
     request_type: ClassVar[str] = "any"
     affinity: ClassVar[Affinity] = None
     arguments: ClassVar[type[BaseModel] | None] = None
+    known: ClassVar[Callable[..., Any] | None] = None
+    """A function of the app and the task's arguments that returns the result of a job if that is known already, from a
+    cache for instance, else None. A job whose result is known is not sent: its caller gets the result."""
     rerun_on_crash: ClassVar[bool] = True
     """Whether a job is run again when its node or process died while it ran. If not, it fails with NodeLost."""
     run: Callable[..., Any]
@@ -73,15 +81,48 @@ class ClusterTask(Task):  # type: ignore[misc]
     def apply_async(
         self, args: Sequence[Any] | None = None, kwargs: Mapping[str, Any] | None = None, *rest: Any, **options: Any
     ) -> Any:
-        """Send the job. Raises InvalidArguments, naming the field, if the arguments cannot be right."""
+        """Send the job. Raises InvalidArguments, naming the field, if the arguments cannot be right.
+
+        A job whose result is ``known`` is over when this returns, unless more is wanted than its result: a chain, a
+        group, a chord, links, a queue or a time.
+        """
         # Celery names the parent of what follows a job (links, chains): its arguments are a result, there is
         # no caller, and to raise now would lose the result of that job too. The job itself will fail.
         if options.get("parent_id") is None:
-            self.check_arguments(args or (), kwargs or {})
+            bound = self.check_arguments(args or (), kwargs or {})
+            if not rest and options.keys() <= RESULT_ONLY and (result := self._known_result(bound, **options)):
+                return result
         # Arguments are prompts and documents: logs, events and Flower see their sizes only.
         options.setdefault("argsrepr", _sizes(args or ()))
         options.setdefault("kwargsrepr", _sizes(kwargs or {}))
         return super().apply_async(args, kwargs, *rest, **options)
+
+    def _known_result(self, bound: inspect.BoundArguments, task_id: str | None = None, **options: Any) -> Any:
+        """Return the result of a job that need not be sent, stored as if it had been run; None: it must be."""
+        known = type(self).known
+        if known is None or self.app.conf.task_always_eager:
+            return None
+        given = {name: value for name, value in bound.arguments.items() if name != self._rest_of_arguments}
+        value = known(self.app, **given, **bound.arguments.get(self._rest_of_arguments, {}))
+        if value is None:
+            return None
+        result = self.AsyncResult(task_id or uuid())
+        if options.get("ignore_result", self.ignore_result):
+            result.ignored = True
+            return result
+        try:
+            self.backend.store_result(result.id, value, states.SUCCESS)
+        except (redis.RedisError, OperationalError) as exc:
+            logger.debug("a known result could not be stored, its job is sent: %r", exc)
+            return None
+        result._set_cache({"task_id": result.id, "status": states.SUCCESS, "result": value, "traceback": None})
+        return result
+
+    @cached_property
+    def _rest_of_arguments(self) -> str:
+        """The name of the parameter that takes all others; empty if there is none."""
+        parameters = self._signature.parameters.values()
+        return next((one.name for one in parameters if one.kind is inspect.Parameter.VAR_KEYWORD), "")
 
     @property
     def fencing_token(self) -> int:

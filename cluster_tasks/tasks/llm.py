@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from cluster_tasks.tasks.arguments import GenerateArguments
+from celery import Celery
+
+from cluster_tasks.tasks.arguments import CacheUse, GenerateArguments
 from cluster_tasks.tasks.base import ClusterTask
+from cluster_tasks.tasks.kept import Kept, kept_of
 from cluster_tasks.tasks.ready_made import backends_of, ready_made
 
 PREFIX_CHARACTERS = 256
@@ -30,7 +33,24 @@ def conversation(
     return beginning[:PREFIX_CHARACTERS]
 
 
-@ready_made("llm.generate", request_type="llm", affinity=conversation, arguments=GenerateArguments)
+def asked(prompt: str | None = None, messages: Sequence[Mapping[str, Any]] | None = None,
+          passages: Sequence[str] | None = None, session_id: str | None = None, allow_degraded: bool = True,
+          cache: CacheUse = None, **parameters: Any) -> dict[str, Any]:  # fmt: skip
+    """What decides an answer, of the arguments of ``llm.generate``."""
+    given = {name: value for name, value in parameters.items() if value is not None}
+    return {**given, "messages": list(messages or _asked(prompt, passages)), "passages": list(passages or ())}
+
+
+def known_answer(
+    app: Celery, *, temperature: float | None = None, cache: CacheUse = None, **arguments: Any
+) -> dict[str, Any] | None:
+    """An answer that is kept."""
+    if cache == "refresh" or not Kept.keeps_answer(temperature, cache) or (kept := kept_of(app)) is None:
+        return None
+    return kept.find_answer(asked(temperature=temperature, **arguments))
+
+
+@ready_made("llm.generate", request_type="llm", affinity=conversation, arguments=GenerateArguments, known=known_answer)
 def generate(
     task: ClusterTask,
     prompt: str | None = None,
@@ -44,6 +64,7 @@ def generate(
     session_id: str | None = None,
     passages: list[str] | None = None,
     allow_degraded: bool = True,
+    cache: CacheUse = None,
     **extra: Any,
 ) -> dict[str, Any]:
     """Answer a prompt or messages; ``extra`` parameters go to the provider as they are.
@@ -55,12 +76,16 @@ def generate(
     unavailable, one of ``cluster_llm_fallbacks`` answers, else sentences of the passages do. ``allow_degraded=False``
     takes an answer of the provider only.
 
+    With ``cluster_cache_url``, answers at temperature 0 are kept, and those of calls with ``cache=True``; an equal
+    request gets them, marked ``cached`` and with ``age_s``. ``cache=False`` neither looks nor keeps, ``"refresh"``
+    asks anew. What is no longer fresh is given, as ``degraded``, where no model is available.
+
     Fails with ProviderError if the request is refused, with ProviderUnavailable if no useful reply came from anyone, or
     with its CircuitOpen if that was known before, and with ConfigurationError if a model must be configured first. The
     job is not retried then: the provider's client has repeated the request, ``cluster_provider_max_retries`` times. But
     it is sent again, as often as it takes, while the limits of the provider leave no room for it.
     """
-    from cluster_tasks.providers import ChatRequest
+    from cluster_tasks.providers import ChatRequest, ChatResult
 
     request = ChatRequest(
         messages=tuple(messages or _asked(prompt, passages)),
@@ -73,7 +98,19 @@ def generate(
         extra=extra,
         passages=tuple(passages or ()),
     )
-    return backends_of(task.app).chat.chat(request, allow_degraded).model_dump(mode="json")
+    chat, kept = backends_of(task.app).chat, kept_of(task.app)
+    if kept is None or not kept.keeps_answer(temperature, cache):
+        return chat.chat(request, allow_degraded).model_dump(mode="json")
+
+    def answer(stale: Callable[[], Any]) -> dict[str, Any]:
+        stored = lambda: ChatResult(**found) if (found := stale()) else None  # noqa: E731
+        return chat.chat(request, allow_degraded, stored).model_dump(mode="json")
+
+    identity = asked(
+        prompt, messages, passages, model=model, temperature=temperature, max_tokens=max_tokens, stop=stop,
+        tools=tools, response_format=response_format, **extra,
+    )  # fmt: skip
+    return kept.answer(identity, answer, cache)
 
 
 def _asked(prompt: str | None, passages: Sequence[str] | None) -> list[dict[str, Any]]:

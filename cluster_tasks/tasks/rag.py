@@ -11,7 +11,7 @@ from typing import Any
 
 from celery import chain
 
-from cluster_tasks.tasks.arguments import AnswerArguments
+from cluster_tasks.tasks.arguments import AnswerArguments, CacheUse
 from cluster_tasks.tasks.base import ClusterTask
 from cluster_tasks.tasks.embedding import EMBED
 from cluster_tasks.tasks.llm import conversation
@@ -36,13 +36,14 @@ def answer(
     response_format: dict[str, Any] | None = None,
     session_id: str | None = None,
     allow_degraded: bool = True,
+    cache: CacheUse = None,
     **extra: Any,
 ) -> dict[str, Any]:
     """Answer a question from the ``k`` nearest passages of a collection that match ``where``.
 
     Returns what ``llm.generate`` returns and ``passages``, those that the model was given, as ``retrieval.search``
     returns them. If nothing matches, the model is not asked: ``text`` is empty and ``finish_reason`` is
-    ``no_passages``. Fails as the jobs it is made of do.
+    ``no_passages``. Fails as the jobs it is made of do. ``cache`` is theirs, too.
     """
     sampling = {
         "model": model,
@@ -52,12 +53,13 @@ def answer(
         "response_format": response_format,
         "session_id": session_id,
         "allow_degraded": allow_degraded,
+        "cache": cache,
         **extra,
     }
     steps = task.app.tasks
     replaced: dict[str, Any] = task.replace(
         chain(
-            steps[EMBED].s(question),
+            steps[EMBED].s(question, cache=cache),
             steps["rag.search"].s(collection, k, where),
             steps["rag.generate"].s(question, **sampling),
         )

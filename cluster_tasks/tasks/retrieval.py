@@ -8,9 +8,10 @@ from typing import Any
 from celery import Celery
 
 from cluster_tasks.shards.documents import Document
-from cluster_tasks.tasks.arguments import AddArguments, DeleteArguments, SearchArguments
+from cluster_tasks.tasks.arguments import AddArguments, CacheUse, DeleteArguments, SearchArguments
 from cluster_tasks.tasks.base import ClusterTask
-from cluster_tasks.tasks.embedding import embed_in_batches
+from cluster_tasks.tasks.embedding import embed_texts
+from cluster_tasks.tasks.kept import kept_of
 from cluster_tasks.tasks.ready_made import backends_of, ready_made
 
 
@@ -28,12 +29,26 @@ def add_documents(task: ClusterTask, collection: str, documents: Sequence[Docume
     if not documents:
         return {"collection": collection, "ids": ids, "count": 0}
     backends = backends_of(task.app)
-    embedded = embed_in_batches(backends.embeddings, [document.text for document in documents])
+    embedded = embed_texts(task.app, [document.text for document in documents])
     count = backends.store.upsert(collection, documents, embedded.vectors, embedded.model)
+    _forget_searches(task.app, collection)
     return {"collection": collection, "ids": ids, "count": count}
 
 
-@ready_made("retrieval.search", request_type="retrieval", affinity="collection", arguments=SearchArguments)
+def known_search(
+    app: Celery, collection: str, query: str | None = None, vector: list[float] | None = None, k: int = 5,
+    where: dict[str, Any] | None = None, cache: CacheUse = None,
+) -> dict[str, Any] | None:  # fmt: skip
+    """What was found before, in a collection that has not changed since."""
+    if cache in (False, "refresh") or (kept := kept_of(app)) is None:
+        return None
+    found: dict[str, Any] | None = kept.find_search(collection, [query, vector, k, where])
+    return found
+
+
+@ready_made(
+    "retrieval.search", request_type="retrieval", affinity="collection", arguments=SearchArguments, known=known_search
+)
 def search(
     task: ClusterTask,
     collection: str,
@@ -41,19 +56,31 @@ def search(
     vector: list[float] | None = None,
     k: int = 5,
     where: dict[str, Any] | None = None,
+    cache: CacheUse = None,
 ) -> dict[str, Any]:
     """Find the ``k`` documents nearest to a query or a vector, among those whose metadata match ``where``.
 
     ``where`` is as ``cluster_tasks.shards.filters`` describes it: ``{"lang": "py", "year": {"gte": 2020}}``.
 
-    Returns ``collection`` and ``passages``, the nearest first, each with ``id``, ``text``, ``metadata`` and ``score``
-    (cosine similarity, -1 to 1). Fails with CollectionNotFound, and with CollectionMismatch if the collection was
+    Returns ``collection``, ``cached`` and ``passages``, the nearest first, each with ``id``, ``text``, ``metadata`` and
+    ``score`` (cosine similarity, -1 to 1). Fails with CollectionNotFound, and with CollectionMismatch if the collection was
     made with another embedding model or the vector has another dimension.
+
+    With ``cluster_cache_url`` what was found is kept until the collection changes, for ``cluster_cache_search_ttl_s``
+    at most, and marked ``cached``. ``cache=False`` neither looks nor keeps, ``"refresh"`` searches anew.
     """
-    if query is None:
-        return nearest(task.app, collection, vector or [], k, where)
-    embedded = embed_in_batches(backends_of(task.app).embeddings, [query])
-    return nearest(task.app, collection, embedded.vectors[0], k, where, embedded.model)
+
+    def find() -> dict[str, Any]:
+        if query is None:
+            return nearest(task.app, collection, vector or [], k, where)
+        embedded = embed_texts(task.app, [query], cache=cache)
+        return nearest(task.app, collection, embedded.vectors[0], k, where, embedded.model)
+
+    kept = kept_of(task.app)
+    if kept is None or cache is False:
+        return {**find(), "cached": False}
+    found: dict[str, Any] = kept.search(collection, [query, vector, k, where], find, cache)
+    return {"cached": False, **found}
 
 
 @ready_made("retrieval.delete_documents", request_type="retrieval", affinity="collection", arguments=DeleteArguments)
@@ -65,7 +92,15 @@ def delete_documents(
     Returns ``deleted``, their number; ids that the collection does not hold are no error. Fails with
     CollectionNotFound.
     """
-    return {"deleted": backends_of(task.app).store.delete(collection, ids, where)}
+    deleted = backends_of(task.app).store.delete(collection, ids, where)
+    _forget_searches(task.app, collection)
+    return {"deleted": deleted}
+
+
+def _forget_searches(app: Celery, collection: str) -> None:
+    # After the change, and again when the job is run again after a crash: what was found before it is void.
+    if (kept := kept_of(app)) is not None:
+        kept.forget_searches(collection)
 
 
 def nearest(

@@ -97,6 +97,8 @@ def test_chat_brings_text_model_usage_and_reason(connect: Callable[..., ChatProv
         "provider": "openai",
         "degraded": False,
         "degraded_reason": "",
+        "cached": False,
+        "age_s": 0.0,
     }
 
 

@@ -6,16 +6,14 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from celery import Celery, chain, group
 
-from cluster_tasks import Cluster
 from cluster_tasks.breaker import BreakerState
 from cluster_tasks.cluster import cluster_of
 from cluster_tasks.errors import (
@@ -30,20 +28,17 @@ from cluster_tasks.errors import (
 from cluster_tasks.tasks import embedding, llm, rag, retrieval
 from cluster_tasks.tasks.llm import FROM_PASSAGES
 from cluster_tasks.testing import CHAT_PATH, EMBEDDINGS_PATH, FakeOpenAI
+from tests.integration.ready_made import ROOT, WITHIN_S, Run, log_of, node, sender
 from tests.servers import redis_for_results
 from tests.waiting import wait_until
 
 DECLARED = (embedding, llm, rag, retrieval)
 """An app knows the jobs of the modules that its process has imported."""
-ROOT = Path(__file__).parents[2]
-WITHIN_S = 60.0
 DOCUMENTS = [
     {"id": "sky", "text": "The sky is blue because air scatters blue light.", "metadata": {"topic": "physics"}},
     {"id": "cat", "text": "A cat sleeps for most of the day.", "metadata": {"topic": "animals", "legs": 4}},
     {"id": "hen", "text": "A hen lays about three hundred eggs a year.", "metadata": {"topic": "animals", "legs": 2}},
 ]
-Run = Callable[..., Any]
-"""Sends a job by its name and returns its result."""
 
 
 @pytest.fixture(scope="module")
@@ -55,60 +50,6 @@ def directory(redis_binary: str, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def broker(directory: Path) -> Iterator[str]:
     with redis_for_results(directory / "redis") as server:
         yield server.url
-
-
-@contextmanager
-def node(broker: str, name: str, directory: Path, nodename: str = "a", **settings: str) -> Iterator[Celery]:
-    """Run a worker, the plain Celery command, in a cluster of this name. Gives an app that sends it jobs."""
-    own = {"CLUSTER_BROKER_URL": broker, "CLUSTER_NAME": name, "CLUSTER_DATA_DIR": str(directory / name)}
-    command = [
-        sys.executable,
-        "-m",
-        "celery",
-        "-A",
-        "cluster_tasks",
-        "worker",
-        "-l",
-        "INFO",
-        "-E",
-        "-n",
-        f"{nodename}@%h",
-    ]
-    with Celery("sender", set_as_current=False, broker=broker) as app, log_of(directory, name).open("ab") as log:
-        app.conf.update(cluster_name=name)
-        cluster = Cluster(app)
-        environment = {**os.environ, **own, "NO_PROXY": "127.0.0.1", **settings}
-        worker = subprocess.Popen(
-            [*command, "-P", "threads", "-c", "2", "-n", f"{nodename}@%h"],
-            cwd=ROOT,
-            env=environment,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            message = f"the node joins; it says {log.name}"
-            wait_until(lambda: nodename in [each.id.partition("@")[0] for each in cluster.nodes()], WITHIN_S, message)
-            yield app
-        finally:
-            stop(worker)
-
-
-def log_of(directory: Path, name: str) -> Path:
-    return directory / f"{name}.log"
-
-
-def stop(worker: subprocess.Popen[bytes]) -> None:
-    worker.terminate()
-    try:
-        worker.wait(WITHIN_S)
-    except subprocess.TimeoutExpired:
-        worker.kill()
-        worker.wait()
-        pytest.fail("the worker did not end on SIGTERM")
-
-
-def sender(app: Celery) -> Run:
-    return lambda job, *args, **kwargs: app.tasks[job].delay(*args, **kwargs).get(timeout=WITHIN_S)
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +181,7 @@ def test_a_model_gets_every_parameter_and_its_answer_comes_back(remote: Run, pro
     assert result == {
         "text": "Let me see.", "tool_calls": [call], "model": "other", "finish_reason": "tool_calls",
         "usage": {"prompt_tokens": 4, "completion_tokens": 3, "total_tokens": 7}, "provider": "openai",
-        "degraded": False, "degraded_reason": "",
+        "degraded": False, "degraded_reason": "", "cached": False, "age_s": 0.0,
     }  # fmt: skip
 
 

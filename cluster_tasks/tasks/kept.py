@@ -1,0 +1,196 @@
+"""What the ready-made jobs keep in the cache, so that nobody computes it again, and how it is found.
+
+Nothing is kept without ``cluster_cache_url``. What identifies a value is hashed: keys tell nothing of texts, and all
+values are as the provider of the settings made them. No numpy here: processes that only send jobs look here first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from celery import Celery
+
+from cluster_tasks.cache import Cache, Caches, Entry, Refresh
+from cluster_tasks.errors import CacheUnavailable
+from cluster_tasks.settings import ClusterSettings, SecretUrl
+from cluster_tasks.tasks.apps import Configured, cluster_of
+from cluster_tasks.tasks.arguments import CacheUse
+
+logger = logging.getLogger(__name__)
+
+LASTING_ENDS = ("stop", "tool_calls")
+"""Finish reasons of answers that are kept: others were cut short."""
+
+
+class Kept:
+    """The kept values of one app."""
+
+    def __init__(self, settings: ClusterSettings, caches: Caches) -> None:
+        self._settings, self._caches = settings, caches
+        self._owed: set[str] = set()
+        """Collections whose searches are void, which the cache could not be told yet."""
+
+    # Embeddings: each text by itself.
+
+    def find_vectors(self, texts: Iterable[str], model: str | None) -> dict[str, tuple[str, str, bytes]]:
+        """Return what is known of texts: the model that embedded it, the provider, and a vector as bytes."""
+        keys = {text: self._vector_key(text, model) for text in texts}
+        found = self._embeddings.get_many(set(keys.values()))
+        known = {text: found[key] for text, key in keys.items() if key in found}
+        return {text: (*json.loads(head), vector) for text, (head, _, vector) in _split(known).items()}
+
+    def keep_vectors(self, vectors: Mapping[str, bytes], model: str | None, by_model: str, provider: str) -> None:
+        """Keep the vectors of texts, as ``by_model`` of ``provider`` made them."""
+        head = json.dumps([by_model, provider]).encode() + b"\n"
+        values = {self._vector_key(text, model): head + vector for text, vector in vectors.items()}
+        # Another has at most computed the same: nobody needs to forget anything.
+        self._embeddings.write(values, self._settings.cache_ttl_s, replaces=False)
+
+    @property
+    def _embeddings(self) -> Cache:
+        return self._caches.namespace("embeddings")
+
+    def _vector_key(self, text: str, model: str | None) -> str:
+        settings = self._settings
+        return digest(_place(settings.embedding_base_url), model or settings.embedding_model, text)
+
+    # Searches: void as soon as their collection changes.
+
+    def search(self, collection: str, asked: Sequence[Any], compute: Callable[[], Any], use: CacheUse) -> Any:
+        """Return what ``compute`` returns for what is ``asked`` of a collection, which JSON can say."""
+        self._pay(collection)
+        key = self._search_key(asked)
+        if use != "refresh" and (found := self._searches(collection).get_json(key)) is not None:
+            return {**found, "cached": True}
+        made = self._searches(collection).get_or_compute(
+            key,
+            lambda: json.dumps(compute()).encode(),
+            self._settings.cache_search_ttl_s,
+            refresh=Refresh.NOW if use == "refresh" else Refresh.NEVER,
+        )
+        assert made is not None
+        return json.loads(made)
+
+    def find_search(self, collection: str, asked: Sequence[Any]) -> Any:
+        """Return what is kept for what is ``asked`` of a collection, or None."""
+        if collection in self._owed:
+            return None
+        found = self._searches(collection).get_json(self._search_key(asked))
+        return None if found is None else {**found, "cached": True}
+
+    def forget_searches(self, collection: str) -> None:
+        """Make the kept searches of a collection void, now or, while the cache is away, before the next one here."""
+        self._owed.add(collection)
+        self._pay(collection)
+
+    def _pay(self, collection: str) -> None:
+        if collection not in self._owed:
+            return
+        try:
+            self._searches(collection).invalidate()
+            self._owed.discard(collection)
+        except CacheUnavailable as exc:
+            logger.warning("searches of %s may be served that are up to %g s old: %s", collection,
+                           self._settings.cache_search_ttl_s, exc)  # fmt: skip
+
+    def _searches(self, collection: str) -> Cache:
+        # Who has added a document finds it: the generation is read with every search.
+        return self._caches.namespace(f"search.{collection}", staleness_s=0.0)
+
+    def _search_key(self, asked: Sequence[Any]) -> str:
+        settings = self._settings
+        return digest(_place(settings.embedding_base_url), settings.embedding_model, *asked)
+
+    # Answers.
+
+    @staticmethod
+    def keeps_answer(temperature: float | None, use: CacheUse) -> bool:
+        """Whether an answer is kept: one that would be the same again, or one whose caller asks for that."""
+        return use is not False and (temperature == 0 or use is not None)
+
+    def answer(
+        self, request: Mapping[str, Any], compute: Callable[[Callable[[], Any]], Any], use: CacheUse
+    ) -> dict[str, Any]:
+        """Return the answer to a request, which JSON can say.
+
+        ``compute`` makes it; it is handed what returns a stale answer, or None, for when no model is available.
+        """
+        key, answers = self._answer_key(request), self._answers
+        if use != "refresh" and (found := self.find_answer(request)) is not None:
+            return found
+
+        def make() -> bytes:
+            made: dict[str, Any] = compute(lambda: _answer(answers.read([key]).entries.get(key)))
+            if made["degraded"] or made["finish_reason"] not in LASTING_ENDS:
+                raise _NotKept(made)
+            return json.dumps(made).encode()
+
+        refresh = Refresh.NOW if use == "refresh" else Refresh.NEVER
+        try:
+            made = answers.get_or_compute(
+                key, make, self._settings.cache_ttl_s, refresh=refresh, kept_s=self._settings.cache_kept_s
+            )
+        except _NotKept as exc:
+            return exc.answer
+        assert made is not None
+        answer: dict[str, Any] = json.loads(made)
+        return answer
+
+    def find_answer(self, request: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return the fresh answer that is kept for a request, or None."""
+        key = self._answer_key(request)
+        entry = self._answers.read([key]).entries.get(key)
+        return _answer(entry) if entry is not None and entry.is_fresh else None
+
+    @property
+    def _answers(self) -> Cache:
+        return self._caches.namespace("answers")
+
+    def _answer_key(self, request: Mapping[str, Any]) -> str:
+        asked = {**request, "model": request.get("model") or self._settings.llm_model}
+        return digest(_place(self._settings.llm_base_url), asked)
+
+
+class _NotKept(Exception):
+    """Leaves a computation with an answer for all who wait for it, and nobody else."""
+
+    def __init__(self, answer: dict[str, Any]) -> None:
+        self.answer = answer
+
+
+_kept: WeakKeyDictionary[Celery, Kept] = WeakKeyDictionary()
+
+
+def kept_of(app: Celery) -> Kept | None:
+    """Return what the jobs of an app keep; None: nothing. Raises ClusterError, ConfigurationError."""
+    if (kept := _kept.get(app)) is not None:
+        return kept
+    cluster: Configured = cluster_of(app)
+    if cluster.settings.cache_url is None:
+        return None
+    return _kept.setdefault(app, Kept(cluster.settings, cluster.caches))
+
+
+def digest(*parts: Any) -> str:
+    """Return 64 characters that stand for values which JSON can say; equal ones for equal values."""
+    said = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(said.encode(errors="surrogatepass")).hexdigest()
+
+
+def _answer(entry: Entry | None) -> dict[str, Any] | None:
+    if entry is None or entry.value is None:
+        return None
+    return {**json.loads(entry.value), "cached": True, "age_s": round(entry.age_s, 3)}
+
+
+def _place(url: SecretUrl | None) -> str:
+    return url.get_secret_value() if url is not None else ""
+
+
+def _split(values: Mapping[str, bytes]) -> dict[str, tuple[bytes, bytes, bytes]]:
+    return {text: value.partition(b"\n") for text, value in values.items()}
