@@ -63,8 +63,8 @@ def search(
     ``where`` is as ``cluster_tasks.shards.filters`` describes it: ``{"lang": "py", "year": {"gte": 2020}}``.
 
     Returns ``collection``, ``cached`` and ``passages``, the nearest first, each with ``id``, ``text``, ``metadata`` and
-    ``score`` (cosine similarity, -1 to 1). Fails with CollectionNotFound, and with CollectionMismatch if the collection was
-    made with another embedding model or the vector has another dimension.
+    ``score`` (cosine similarity, -1 to 1). Fails with CollectionNotFound, and with CollectionMismatch if the collection
+    was made with another embedding model or the vector has another dimension.
 
     With ``cluster_cache_url`` what was found is kept until the collection changes, for ``cluster_cache_search_ttl_s``
     at most, and marked ``cached``. ``cache=False`` neither looks nor keeps, ``"refresh"`` searches anew.
