@@ -162,6 +162,13 @@ def run_script(client: redis.Redis, script: Script, keys: Sequence[str], argumen
         client.connection_pool.release(connection)
 
 
+def is_passing_refusal(exc: BaseException | None) -> bool:
+    """Whether an error is the refusal of a server that cannot do a command now, and may soon."""
+    return isinstance(exc, redis.ResponseError) and (
+        isinstance(exc, PASSING_REFUSALS) or any(word in str(exc) for word in PASSING_WORDS)
+    )
+
+
 @contextmanager
 def refusals_as_outages(client: redis.Redis) -> Iterator[None]:
     """Turn the refusal of a server that cannot work now into the loss of the connection: Celery tries again after it.
@@ -174,7 +181,7 @@ def refusals_as_outages(client: redis.Redis) -> Iterator[None]:
         client.connection_pool.disconnect(inuse_connections=False)
         raise
     except redis.ResponseError as exc:
-        if not isinstance(exc, PASSING_REFUSALS) and not any(word in str(exc) for word in PASSING_WORDS):
+        if not is_passing_refusal(exc):
             raise
         client.connection_pool.disconnect()
         raise redis.ConnectionError(f"Redis refused a command: {exc}") from exc

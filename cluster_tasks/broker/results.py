@@ -30,7 +30,14 @@ from cluster_tasks.broker.message import Delivery
 from cluster_tasks.broker.sequels import being_ended, ending
 from cluster_tasks.errors import EndNotStored, StaleCommit
 from cluster_tasks.keys import DEFAULT_NAME, Keys
-from cluster_tasks.redis_store import RememberedScript, database_of, refusals_as_outages, run_script, script_source
+from cluster_tasks.redis_store import (
+    RememberedScript,
+    database_of,
+    is_passing_refusal,
+    refusals_as_outages,
+    run_script,
+    script_source,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +50,10 @@ REVOKED_UNHELD = "revoked"
 _error_before: ContextVar[BaseException | None] = ContextVar("error_before", default=None)
 _NOT_OF_THE_CHORD = (redis.ConnectionError, redis.TimeoutError, OperationalError, EndNotStored, StaleCommit)
 """What keeps a node from publishing the body of a chord, and is no failure of the chord."""
+
+
+def _is_not_of_the_chord(error: BaseException | None) -> bool:
+    return isinstance(error, _NOT_OF_THE_CHORD) or is_passing_refusal(error)
 
 
 class _BodyNotPublished(redis.ConnectionError):
@@ -151,9 +162,14 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
 
     def chord_error_from_stack(self, callback: Any, exc: Any = None) -> Any:
         error = sys.exception()
-        if isinstance(error, _NOT_OF_THE_CHORD) and error is not _error_before.get():
+        if _is_not_of_the_chord(error) and error is not _error_before.get():
             raise _BodyNotPublished(f"the body of a chord could not be published: {error!r}") from error
-        return super().chord_error_from_stack(callback, exc)
+        try:
+            return super().chord_error_from_stack(callback, exc)
+        except Exception as failed:
+            if not _is_not_of_the_chord(failed):
+                raise
+            raise _BodyNotPublished(f"the failure of a chord could not be stored: {failed!r}") from failed
 
     def _claiming(self, script: redis.commands.core.Script, place: int) -> Callable[..., Any]:
         def run(keys: list[str], args: list[Any], client: redis.Redis) -> Any:

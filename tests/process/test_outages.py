@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from celery import chord, states
 from kombu.exceptions import OperationalError
 
 from cluster_tasks.redis_store import connect
@@ -118,6 +119,24 @@ def test_a_job_whose_next_step_cannot_be_published_does_not_fail_for_it(
         assert [last.get(timeout=END_S), first.get(timeout=END_S)] == [worker.id] * 2
         wait_until_nothing_is_left(jobs)
     del first, last
+    jobs.app.close()
+
+
+def test_a_chord_whose_failure_redis_refuses_to_store_fails_when_it_can(
+    lasting_redis: RedisServer, redis_server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLUSTER_BROKER_URL", lasting_redis.url)
+    jobs, environ = make_jobs(), {"TEST_NOTES_URL": redis_server.url}
+    worker = WorkerProcess(
+        "a", lasting_redis.url, tmp_path, app="tests.process.refused", pool="threads", environ=environ
+    )
+    with running(worker), connect(redis_server.url) as notes:
+        body = jobs.work.si().on_error(jobs.app.signature("jobs.refuse"))
+        failed = chord([jobs.verbose.si(5, 0.0)], body)()
+        wait_until(lambda: failed.state == states.FAILURE, END_S, "it fails")
+        assert notes.llen("test:refused") > 1, "it was refused"
+        wait_until_nothing_is_left(jobs)
+    del failed
     jobs.app.close()
 
 
