@@ -133,7 +133,7 @@ def test_a_chord_whose_failure_redis_refuses_to_store_fails_when_it_can(
     with running(worker), connect(redis_server.url) as notes:
         body = jobs.work.si().on_error(jobs.app.signature("jobs.refuse"))
         failed = chord([jobs.verbose.si(5, 0.0)], body)()
-        wait_until(lambda: failed.state == states.FAILURE, END_S, "it fails")
+        wait_until(lambda failed=failed: failed.state == states.FAILURE, END_S, "it fails")
         assert notes.llen("test:refused") > 1, "it was refused"
         wait_until_nothing_is_left(jobs)
     del failed
