@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from cluster_tasks.cache.counters import Counters
 from cluster_tasks.cache.entry import Entry
 from cluster_tasks.cache.flight import Flights, Refresh
+from cluster_tasks.cache.warming import BATCH, Loader, Warmed, warm
 
 if TYPE_CHECKING:
     import numpy as np
@@ -132,6 +133,17 @@ class Cache(ABC):
         check_keys([key])
         ttl_s = self._ttl(ttl_s)
         return self._flights.get(key, compute, ttl_s, refresh, kept_s, negative_ttl_s)
+
+    def warm(
+        self, loader: Loader, keys: Iterable[str], ttl_s: float | None = None, *, batch: int = BATCH,
+        progress: bool = False,
+    ) -> Warmed:  # fmt: skip
+        """Load what is missing of some keys and store it, ``batch`` keys at a time; ``progress`` shows a bar.
+
+        ``loader`` is given the missing keys of a batch and returns what there is of them. Raises what it raises; what
+        was loaded before stays.
+        """
+        return warm(self, loader, keys, ttl_s, batch, progress)
 
     def get(self, key: str) -> bytes | None:
         """Return the value, or None if there is none that is fresh."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import logging
 from threading import Lock
+from weakref import WeakSet
 
 from cluster_tasks.cache.base import Cache, check_namespace
 from cluster_tasks.cache.connection import CacheConnection
@@ -12,10 +15,15 @@ from cluster_tasks.cache.local import LocalCache, Memory
 from cluster_tasks.cache.redis import RedisCache, Shared, share
 from cluster_tasks.cache.tiered import TieredCache
 from cluster_tasks.clock import Clock
+from cluster_tasks.errors import CacheUnavailable
 from cluster_tasks.keys import Keys
+from cluster_tasks.redis_store import text
 from cluster_tasks.settings import ClusterSettings
 
+logger = logging.getLogger(__name__)
+
 DEFAULT_NAMESPACE = "default"
+_open: WeakSet[Caches] = WeakSet()
 
 
 class Caches:
@@ -48,9 +56,32 @@ class Caches:
                 made = self._namespaces[full, staleness_s] = self._make(full, staleness_s)
             return made
 
+    def sums(self) -> dict[str, float]:
+        """What all processes have counted, as far as they have told. Raises CacheUnavailable."""
+        self.flush()
+        if self.shared is None:
+            return {}
+        (counted,) = self.shared.connection.pipeline([("HGETALL", self.shared.keys.cache_counters)], "reading counters")
+        return {text(name): float(number) for name, number in counted.items()}
+
+    def flush(self) -> None:
+        """Add what this process has counted to the sums; that is done with every reading of a state, too."""
+        taken = self.counters.take()
+        if self.shared is None or not taken:
+            return
+        sums = self.shared.keys.cache_counters
+        try:
+            self.shared.connection.pipeline(
+                [("HINCRBYFLOAT", sums, name, number) for name, number in taken.items()], "counting"
+            )
+        except CacheUnavailable as exc:
+            self.counters.give_back(taken)
+            logger.debug("not counted yet: %s", exc)
+
     def close(self) -> None:
         """Close this process's connections. Safe to repeat; a later call opens them again."""
         if self.shared is not None:
+            self.flush()
             self.shared.coherence.close()
             self.shared.connection.close()
 
@@ -72,4 +103,13 @@ def create_caches(settings: ClusterSettings, keys: Keys, clock: Clock) -> Caches
             sentinel_master=settings.sentinel_master,
         )  # fmt: skip
         shared = share(connection, keys, clock, counters)
-    return Caches(memory, shared, counters, settings.cache_ttl_s, settings.cache_staleness_s)
+    caches = Caches(memory, shared, counters, settings.cache_ttl_s, settings.cache_staleness_s)
+    if shared is not None:
+        _open.add(caches)
+    return caches
+
+
+@atexit.register
+def _flush() -> None:
+    for caches in list(_open):
+        caches.flush()

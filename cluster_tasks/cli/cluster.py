@@ -18,6 +18,7 @@ from celery.utils.nodenames import default_nodename, host_format
 from kombu.utils.imports import symbol_by_name
 
 from cluster_tasks.broker.placement import UNDECODABLE_KEPT
+from cluster_tasks.cli.cache import cache
 from cluster_tasks.cli.events import events, tell_changes
 from cluster_tasks.cli.group import ClusterGroup, json_option, pass_cluster
 from cluster_tasks.cli.quarantine import quarantine
@@ -52,6 +53,7 @@ def cluster() -> None:
     """
 
 
+cluster.add_command(cache)
 cluster.add_command(events)
 cluster.add_command(quarantine)
 cluster.add_command(registry)

@@ -307,3 +307,17 @@ def test_a_redis_that_is_away_is_a_miss_for_readers_and_an_error_for_who_must_kn
         assert cache.get("k") == b"x"
         cache.redis.shared.coherence.close()
         connection.close()
+
+
+def test_what_is_missing_is_loaded_in_bulk(cache: Cache) -> None:
+    cache.set("k1", b"there")
+    asked: list[list[str]] = []
+
+    def load(keys: list[str]) -> dict[str, bytes]:
+        asked.append(keys)
+        return {key: b"loaded" for key in keys if key != "k3"} | {"never asked": b""}
+
+    warmed = cache.warm(load, ["k0", "k1", "k2", "k3", "k0"], batch=2)
+    assert (warmed.present, warmed.stored, warmed.left_out) == (1, 2, 1)
+    assert asked == [["k0"], ["k2", "k3"]]
+    assert cache.get_many(["k0", "k1", "k2", "k3", "never asked"]) == {"k0": b"loaded", "k1": b"there", "k2": b"loaded"}

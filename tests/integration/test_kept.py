@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -225,3 +229,16 @@ def test_nothing_is_kept_without_the_url_of_a_cache(redis_url: str, tmp_path: Pa
     assert type(app.tasks["embedding.embed"]).known(app, texts=["a"]) is None
     assert type(app.tasks["llm.generate"]).known(app, prompt="a", temperature=0.0) is None
     app.close()
+
+
+def test_texts_of_a_file_are_embedded_before_somebody_asks(site: Site, tmp_path: Path) -> None:
+    file = tmp_path / "texts"
+    file.write_text("\n".join(["one", "", *(f"text {number}" for number in range(99)), "one"]), encoding="utf-8")
+    given = {name: str(value) for name, value in site.app.conf.items() if str(name).startswith("cluster_")}
+    environ = {**os.environ, **{name.upper(): value for name, value in given.items()}}
+    environ |= {"CLUSTER_BROKER_URL": site.app.conf.broker_url, "NO_PROXY": "127.0.0.1"}
+    command = [sys.executable, "-m", "celery", "-A", "cluster_tasks", "cluster", "cache", "warm", str(file), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=WITHIN_S, check=False, env=environ)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"texts": 100, "known": 0, "embedded": 100}
+    assert site.asked(EMBEDDINGS_PATH) == 2
