@@ -101,6 +101,9 @@ cluster_drain_timeout_s = 30.0
 # cluster_breaker_success_threshold = 2
 # cluster_breaker_timeout_s = 30.0
 
+# What jobs computed is kept in a Redis of its own that may forget it, or in a Redis Cluster: docs/caching.md.
+# cluster_cache_url = "redis://127.0.0.1:6380/0"
+
 # Where collections live: every node that serves retrieval must reach it.
 # cluster_data_dir = "cluster-data"
 
