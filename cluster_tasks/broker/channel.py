@@ -339,6 +339,18 @@ class ClusterChannel(stock.Channel):
         properties[DELIVERY_PROPERTY] = [delivery.node_id, delivery.epoch, delivery.tag]
         return payload
 
+    def _receive_one(self, c: Any) -> Any:
+        # The loop may have been told of a connection that has been replaced since, whose number the new one has. To
+        # wait for what is not there would stop the loop.
+        try:
+            is_there = c.connection is None or c.connection.can_read(timeout=0)
+        except self.connection_errors:
+            self._in_listen = False
+            raise
+        if not is_there:
+            raise Empty
+        return super()._receive_one(c)
+
     def close(self) -> None:
         if self._under_way == "fetch":
             # Kombu would wait for the reply and deliver it. What it gives is recorded in Redis and not lost.
