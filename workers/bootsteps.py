@@ -33,7 +33,7 @@ from workers.load import measure
 from workers.periodic import Periodic
 from workers.progress import LOOK_EVERY_S, Progress, Pulse, stack_of
 from workers.refusals import Refusals
-from workers.reports import read_to_the_end
+from workers.reports import keep_what_was_sent, read_to_the_end, sent_requests
 from workers.request import keeping_errors_in
 
 logger = logging.getLogger(__name__)
@@ -79,6 +79,7 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
         helper = None if isinstance(worker.pool, PreforkPool) else HeartbeatProcess(cluster.settings, node.id)
         if isinstance(worker.pool, PreforkPool):
             read_to_the_end(worker.pool._pool._result_handler)
+            keep_what_was_sent(worker.pool._pool)
         executions = Executions(worker.pool)
         agent = NodeAgent(cluster, node, register, lambda: measure(register.held(), register.trial), helper, executions)
         self._accompany(agent, register, executions, Progress(worker, register, executions, self._pulse))
@@ -168,7 +169,10 @@ class ResyncStep(bootsteps.StartStopStep):  # type: ignore[misc]
             return
         for task in consumer.app.tasks.values():
             task.__trace__ = keeping_errors_in(task)
-        again = node.resync({request.message.delivery_tag for request in state.active_requests})
+        sent = sent_requests(consumer.pool._pool) if isinstance(consumer.pool, PreforkPool) else []
+        for request in sent:
+            state.task_reserved(request)
+        again = node.resync({request.message.delivery_tag for request in [*state.active_requests, *sent]})
         if again:
             logger.warning("%d jobs that the broken connection had dropped are delivered again", again)
 

@@ -1,8 +1,9 @@
-"""What the processes of a prefork pool report is read to its end, though connections to the broker break meanwhile.
+"""What a prefork pool was given and reports outlasts the connections to the broker that break meanwhile.
 
 Celery reads a report with a generator that it leaves with its event loop until more has come. When a connection breaks
 it resets the loop, forgets the generator, and takes what follows for the beginning of another report. Then it closes
-its ear to that process: the job comes to no end, and its slot is never free again.
+its ear to that process: the job comes to no end, and its slot is never free again. It also forgets the jobs that a
+process was sent and has not yet said to have begun: they are run all the same, and delivered and run again.
 """
 
 from __future__ import annotations
@@ -37,3 +38,36 @@ def read_to_the_end(results: Any) -> None:
             yield
 
     results._recv_message = go_on
+
+
+def keep_what_was_sent(pool: Any) -> None:
+    """Have ``pool``, a prefork pool, keep what its processes were sent when a connection breaks."""
+    flush: Callable[[], None] = pool.flush
+
+    def flush_the_rest() -> None:
+        sent = unaccepted(pool)
+        for job in sent:
+            # What has been accepted is kept.
+            job._accepted = True
+        try:
+            flush()
+        finally:
+            for job in sent:
+                job._accepted = False
+
+    pool.flush = flush_the_rest
+
+
+def unaccepted(pool: Any) -> list[Any]:
+    """What living processes of a prefork pool were sent, and have not said to have begun."""
+    return [
+        job
+        for job in tuple(pool._cache.values())
+        if not job._accepted and job._write_to is not None and job._write_to._is_alive()
+    ]
+
+
+def sent_requests(pool: Any) -> list[Any]:
+    """The requests of such jobs."""
+    requests = (getattr(job._accept_callback, "__self__", None) for job in unaccepted(pool))
+    return [request for request in requests if request is not None]
