@@ -79,7 +79,7 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
         helper = None if isinstance(worker.pool, PreforkPool) else HeartbeatProcess(cluster.settings, node.id)
         if isinstance(worker.pool, PreforkPool):
             read_to_the_end(worker.pool._pool._result_handler)
-            keep_what_was_sent(worker.pool._pool)
+            keep_what_was_sent(worker.pool)
         executions = Executions(worker.pool)
         agent = NodeAgent(cluster, node, register, lambda: measure(register.held(), register.trial), helper, executions)
         self._accompany(agent, register, executions, Progress(worker, register, executions, self._pulse))
@@ -169,7 +169,7 @@ class ResyncStep(bootsteps.StartStopStep):  # type: ignore[misc]
             return
         for task in consumer.app.tasks.values():
             task.__trace__ = keeping_errors_in(task)
-        sent = sent_requests(consumer.pool._pool) if isinstance(consumer.pool, PreforkPool) else []
+        sent = sent_requests(consumer.pool) if isinstance(consumer.pool, PreforkPool) else []
         for request in sent:
             state.task_reserved(request)
         again = node.resync({request.message.delivery_tag for request in [*state.active_requests, *sent]})

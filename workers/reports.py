@@ -53,7 +53,8 @@ def keep_what_was_sent(pool: Any) -> None:
             flush()
         finally:
             for job in sent:
-                job._accepted = False
+                # It may have been meanwhile.
+                job._accepted = job._time_accepted is not None
 
     pool.flush = flush_the_rest
 
@@ -62,7 +63,7 @@ def unaccepted(pool: Any) -> list[Any]:
     """What living processes of a prefork pool were sent, and have not said to have begun."""
     return [
         job
-        for job in tuple(pool._cache.values())
+        for job in tuple(pool._pool._cache.values())
         if not job._accepted and job._write_to is not None and job._write_to._is_alive()
     ]
 
