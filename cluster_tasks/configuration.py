@@ -7,10 +7,11 @@ import logging
 from celery import Celery
 from pydantic import SecretStr
 
+from cluster_tasks.addresses.secret import SecretUrl
 from cluster_tasks.broker.results import FENCED_BACKENDS
 from cluster_tasks.keys import DEFAULT_NAME
 from cluster_tasks.redis_store import CONNECT_TIMEOUT_S, HEALTH_CHECK_S, SOCKET_TIMEOUT_S, is_same_server
-from cluster_tasks.settings import CONF_PREFIX, ClusterSettings, SecretUrl
+from cluster_tasks.settings import CONF_PREFIX, ClusterSettings
 
 logger = logging.getLogger(__name__)
 

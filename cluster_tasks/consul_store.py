@@ -15,7 +15,7 @@ from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import Any
 from urllib.parse import quote, urlencode
 
-from cluster_tasks.consul_url import ConsulUrl
+from cluster_tasks.addresses.consul import ConsulUrl
 from cluster_tasks.errors import ConfigurationError, UnavailableError
 
 try:

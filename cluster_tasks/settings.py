@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from urllib.parse import urlsplit
 
 from pydantic import (
     BaseModel,
@@ -24,8 +24,12 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
-from cluster_tasks import consul_url
-from cluster_tasks.consul_url import parse_consul_url
+from cluster_tasks.addresses.consul import SCHEME as CONSUL_SCHEME
+from cluster_tasks.addresses.consul import ConsulUrl, parse_consul_url
+from cluster_tasks.addresses.etcd import SCHEME as ETCD_SCHEME
+from cluster_tasks.addresses.etcd import EtcdUrl, parse_etcd_url
+from cluster_tasks.addresses.redis import BROKER_SCHEMES, CACHE_CLUSTER_SCHEMES, checked_redis_url
+from cluster_tasks.addresses.secret import SecretUrl, SecretWebhookUrl, masked
 from cluster_tasks.errors import ConfigurationError
 from cluster_tasks.model import NodeRole, RequestType
 
@@ -33,55 +37,13 @@ CONF_PREFIX = "cluster_"
 ENV_PREFIX = "CLUSTER_"
 MISSPELT = 0.8
 """From this similarity of names on, 0 to 1, an unknown variable is taken for a misspelt setting."""
+LEASES: Mapping[str, Callable[[str], ConsulUrl | EtcdUrl]] = {
+    CONSUL_SCHEME: parse_consul_url,
+    ETCD_SCHEME: parse_etcd_url,
+}
+"""How the URLs are read of the registries that forget a node by a time of their own."""
 SECRET_WORDS = ("_key", "_password", "_secret", "_fallbacks", "alert_url")
 """In the name of a setting whose value is never shown."""
-CERTIFICATE_CHECKS = ("required", "optional", "none")
-BROKER_SCHEMES = ("redis", "rediss", "redis+socket", "sentinel")
-CACHE_CLUSTER_SCHEMES = ("redis+cluster", "rediss+cluster")
-
-
-class SecretUrl(SecretStr):
-    """A URL whose passwords show as ``**`` wherever it is printed."""
-
-    def _display(self) -> str:
-        return _masked(self.get_secret_value())
-
-
-class SecretWebhookUrl(SecretUrl):
-    """A URL of which only scheme and host show: what follows is often the secret."""
-
-    def _display(self) -> str:
-        parts = urlsplit(self.get_secret_value())
-        return f"{parts.scheme}://{parts.hostname or ''}/**"
-
-
-def _masked(text: str) -> str:
-    """Return ``text`` with ``**`` for every password of its URLs, before the host or in the query."""
-    # Up to the last @ of each URL: a password that nobody quoted may hold any character.
-    urls = [re.sub(r"(://[^:/@]*):.*@", r"\1:**@", url) for url in re.split(r";(?=[\w+]+://)", text)]
-    # What is alone before the host may be a token, as it is with Consul.
-    urls = [re.sub(r"(://)[^:@]*@", r"\1**@", url) for url in urls]
-    return re.sub(r"((?:password|token|key|secret)=)[^&;#]*", r"\1**", ";".join(urls), flags=re.IGNORECASE)
-
-
-def _checked_redis_url(url: str) -> str:
-    """Return ``url`` as Kombu, Celery and redis-py all read it. Raises ValueError for what one of them refuses."""
-    scheme, rest = url.split("://", 1)
-    address, _, query = rest.partition("?")
-    options = dict(parse_qsl(query, keep_blank_values=True))
-    if "password" in options:
-        raise ValueError("a password is written before the host: redis://:PASSWORD@HOST")
-    if scheme in ("redis", "rediss"):
-        database = address.rpartition("@")[2].partition("/")[2]
-        if database and not database.isdigit():
-            raise ValueError(f"the database, behind the last slash, is a number and not {database!r}")
-    if scheme != "rediss":
-        return url
-    # Celery insists on this option, and knows it by other names than redis-py.
-    wanted = options.get("ssl_cert_reqs", "required").lower().removeprefix("cert_")
-    if wanted not in CERTIFICATE_CHECKS:
-        raise ValueError(f"ssl_cert_reqs is one of {', '.join(CERTIFICATE_CHECKS)}, not {wanted!r}")
-    return f"{scheme}://{address}?{urlencode({**options, 'ssl_cert_reqs': wanted})}"
 
 
 def _split(value: object) -> object:
@@ -302,15 +264,15 @@ class ClusterSettings(BaseSettings):
         if not separator or scheme not in BROKER_SCHEMES:
             known = ", ".join(f"{name}://" for name in BROKER_SCHEMES)
             raise ValueError(f"expected a URL that begins with one of {known}")
-        return SecretUrl(_checked_redis_url(value.get_secret_value()))
+        return SecretUrl(checked_redis_url(value.get_secret_value()))
 
     @field_validator("registry_url", mode="after")
     @classmethod
     def _check_registry_url(cls, value: SecretUrl | None) -> SecretUrl | None:
         scheme = value.get_secret_value().partition("://")[0] if value else "memory"
-        if value and scheme == consul_url.SCHEME:
-            parse_consul_url(value.get_secret_value())
-        elif scheme not in (*BROKER_SCHEMES, "etcd", "memory"):
+        if value and scheme in LEASES:
+            LEASES[scheme](value.get_secret_value())
+        elif scheme not in (*BROKER_SCHEMES, "memory"):
             raise ValueError("expected redis://, rediss://, redis+socket://, sentinel://, consul:// or etcd://")
         return value
 
@@ -323,7 +285,7 @@ class ClusterSettings(BaseSettings):
         if not separator or scheme not in BROKER_SCHEMES:
             known = ", ".join(f"{name}://" for name in (*BROKER_SCHEMES, *CACHE_CLUSTER_SCHEMES))
             raise ValueError(f"expected a URL that begins with one of {known}")
-        return SecretUrl(_checked_redis_url(value.get_secret_value()))
+        return SecretUrl(checked_redis_url(value.get_secret_value()))
 
     @field_validator("alert_url", mode="after")
     @classmethod
@@ -368,10 +330,11 @@ class ClusterSettings(BaseSettings):
     @model_validator(mode="after")
     def _check_registry_ttl(self) -> Self:
         url = self.registry_url.get_secret_value() if self.registry_url else ""
-        if url.startswith(f"{consul_url.SCHEME}://") and parse_consul_url(url).ttl_s < 2 * self.heartbeat_s:
+        parse = LEASES.get(url.partition("://")[0])
+        if parse and parse(url).ttl_s < 2 * self.heartbeat_s:
             raise ValueError(
                 f"registry_url={str(self.registry_url)!r}: its ttl must be at least twice "
-                f"heartbeat_s={self.heartbeat_s}: Consul would show a healthy node as critical"
+                f"heartbeat_s={self.heartbeat_s}: a healthy node whose beat is late would seem gone"
             )
         return self
 
@@ -458,4 +421,4 @@ def _shown(key: str, value: object) -> str:
     # A misspelt key holds what the right one would.
     if any(word in name for name in (key, _nearest(key)) for word in SECRET_WORDS):
         return "'**********'"
-    return _masked(repr(value))
+    return masked(repr(value))

@@ -19,12 +19,12 @@ from redis.cluster import ClusterNode, RedisCluster
 from redis.exceptions import RedisClusterException
 from redis.retry import Retry
 
+from cluster_tasks.addresses.redis import CACHE_CLUSTER_SCHEMES
 from cluster_tasks.breaker import Breaker, BreakerPolicy, Outcome, Phase
 from cluster_tasks.cache.forks import renewed_after_fork
 from cluster_tasks.clock import Clock
 from cluster_tasks.errors import CacheUnavailable, ConfigurationError
 from cluster_tasks.redis_store import connect, load_script
-from cluster_tasks.settings import CACHE_CLUSTER_SCHEMES
 
 logger = logging.getLogger(__name__)
 

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
+from cluster_tasks.addresses.consul import SCHEME as CONSUL_SCHEME
+from cluster_tasks.addresses.consul import parse_consul_url
+from cluster_tasks.addresses.etcd import SCHEME as ETCD_SCHEME
+from cluster_tasks.addresses.etcd import parse_etcd_url
+from cluster_tasks.addresses.redis import BROKER_SCHEMES
+from cluster_tasks.addresses.secret import SecretUrl
 from cluster_tasks.clock import Clock
-from cluster_tasks.consul_url import SCHEME as CONSUL_SCHEME
-from cluster_tasks.consul_url import parse_consul_url
 from cluster_tasks.errors import ConfigurationError
-from cluster_tasks.etcd.address import parse_etcd_url
 from cluster_tasks.keys import Keys
 from cluster_tasks.locks.base import Grant, Held, Locks, LockStore
 from cluster_tasks.locks.redis import RedisLocks
 from cluster_tasks.redis_store import connect
-from cluster_tasks.settings import BROKER_SCHEMES, SecretUrl
 
 __all__ = ["Grant", "Held", "LockStore", "Locks", "RedisLocks", "create_locks"]
-
-ETCD_SCHEME = "etcd"
 
 
 def create_locks(
@@ -52,7 +52,7 @@ def _in_etcd(address: str, keys: Keys) -> LockStore:
     # Not at the top: whoever keeps his locks elsewhere need not have it.
     from cluster_tasks.locks.etcd import EtcdLocks
 
-    return EtcdLocks(parse_etcd_url(address, "registry_url"), keys)
+    return EtcdLocks(parse_etcd_url(address), keys)
 
 
 def _text(url: SecretUrl | str) -> str:

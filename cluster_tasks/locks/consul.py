@@ -11,8 +11,8 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from cluster_tasks.addresses.consul import ConsulUrl
 from cluster_tasks.consul_store import ConsulClient, encoded, foreign_errors
-from cluster_tasks.consul_url import ConsulUrl
 from cluster_tasks.errors import LocksUnavailable
 from cluster_tasks.keys import Keys
 from cluster_tasks.locks.base import Grant

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 
+from cluster_tasks.addresses.etcd import EtcdUrl
 from cluster_tasks.errors import LocksUnavailable
-from cluster_tasks.etcd.address import EtcdAddress
-from cluster_tasks.etcd.store import EtcdStore, LeaseExpired, put, read, unchanged
+from cluster_tasks.etcd_store import EtcdStore, LeaseExpired, put, read, unchanged
 from cluster_tasks.keys import Keys
 from cluster_tasks.locks.base import Grant
 
@@ -25,7 +25,7 @@ class EtcdLocks:
     written once, so the revision that made it is also the one that changed it last.
     """
 
-    def __init__(self, address: EtcdAddress, keys: Keys) -> None:
+    def __init__(self, address: EtcdUrl, keys: Keys) -> None:
         """Keep the locks under ``<prefix>/<cluster>/locks/``. Does no I/O."""
         self._store = EtcdStore(address, LocksUnavailable)
         self._root = f"{address.prefix}/{keys.name}/locks/"

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from pydantic import SecretStr
 
+from cluster_tasks.addresses.secret import SecretUrl
 from cluster_tasks.errors import ConfigurationError
 from cluster_tasks.providers.base import (
     ChatProvider,
@@ -18,7 +19,7 @@ from cluster_tasks.providers.base import (
 )
 from cluster_tasks.providers.local import ExtractiveChat, HashEmbeddings
 from cluster_tasks.providers.openai import Endpoint, OpenAIChat, OpenAIEmbeddings, Purpose
-from cluster_tasks.settings import ClusterSettings, Fallback, SecretUrl
+from cluster_tasks.settings import ClusterSettings, Fallback
 
 __all__ = [
     "ChatProvider",

@@ -21,9 +21,9 @@ from urllib.parse import SplitResult, unquote, urlsplit
 
 from pydantic import SecretStr
 
+from cluster_tasks.addresses.secret import SecretUrl
 from cluster_tasks.errors import ConfigurationError, ProviderError, ProviderUnavailable
 from cluster_tasks.providers.base import ChatRequest, ChatResult, EmbeddingRequest, EmbeddingResult, Usage
-from cluster_tasks.settings import SecretUrl
 
 if TYPE_CHECKING:
     from openai import OpenAI

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
+from cluster_tasks.addresses.consul import SCHEME as CONSUL_SCHEME
+from cluster_tasks.addresses.etcd import SCHEME as ETCD_SCHEME
+from cluster_tasks.addresses.redis import BROKER_SCHEMES
+from cluster_tasks.addresses.secret import SecretUrl
 from cluster_tasks.clock import Clock
-from cluster_tasks.consul_url import SCHEME as CONSUL_SCHEME
 from cluster_tasks.errors import ConfigurationError, did_you_mean
 from cluster_tasks.keys import Keys
 from cluster_tasks.redis_store import connect
 from cluster_tasks.registry.base import Registry, changes
 from cluster_tasks.registry.memory import MemoryRegistry
 from cluster_tasks.registry.redis import RedisRegistry
-from cluster_tasks.settings import BROKER_SCHEMES, SecretUrl
 
 __all__ = ["MemoryRegistry", "RedisRegistry", "Registry", "changes", "create_registry"]
 
 MEMORY_SCHEME = "memory"
-ETCD_SCHEME = "etcd"
 
 _in_memory: dict[str, MemoryRegistry] = {}
 

@@ -27,6 +27,7 @@ from threading import Event
 from typing import Any
 from urllib.parse import quote
 
+from cluster_tasks.addresses.consul import ConsulUrl, parse_consul_url
 from cluster_tasks.clock import Clock
 from cluster_tasks.consul_store import (
     OPERATIONS_AT_MOST,
@@ -36,7 +37,6 @@ from cluster_tasks.consul_store import (
     encoded,
     foreign_errors,
 )
-from cluster_tasks.consul_url import ConsulUrl, parse_consul_url
 from cluster_tasks.errors import NodeNotFound, RegistryUnavailable
 from cluster_tasks.keys import Keys
 from cluster_tasks.model import Load, Node, NodeEvent, NodeFilter, NodeStatus

@@ -7,8 +7,8 @@ from importlib.metadata import version
 
 from consul import ACLPermissionDenied, ConsulException
 
+from cluster_tasks.addresses.consul import ConsulUrl
 from cluster_tasks.consul_store import ConsulClient, foreign_errors
-from cluster_tasks.consul_url import ConsulUrl
 from cluster_tasks.errors import RegistryUnavailable
 from cluster_tasks.model import Node
 

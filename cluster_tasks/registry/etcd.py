@@ -19,10 +19,11 @@ from dataclasses import dataclass, replace
 from math import inf
 from threading import Event
 
+from cluster_tasks.addresses.etcd import parse_etcd_url
+from cluster_tasks.addresses.secret import SecretUrl
 from cluster_tasks.clock import Clock, SystemClock
 from cluster_tasks.errors import ConfigurationError, NodeNotFound, RegistryUnavailable
-from cluster_tasks.etcd.address import parse_etcd_url
-from cluster_tasks.etcd.store import (
+from cluster_tasks.etcd_store import (
     EtcdStore,
     KeyValue,
     LeaseExpired,
@@ -37,7 +38,6 @@ from cluster_tasks.keys import Keys
 from cluster_tasks.model import Load, Node, NodeEvent, NodeFilter, NodeStatus
 from cluster_tasks.registry.base import ALL, BEATEN, follow
 from cluster_tasks.registry.etcd_watch import Following, Place, Snapshot
-from cluster_tasks.settings import SecretUrl
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class EtcdRegistry:
 
     def __init__(self, url: SecretUrl | str, keys: Keys, clock: Clock) -> None:
         """Use the etcd at ``url``. Does no I/O. Raises ConfigurationError."""
-        address = parse_etcd_url(url, "registry_url")
+        address = parse_etcd_url(url)
         if taken := KINDS & {*address.prefix.split("/"), keys.name}:
             # Else the keys of one cluster could be those of another, whose prefix is longer.
             raise ConfigurationError(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster_tasks.clock import Clock
-from cluster_tasks.etcd.store import EtcdStore, KeyValue, Stream, key_value, read
+from cluster_tasks.etcd_store import EtcdStore, KeyValue, Stream, key_value, read
 from cluster_tasks.model import EventType, Node, NodeEvent
 from cluster_tasks.registry.base import changes
 

@@ -15,9 +15,10 @@ from weakref import WeakKeyDictionary
 
 from celery import Celery
 
+from cluster_tasks.addresses.secret import SecretUrl
 from cluster_tasks.cache import Cache, Caches, Entry, Refresh
 from cluster_tasks.errors import CacheUnavailable
-from cluster_tasks.settings import ClusterSettings, SecretUrl
+from cluster_tasks.settings import ClusterSettings
 from cluster_tasks.tasks.apps import Configured, cluster_of
 from cluster_tasks.tasks.arguments import CacheUse
 

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import quote
 
+from cluster_tasks.addresses.consul import parse_consul_url
+from cluster_tasks.addresses.etcd import parse_etcd_url
 from cluster_tasks.clock import SystemClock
-from cluster_tasks.consul_url import parse_consul_url
 from cluster_tasks.errors import LockLost
-from cluster_tasks.etcd.address import parse_etcd_url
 from cluster_tasks.keys import Keys
 from cluster_tasks.locks import Locks, RedisLocks
 from cluster_tasks.locks.base import check_name
@@ -91,7 +91,7 @@ class RedisStage:
 
 
 def open_etcd(url: str) -> Locks:
-    return Locks(EtcdLocks(parse_etcd_url(url, "registry_url"), Keys("contract")), SystemClock())
+    return Locks(EtcdLocks(parse_etcd_url(url), Keys("contract")), SystemClock())
 
 
 class EtcdStage:

@@ -11,7 +11,7 @@ from time import monotonic
 import pytest
 
 from cluster_tasks.errors import NodeNotFound, RegistryUnavailable
-from cluster_tasks.etcd.store import TIMEOUT_S
+from cluster_tasks.etcd_store import TIMEOUT_S
 from cluster_tasks.model import Load, NodeStatus
 from cluster_tasks.registry.etcd import EtcdRegistry
 from tests.contract.etcds import LOST, PATIENCE_S, patiently, registry_at

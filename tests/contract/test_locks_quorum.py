@@ -13,10 +13,10 @@ from typing import Protocol, TypeVar
 
 import pytest
 
+from cluster_tasks.addresses.consul import parse_consul_url
+from cluster_tasks.addresses.etcd import parse_etcd_url
 from cluster_tasks.clock import SystemClock
-from cluster_tasks.consul_url import parse_consul_url
 from cluster_tasks.errors import ConfigurationError, LockLost, LocksUnavailable, LockTaken
-from cluster_tasks.etcd.address import parse_etcd_url
 from cluster_tasks.keys import Keys
 from cluster_tasks.locks import Locks, create_locks
 from cluster_tasks.locks.consul import ConsulLocks
@@ -193,7 +193,7 @@ def test_nothing_is_left_in_etcd_of_a_lock_that_was_released_or_not_given(
 
 def test_two_that_find_a_lock_free_in_etcd_do_not_both_get_it(etcd_server: EtcdServer) -> None:
     before = len(leases(etcd_server))
-    stores = [EtcdLocks(parse_etcd_url(etcd_server.url, "url"), Keys("contract")) for _ in range(8)]
+    stores = [EtcdLocks(parse_etcd_url(etcd_server.url), Keys("contract")) for _ in range(8)]
     with ThreadPoolExecutor(len(stores)) as pool:
         for number in range(10):
             granted = list(pool.map(lambda store, name=f"n{number}": store.take(name, 60), stores))

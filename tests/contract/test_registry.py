@@ -19,13 +19,13 @@ import redis
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from cluster_tasks.addresses.secret import SecretUrl
 from cluster_tasks.clock import ManualClock, SystemClock
 from cluster_tasks.errors import ConfigurationError, NodeNotFound, RegistryUnavailable
 from cluster_tasks.keys import Keys
 from cluster_tasks.model import Capacity, EventType, Load, Node, NodeEvent, NodeFilter, NodeRole, NodeStatus
 from cluster_tasks.redis_store import connect, text
 from cluster_tasks.registry import MemoryRegistry, RedisRegistry, Registry, create_registry
-from cluster_tasks.settings import SecretUrl
 from tests.waiting import wait_until
 from workers.redis_server import RedisServer
 

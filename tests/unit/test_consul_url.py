@@ -7,9 +7,10 @@ import sys
 
 import pytest
 
-from cluster_tasks.consul_url import ConsulUrl, parse_consul_url
+from cluster_tasks.addresses.consul import ConsulUrl, parse_consul_url
+from cluster_tasks.addresses.secret import SecretUrl
 from cluster_tasks.errors import ConfigurationError
-from cluster_tasks.settings import SecretUrl, load_settings
+from cluster_tasks.settings import load_settings
 
 SECRET = "7f1c-very-secret"
 

@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from cluster_tasks.consul_url import parse_consul_url
+from cluster_tasks.addresses.consul import parse_consul_url
 from cluster_tasks.settings import CONF_PREFIX, ENV_PREFIX, ClusterSettings, load_settings
 
 ROOT = Path(__file__).parents[2]

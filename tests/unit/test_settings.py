@@ -14,10 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from cluster_tasks.addresses.secret import SecretUrl
 from cluster_tasks.errors import ClusterError, ConfigurationError
 from cluster_tasks.model import NodeRole
 from cluster_tasks.redis_store import database_of, is_same_server
-from cluster_tasks.settings import ClusterSettings, SecretUrl, load_settings
+from cluster_tasks.settings import ClusterSettings, load_settings
 
 SECRET = "s3cret"
 URL_SETTINGS = [name for name, field in ClusterSettings.model_fields.items() if "SecretUrl" in str(field.annotation)]

@@ -21,8 +21,8 @@ from etcd3gw import Etcd3Client
 from etcd3gw.exceptions import ConnectionFailedError, ConnectionTimeoutError, Etcd3Exception
 from requests.adapters import HTTPAdapter
 
+from cluster_tasks.addresses.etcd import EtcdUrl
 from cluster_tasks.errors import UnavailableError
-from cluster_tasks.etcd.address import EtcdAddress
 
 TIMEOUT_S = 3.0
 """For an answer of one server. A leader is elected in less, and the others wait for it."""
@@ -106,7 +106,7 @@ class EtcdStore:
     lost may have been done, and be done again by the next server: transactions must bear it.
     """
 
-    def __init__(self, address: EtcdAddress, unavailable: type[UnavailableError]) -> None:
+    def __init__(self, address: EtcdUrl, unavailable: type[UnavailableError]) -> None:
         self._address, self._unavailable = address, unavailable
         self._token: str | None = None
         self._current = 0

@@ -6,13 +6,14 @@ import re
 
 import pytest
 
+from cluster_tasks.addresses.etcd import parse_etcd_url
+from cluster_tasks.addresses.secret import SecretUrl
 from cluster_tasks.errors import ConfigurationError
-from cluster_tasks.etcd.address import parse_etcd_url
-from cluster_tasks.settings import SecretUrl
+from cluster_tasks.settings import load_settings
 
 
 def test_a_host_is_enough() -> None:
-    address = parse_etcd_url("etcd://host", "registry_url")
+    address = parse_etcd_url("etcd://host")
     assert (address.servers, address.prefix, address.ttl_s, address.scheme) == (
         (("host", 2379),), "/cluster-tasks", 15, "http",
     )  # fmt: skip
@@ -23,7 +24,7 @@ def test_every_part_is_read() -> None:
     url = SecretUrl(
         "etcd://me%40x:p%2Fw%3A%40@a:1,[::1]:2;c/apps/ours/?ttl=2m&scheme=https&ca=/ca.pem&cert=/c.pem&key=/k.pem"
     )
-    address = parse_etcd_url(url, "registry_url")
+    address = parse_etcd_url(url)
     assert address.servers == (("a", 1), ("::1", 2), ("c", 2379))
     assert (address.user, address.password.get_secret_value()) == ("me@x", "p/w:@")
     assert (address.prefix, address.ttl_s, address.scheme) == ("/apps/ours", 120, "https")
@@ -33,7 +34,7 @@ def test_every_part_is_read() -> None:
 
 @pytest.mark.parametrize(("text", "seconds"), [("2", 2), ("15s", 15), ("60m", 3600), ("3600s", 3600)])
 def test_a_time_is_seconds_or_minutes(text: str, seconds: int) -> None:
-    assert parse_etcd_url(f"etcd://h/p?ttl={text}", "registry_url").ttl_s == seconds
+    assert parse_etcd_url(f"etcd://h/p?ttl={text}").ttl_s == seconds
 
 
 @pytest.mark.parametrize(
@@ -65,8 +66,15 @@ def test_a_time_is_seconds_or_minutes(text: str, seconds: int) -> None:
     ],
 )
 def test_a_part_that_cannot_work_is_named_with_what_it_can_be(rest: str, reason: str) -> None:
-    with pytest.raises(ConfigurationError, match=re.escape(reason)) as error:
-        parse_etcd_url(f"etcd://{rest}", "registry_url")
-    assert str(error.value).startswith("registry_url='etcd://")
-    assert "expected etcd://[USER:PASSWORD@]HOST" in str(error.value)
-    assert "hid" not in str(error.value).split("expected")[0]
+    for refuse in (parse_etcd_url, lambda url: load_settings({"cluster_registry_url": url}, {})):
+        with pytest.raises(ConfigurationError, match=re.escape(reason)) as error:
+            refuse(f"etcd://{rest}")
+        assert "expected etcd://[USER:PASSWORD@]HOST" in str(error.value)
+        assert "hid" not in str(error.value).split("expected")[0]
+
+
+def test_a_lease_must_outlast_a_late_beat() -> None:
+    load_settings({"cluster_registry_url": "etcd://h?ttl=3s", "cluster_heartbeat_s": 1.5}, {})
+    with pytest.raises(ConfigurationError, match=r"its ttl must be at least twice cluster_heartbeat_s=1\.5") as error:
+        load_settings({"cluster_registry_url": "etcd://user:hidden@h?ttl=2s", "cluster_heartbeat_s": 1.5}, {})
+    assert "hidden" not in str(error.value)

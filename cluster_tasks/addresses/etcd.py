@@ -10,9 +10,10 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 from pydantic import SecretStr
 
+from cluster_tasks.addresses.secret import SecretUrl
 from cluster_tasks.errors import ConfigurationError, did_you_mean
-from cluster_tasks.settings import SecretUrl
 
+SCHEME = "etcd"
 DEFAULT_PORT = 2379
 DEFAULT_PREFIX = "cluster-tasks"
 DEFAULT_TTL_S = 15
@@ -26,7 +27,7 @@ FORM = "etcd://[USER:PASSWORD@]HOST[:2379][,HOST…]/PREFIX[?ttl=15s&scheme=http
 
 
 @dataclass(frozen=True, slots=True)
-class EtcdAddress:
+class EtcdUrl:
     """Where an etcd is, who one is there, and what of it is ours."""
 
     servers: tuple[tuple[str, int], ...]
@@ -44,14 +45,14 @@ class EtcdAddress:
     key: str | None
 
 
-def parse_etcd_url(url: SecretUrl | str, setting: str) -> EtcdAddress:
-    """Return what ``url`` says. Raises ConfigurationError that names ``setting``, the part and what it can be."""
-    secret = url if isinstance(url, SecretUrl) else SecretUrl(url)
-    address, _, query = secret.get_secret_value().partition("://")[2].partition("?")
+def parse_etcd_url(url: SecretUrl | str) -> EtcdUrl:
+    """Return what ``url`` says. Raises ConfigurationError that names the part and what it can be."""
+    text = url.get_secret_value() if isinstance(url, SecretUrl) else url
+    address, _, query = text.partition("://")[2].partition("?")
     host_part, _, path = address.partition("/")
 
     def refuse(reason: str) -> NoReturn:
-        raise ConfigurationError(f"{setting}={str(secret)!r}: {reason}; expected {FORM}")
+        raise ConfigurationError(f"etcd:// URL: {reason}; expected {FORM}")
 
     credentials, _, hosts = host_part.rpartition("@")
     # The mask of a secret URL needs the @ before the first slash, and so does every reader.
@@ -64,7 +65,7 @@ def parse_etcd_url(url: SecretUrl | str, setting: str) -> EtcdAddress:
     prefix = path.strip("/") or DEFAULT_PREFIX
     if not PREFIX.fullmatch(prefix):
         refuse(f"the prefix {prefix!r} does not match {PREFIX.pattern}")
-    return EtcdAddress(
+    return EtcdUrl(
         servers=tuple(_server(host, refuse) for host in re.split("[,;]", hosts)),
         prefix=f"/{prefix}",
         ttl_s=_ttl_s(options.get("ttl", f"{DEFAULT_TTL_S}s"), refuse),

@@ -1,1 +1,0 @@
-"""etcd as a client sees it: where it is (``address``) and what it does (``store``, which needs ``etcd3gw``)."""
