@@ -88,8 +88,10 @@ class Evacuation:
                 node_id, epoch = keys.epoch_of(name)
                 if standing.get(keys.node_queue(node_id)) != epoch:
                     not_started = keys.not_started(node_id, epoch)
-                    moved += Moved(self._move_hash(name, not_started, None))
-                    self._client.delete(not_started)
+                    if held := self._move_hash(name, not_started, None):
+                        moved += Moved(held)
+                        # One that has nothing there may have been fenced just now: its notes are needed still.
+                        self._client.delete(not_started)
             for queue in queues:
                 node_id = keys.node_of(queue) or ""
                 if node_id and keys.node_queue(node_id) not in standing:

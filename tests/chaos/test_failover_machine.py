@@ -20,7 +20,9 @@ from hypothesis.stateful import (
 )
 
 from cluster_tasks.errors import NodeNotFound
+from cluster_tasks.failover.evacuation import Evacuation
 from cluster_tasks.keys import ANY_TYPE
+from tests.broker import job_of
 from tests.chaos.conftest import ByLevel
 from tests.chaos.world import LEASE_S, SERVES, STEP_S, Member, Observer, World
 
@@ -240,6 +242,36 @@ class Failover(RuleBasedStateMachine):
     def do_all_that_is_left(self) -> None:
         """A node that joins now can do every job, and leaves nothing behind."""
         self.world.do_all_that_is_left()
+
+
+@pytest.mark.chaos("core")
+@pytest.mark.parametrize("at", range(6))  # More than it has commands, then nothing happens.
+def test_who_looks_for_orphans_while_a_node_is_fenced_makes_no_job_pay_that_had_not_begun(
+    redis_url: str, at: int
+) -> None:
+    world = World(redis_url)
+    member = world.join("a")
+    assert member is not None
+    for _ in range(2):
+        world.publish("a", "llm")
+    world.fetch(member, 2)
+    idle, at_work = sorted(member.held)
+    world.hold_back(member, idle)
+    observer = world.new_observer()
+
+    def fence() -> None:
+        observer.fuse.disarm()
+        world.broker.epochs.fence("a", world.broker.epochs.beats()["a"], {})
+        world.note_fences()
+
+    observer.fuse.arm(at, fence)
+    Evacuation(observer.client, world.keys).move_orphans()
+    world.new_observer().health.finish()
+    charged = {tag: len(world.crashes(job_of(message))) for tag, message in member.held.items()}
+    was_fenced = "a" not in world.standing()
+    assert charged == {idle: 0, at_work: int(was_fenced)}
+    observer.client.close()
+    world.close()
 
 
 @pytest.mark.chaos("core")
