@@ -33,6 +33,7 @@ JOIN_TIMEOUT_S = 60.0
 BEYOND_DRAIN_S = 15.0
 """For a node to hand back what has not ended, and to exit."""
 LOOK_EVERY_S = 0.2
+CACHE_CONFIGURATION = ("maxmemory 256mb", "maxmemory-policy allkeys-lru")
 STRATEGY_SETTINGS = ("strategy", "strategy_llm", "strategy_retrieval", "strategy_embedding")
 
 
@@ -53,6 +54,8 @@ class Plan:
     """A Redis that runs already; empty: one is started on the loopback."""
     redis_port: int = 0
     """0: any."""
+    cache: bool = True
+    """Whether a Redis for the cache is started beside the one for the queues, unless the settings name one."""
     flower_port: int = 0
     """0: no Flower."""
     restart: bool = True
@@ -72,6 +75,8 @@ class LocalCluster:
             raise ConfigurationError(f"supervisord cannot work in a folder with % in its name: {self.directory}")
         self.redis: RedisServer | None = None
         """The Redis that was started, if any."""
+        self.cache: RedisServer | None = None
+        """That of the cache, which may forget."""
         self.flower_port = 0
         """Where Flower listens; 0: nowhere."""
         self._running = ExitStack()
@@ -84,6 +89,8 @@ class LocalCluster:
             if not self.plan.broker_url:
                 server = RedisServer(self.directory / "redis", _free_or_other(self.plan.redis_port), appendonly=True)
                 self.redis = running.enter_context(server)
+            if self.redis and self.plan.cache and not os.environ.get("CLUSTER_CACHE_URL"):
+                self.cache = running.enter_context(RedisServer(self.directory / "cache", extra=CACHE_CONFIGURATION))
             os.environ |= {"CLUSTER_BROKER_URL": self.plan.broker_url} | self.variables()
             try:
                 self.app = find_app(self.plan.app)
@@ -101,6 +108,9 @@ class LocalCluster:
 
     def stop(self) -> None:
         """Drain the nodes, then end the others, Redis last. Safe before a start and twice."""
+        if self.cache:
+            # It has to count before that is gone.
+            self.cluster.caches.close()
         self._running.close()
 
     def missing(self) -> list[str]:
@@ -121,12 +131,13 @@ class LocalCluster:
         """Start again what dies, until this is interrupted; ``tell`` of it."""
         while True:
             time.sleep(LOOK_EVERY_S)
-            if self.redis and not self.redis.running:
-                tell("Redis has died and is started again")
-                try:
-                    self.redis.start()
-                except BrokerUnavailable as exc:
-                    tell(str(exc))
+            for name, server in (("Redis", self.redis), ("The Redis of the cache", self.cache)):
+                if server and not server.running:
+                    tell(f"{name} has died and is started again")
+                    try:
+                        server.start()
+                    except BrokerUnavailable as exc:
+                        tell(str(exc))
             if not self.supervisor.running:
                 tell("supervisord has died and is started again")
                 self.supervisor.start()
@@ -136,6 +147,8 @@ class LocalCluster:
         variables = {"CLUSTER_DATA_DIR": str(self.directory)}
         if self.redis:
             variables["CLUSTER_BROKER_URL"] = self.redis.url
+        if self.cache:
+            variables["CLUSTER_CACHE_URL"] = self.cache.url
         if self.plan.strategy:
             variables |= {f"CLUSTER_{name.upper()}": self.plan.strategy for name in STRATEGY_SETTINGS}
         return variables

@@ -200,6 +200,14 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
             self._tell(delivery, task_id, state, self.encode(meta))
         return result
 
+    def store_new(self, task_id: str, result: Any, state: str) -> None:
+        """Store the end of a job whose id nobody has used yet, in one round trip: Celery looks first what is there."""
+        meta = self._get_result_meta(
+            result=self.encode_result(result, state), state=state, traceback=None, request=None
+        )
+        meta["task_id"] = bytes_to_str(task_id)
+        self._set_with_state(self.get_key_for_task(task_id), self.encode(meta), state)
+
     def _tell(self, delivery: Delivery, task_id: str, state: str, encoded: Any) -> None:
         try:
             self.ensure(self._note, (delivery, task_id, encoded))

@@ -111,7 +111,10 @@ class ClusterTask(Task):  # type: ignore[misc]
             result.ignored = True
             return result
         try:
-            self.backend.store_result(result.id, value, states.SUCCESS)
+            store = (
+                self.backend.store_result if task_id else getattr(self.backend, "store_new", self.backend.store_result)
+            )
+            store(result.id, value, states.SUCCESS)
         except (redis.RedisError, OperationalError) as exc:
             logger.debug("a known result could not be stored, its job is sent: %r", exc)
             return None

@@ -34,7 +34,7 @@ PASSWORD = "of:Flower%40"
 KEYS = {
     "jobs", "succeeded", "failed", "lost", "executed_twice", "committed_twice", "killed_node", "held_by_killed_node",
     "detected_after_s", "reowned_after_s", "throughput_per_s", "latency_p50_s", "latency_p99_s", "jobs_by_node",
-    "strategy",
+    "strategy", "repetition",
 }  # fmt: skip
 
 
@@ -48,6 +48,7 @@ def test_the_demo_keeps_its_promises_and_says_so_in_one_json_object(redis_binary
     assert told["jobs"] == told["succeeded"] >= 600
     assert (told["failed"], told["lost"], told["committed_twice"]) == (0, 0, 0)
     assert told["held_by_killed_node"] > 0
+    assert told["repetition"]["second_per_s"] > 2 * told["repetition"]["first_per_s"]
 
 
 @contextmanager

@@ -32,8 +32,9 @@ from workers.up import banner, interrupt_on_signals
 def demo(nodes: int, jobs: int, strategy: str, corpus: Path | None, keep: bool, as_json: bool) -> None:
     """Run the main job on real text, with a node killed midway.
 
-    Indexes passages, sends jobs of three types, kills a node with SIGKILL while it runs jobs and others are in its
-    list, and counts what became of each job. Redis is its own, or that of CLUSTER_BROKER_URL under a name of its own.
+    Indexes passages and sends some jobs twice, the second time to be served by the cache. Then it sends jobs of three
+    types, kills a node with SIGKILL while it runs jobs and others are in its list, and counts what became of each job.
+    Redis is its own, or that of CLUSTER_BROKER_URL under a name of its own, and then there is no cache.
 
     Exits with 1 if a promise was broken.
     """
@@ -64,7 +65,8 @@ def tell(local: LocalCluster, jobs: int, corpus: Path | None, console: Console) 
         raise ClusterError(f"did not join: {'; '.join(f'{name} ({local.last_words(name)})' for name in missing)}")
     story = Story(local, console)
     story.index(found)
-    result = story.work(found, jobs)
+    repetition = story.repeat(found)
+    result = story.work(found, jobs, repetition)
     console.print(table(result))
     broken = list(result.broken())
     console.print("\n".join(f"Broken: {promise}" for promise in broken) if broken else "Every promise was kept.")

@@ -30,6 +30,15 @@ class Loss:
 
 
 @dataclass(frozen=True, slots=True)
+class Repetition:
+    """What it was to send the same jobs twice, in jobs per second."""
+
+    jobs: int
+    first_per_s: float
+    second_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """The result of a demo; its fields are what ``--json`` prints."""
 
@@ -50,6 +59,8 @@ class Report:
     latency_p99_s: float
     jobs_by_node: Mapping[str, int]
     strategy: str
+    repetition: Repetition | None
+    """None: without a cache."""
 
     def as_dict(self) -> dict[str, object]:
         """Return the fields as JSON can hold them."""
@@ -78,6 +89,7 @@ def report(
     committed: Sequence[Entry],
     loss: Loss,
     strategy: str,
+    repetition: Repetition | None,
 ) -> Report:
     """Count. ``states`` are Celery's states of the accepted jobs, by id."""
     ends = {entry.job_id: entry for entry in reversed(committed)}
@@ -101,6 +113,7 @@ def report(
         latency_p99_s=round(_percentile(latencies, 99), 3),
         jobs_by_node=dict(sorted(nodes.items())),
         strategy=strategy,
+        repetition=repetition,
     )
 
 
@@ -117,6 +130,7 @@ def table(result: Report) -> Table:
         "jobs in new hands": f"{_seconds(result.reowned_after_s)} after the kill (promised: {REOWNED_WITHIN_S:g} s)",
         "throughput": f"{result.throughput_per_s:g} jobs/s",
         "latency": f"p50 {result.latency_p50_s:.2f} s, p99 {result.latency_p99_s:.2f} s, waiting included",
+        **({"sent twice": _twice(result.repetition)} if result.repetition else {}),
         "strategy": result.strategy,
         **{f"done by {node}": f"{count}" for node, count in result.jobs_by_node.items()},
     }
@@ -139,6 +153,11 @@ def _percentile(values: Sequence[float], percent: int) -> float:
     if len(values) < 2:
         return values[0] if values else 0.0
     return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
+
+
+def _twice(repetition: Repetition) -> str:
+    first, second = repetition.first_per_s, repetition.second_per_s
+    return f"{first:g} jobs/s, then from the cache {second:g} ({second / first:.0f} times as many)"
 
 
 def _seconds(value: float | None) -> str:

@@ -18,8 +18,8 @@ from cluster_tasks.errors import ClusterError
 from cluster_tasks.model import Node
 from workers.demo.corpus import Passage
 from workers.demo.record import ACCEPTED, COMMITTED, EXECUTED, Record, redis_time_s
-from workers.demo.report import Loss, Report, report
-from workers.demo.traffic import Job, indexing, mixed
+from workers.demo.report import Loss, Repetition, Report, report
+from workers.demo.traffic import Job, indexing, mixed, repeated
 from workers.local import LocalCluster
 
 STILL_S = 60.0
@@ -64,7 +64,22 @@ class Story:
                 raise ClusterError(f"indexing failed: {state} {self._local.app.AsyncResult(job_id).result!r}")
         self._console.print(f"{len(passages)} passages are indexed")
 
-    def work(self, passages: Sequence[Passage], count: int) -> Report:
+    def repeat(self, passages: Sequence[Passage]) -> Repetition | None:
+        """Send the same jobs twice, and wait for their results; None if nothing is kept."""
+        if self._cluster.settings.cache_url is None:
+            return None
+        jobs = repeated(passages)
+        rates = []
+        for _ in range(2):
+            began_s = time.monotonic()
+            results = [self._local.app.tasks[job.task].apply_async(kwargs=job.arguments) for job in jobs]
+            for result in results:
+                result.get(timeout=STILL_S)
+            rates.append(round(len(jobs) / (time.monotonic() - began_s), 1))
+        self._console.print(f"{len(jobs)} jobs were sent twice: {rates[0]:g} jobs/s, then {rates[1]:g}")
+        return Repetition(len(jobs), *rates)
+
+    def work(self, passages: Sequence[Passage], count: int, repetition: Repetition | None) -> Report:
         """Send ``count`` jobs, kill a node amid them, and wait until each job has ended or none does any more."""
         jobs = _with_ids(mixed(passages, count))
         sent = {job_id: job.task for job_id, job in jobs.items()}
@@ -86,6 +101,7 @@ class Story:
             self._record.read(COMMITTED),
             self._kill.loss if self._kill else Loss(),
             self._local.plan.strategy,
+            repetition,
         )
 
     def _send(self, jobs: Mapping[str, Job]) -> None:
