@@ -274,6 +274,10 @@ class Keys:
         """Channel on which changes of cached values are told."""
         return f"{self.name}:cache_changes"
 
+    def cache_hot(self, node_id: str, period: int) -> str:
+        """Sorted set of the keys that a node, or with "" all, hit in a period of time, by how often."""
+        return f"{self.name}:cache_hot:{node_id}:{period}"
+
     @property
     def cache_counters(self) -> str:
         """Hash of what all processes have counted of the cache."""

@@ -66,6 +66,8 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
         self._agent: NodeAgent | None = None
         self._pulse = Pulse()
         worker.app.amqp.queues.select_add(cluster_queue(cluster.keys.node_queue(worker.hostname)))
+        # In each child of prefork, before it is given a job; the other pools use the memory of this process.
+        signals.worker_process_init.connect(self._warm)
         signals.worker_shutdown.connect(self._leave, sender=worker)
         signals.worker_shutting_down.connect(self._shutting_down, sender=worker.hostname)
 
@@ -83,6 +85,8 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
         executions = Executions(worker.pool)
         agent = NodeAgent(cluster, node, register, lambda: measure(register.held(), register.trial), helper, executions)
         self._accompany(agent, register, executions, Progress(worker, register, executions, self._pulse))
+        if not isinstance(worker.pool, PreforkPool):
+            self._warm()
         join(agent)
         self._departure.start()
         self._watch.start()
@@ -93,6 +97,10 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
             if task.Request == STOCK_REQUEST:
                 task.Request = ClusterTask.Request
         logger.info("node %s joined cluster %s", node.id, cluster.settings.name)
+
+    def _warm(self, **_: Any) -> None:
+        if warmed := self._cluster.caches.warm_for(self._hostname):
+            logger.info("%d values of the cache are here before they are asked for", warmed)
 
     def _accompany(self, agent: NodeAgent, register: Deliveries, executions: Executions, progress: Progress) -> None:
         settings = self._cluster.settings

@@ -107,7 +107,8 @@ class ClusterRequest(Request):  # type: ignore[misc]
                 self._end_without_running(node, None if past.ended else error)
                 return False
         node.take_up(tag)
-        return True
+        # Each of these may have waited for Redis longer than this node can be sure of its lease.
+        return node.may_start(tag) or self._let_lie(node, tag)
 
     def _let_lie(self, node: Deliveries, tag: str) -> bool:
         """Do not start it now: it may belong to others already. If it does not, it is delivered again."""

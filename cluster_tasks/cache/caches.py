@@ -8,9 +8,10 @@ from threading import Lock
 from weakref import WeakSet
 
 from cluster_tasks.cache.base import Cache, check_namespace
-from cluster_tasks.cache.connection import CacheConnection
+from cluster_tasks.cache.connection import CacheConnection, Command
 from cluster_tasks.cache.counters import Counters
 from cluster_tasks.cache.forks import renewed_after_fork
+from cluster_tasks.cache.hot import HotKeys
 from cluster_tasks.cache.local import LocalCache, Memory
 from cluster_tasks.cache.redis import RedisCache, Shared, share
 from cluster_tasks.cache.tiered import TieredCache
@@ -56,6 +57,21 @@ class Caches:
                 made = self._namespaces[full, staleness_s] = self._make(full, staleness_s)
             return made
 
+    def warm_for(self, node_id: str) -> int:
+        """Take into this process what its node is asked for most, and tell from now on what it is asked for.
+
+        Returns how many values that were: none while the cache is away.
+        """
+        hot = self.shared.hot if self.shared else None
+        if hot is None:
+            return 0
+        hot.node_id = node_id
+        by_namespace: dict[str, list[str]] = {}
+        for name, key in hot.hottest():
+            by_namespace.setdefault(name, []).append(key)
+        caches = {name: self.namespace(name) for name in by_namespace}
+        return sum(cache.load(by_namespace[name]) for name, cache in caches.items() if isinstance(cache, TieredCache))
+
     def sums(self) -> dict[str, float]:
         """What all processes have counted, as far as they have told. Raises CacheUnavailable."""
         self.flush()
@@ -67,13 +83,15 @@ class Caches:
     def flush(self) -> None:
         """Add what this process has counted to the sums; that is done with every reading of a state, too."""
         taken = self.counters.take()
-        if self.shared is None or not taken:
+        if self.shared is None:
             return
-        sums = self.shared.keys.cache_counters
+        sums, hot = self.shared.keys.cache_counters, self.shared.hot
+        commands: list[Command] = [("HINCRBYFLOAT", sums, name, number) for name, number in taken.items()]
+        commands += hot.due(at_once=True) if hot else []
+        if not commands:
+            return
         try:
-            self.shared.connection.pipeline(
-                [("HINCRBYFLOAT", sums, name, number) for name, number in taken.items()], "counting"
-            )
+            self.shared.connection.pipeline(commands, "counting")
         except CacheUnavailable as exc:
             self.counters.give_back(taken)
             logger.debug("not counted yet: %s", exc)
@@ -102,7 +120,7 @@ def create_caches(settings: ClusterSettings, keys: Keys, clock: Clock) -> Caches
             settings.cache_url.get_secret_value(), clock, timeout_s=settings.cache_timeout_s,
             sentinel_master=settings.sentinel_master,
         )  # fmt: skip
-        shared = share(connection, keys, clock, counters)
+        shared = share(connection, keys, clock, counters, HotKeys(memory, connection, keys, clock))
     caches = Caches(memory, shared, counters, settings.cache_ttl_s, settings.cache_staleness_s)
     if shared is not None:
         _open.add(caches)

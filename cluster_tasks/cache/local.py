@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from heapq import nlargest
+from operator import itemgetter
 from secrets import token_hex
 from threading import RLock
 
@@ -19,6 +21,15 @@ OVERHEAD_BYTES = 300
 """About what an entry takes besides its key and value."""
 Place = tuple[str, str]
 """Namespace and key."""
+
+
+@dataclass(slots=True)
+class _Held:
+    entry: Entry
+    put_at_s: float
+    """By the monotonic clock."""
+    hits: int = 0
+    """Since they were taken last."""
 
 
 class Memory:
@@ -36,8 +47,7 @@ class Memory:
 
     def after_fork(self) -> None:
         self._lock = RLock()
-        self._entries: OrderedDict[Place, tuple[Entry, float]] = OrderedDict()
-        """Each with the second when it was put, by the monotonic clock."""
+        self._entries: OrderedDict[Place, _Held] = OrderedDict()
         self._bytes = 0
         self._eras: dict[str, int] = {}
 
@@ -55,12 +65,12 @@ class Memory:
             found = self._entries.get((namespace, key))
             if found is None:
                 return None
-            entry, put_at_s = found
-            entry = entry.after(self._clock.monotonic() - put_at_s)
+            entry = found.entry.after(self._clock.monotonic() - found.put_at_s)
             if entry.left_s + entry.kept_s <= 0:
                 self._remove((namespace, key))
                 return None
             self._entries.move_to_end((namespace, key))
+            found.hits += 1
             return entry
 
     def era(self, namespace: str) -> int:
@@ -76,7 +86,7 @@ class Memory:
             self._remove(place)
             if size > self._max_bytes:
                 return False
-            self._entries[place] = entry, self._clock.monotonic()
+            self._entries[place] = _Held(entry, self._clock.monotonic())
             self._bytes += size
             evicted = 0
             while len(self._entries) > self._max_entries or self._bytes > self._max_bytes:
@@ -94,6 +104,14 @@ class Memory:
             places = self.places(namespace) if keys is None else [(namespace, key) for key in keys]
             return sum(self._remove(place) for place in places)
 
+    def take_hottest(self, most: int) -> list[tuple[Place, int]]:
+        """Return what was got most often since the last time, and how often."""
+        with self._lock:
+            hits = [(place, held.hits) for place, held in self._entries.items() if held.hits]
+            for place, _ in hits:
+                self._entries[place].hits = 0
+        return nlargest(most, hits, key=itemgetter(1))
+
     def places(self, namespace: str) -> list[Place]:
         """Where entries of a namespace are, or with "" of all."""
         with self._lock:
@@ -103,7 +121,7 @@ class Memory:
         found = self._entries.pop(place, None)
         if found is None:
             return False
-        self._bytes -= _size(*place, found[0])
+        self._bytes -= _size(*place, found.entry)
         return True
 
 

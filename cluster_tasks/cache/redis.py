@@ -17,6 +17,7 @@ from cluster_tasks.cache.coherence import Coherence, State
 from cluster_tasks.cache.connection import CacheConnection, Command
 from cluster_tasks.cache.counters import Counters, count_found
 from cluster_tasks.cache.entry import Entry, pack, unpack
+from cluster_tasks.cache.hot import HotKeys
 from cluster_tasks.cache.patterns import beginning, compile_pattern, escape
 from cluster_tasks.clock import Clock
 from cluster_tasks.errors import CacheUnavailable
@@ -37,11 +38,15 @@ class Shared:
     counters: Counters
     keys: Keys
     clock: Clock
+    hot: HotKeys | None = None
+    """None: nobody is told what is asked for most."""
 
 
-def share(connection: CacheConnection, keys: Keys, clock: Clock, counters: Counters | None = None) -> Shared:
+def share(
+    connection: CacheConnection, keys: Keys, clock: Clock, counters: Counters | None = None, hot: HotKeys | None = None
+) -> Shared:
     """Return what the namespaces on a connection share."""
-    return Shared(connection, Coherence(connection, keys, clock), counters or Counters(), keys, clock)
+    return Shared(connection, Coherence(connection, keys, clock), counters or Counters(), keys, clock, hot)
 
 
 class RedisCache(Cache):
@@ -57,11 +62,17 @@ class RedisCache(Cache):
 
     def read(self, keys: Iterable[str]) -> Reading:
         keys = check_keys(keys)
+        reading = self.look(keys)
+        count_found(self.counters, "redis", len(keys), reading.entries)
+        return reading
+
+    def look(self, keys: list[str]) -> Reading:
+        """As ``read``, and it counts neither as a hit nor as a miss."""
         try:
             state, packed = self._fetch(keys)
         except CacheUnavailable as exc:
             logger.debug("read as if it was empty: %s", exc)
-            self.counters.add(redis_errors=1, redis_misses=len(keys))
+            self.counters.add(redis_errors=1)
             return Reading({}, None)
         found, corrupt = {}, 0
         for key, (value, lives_ms) in packed.items():
@@ -70,7 +81,6 @@ class RedisCache(Cache):
             if entry is not None and entry.generation == state.generation:
                 found[key] = entry
         self.counters.add(redis_corrupt=corrupt)
-        count_found(self.counters, "redis", len(keys), found)
         return Reading(found, state.generation)
 
     def write(
@@ -173,6 +183,7 @@ class RedisCache(Cache):
             counted = self.counters.take()
             sums = self._keys.cache_counters
             commands += [("HINCRBYFLOAT", sums, name, number) for name, number in counted.items()]
+            commands += self.shared.hot.due() if self.shared.hot else []
         ahead = len(commands)
         for key in keys:
             commands += [("GET", self._entry(key)), ("PTTL", self._entry(key))]

@@ -104,10 +104,21 @@ class TieredCache(Cache):
         self.memory.forget(self.namespace, [key])
         return stored
 
-    def _read_shared(self, keys: Sequence[str]) -> Reading:
+    def load(self, keys: Sequence[str]) -> int:
+        """Take keys into the process before somebody asks for them; return how many were there and may be."""
+        before = len(self.memory.places(self.namespace))
+        self._take_in(check_keys(keys), self.redis.look)
+        loaded = len(self.memory.places(self.namespace)) - before
+        self.counters.add(local_warmed=loaded)
+        return loaded
+
+    def _read_shared(self, keys: list[str]) -> Reading:
+        return self._take_in(keys, self.redis.read)
+
+    def _take_in(self, keys: list[str], read: Callable[[list[str]], Reading]) -> Reading:
         # Taken before: what is forgotten while the reply is on its way must not come back with it.
         era = self.memory.era(self.namespace)
-        reading = self.redis.read(keys)
+        reading = read(keys)
         for key, entry in reading.entries.items():
             if entry.is_fresh and self._may_be_local(key, entry):
                 kept = replace(entry, left_s=min(entry.left_s, self._local_s), kept_s=0.0)

@@ -14,8 +14,8 @@ from cluster_tasks.cli.tables import Column, print_json, print_rows, printable
 from cluster_tasks.cluster import Cluster
 from cluster_tasks.errors import ConfigurationError, InvalidArguments
 
-COLUMNS = (Column("tier", whole=True), *(Column(name, number=True) for name in
-           ("hits", "misses", "hit_percent", "bytes", "saved_s", "evictions", "corrupt", "errors")))  # fmt: skip
+NUMBERS = ("hits", "misses", "hit_percent", "bytes", "saved_s", "warmed", "evictions", "corrupt", "errors")
+COLUMNS = (Column("tier", whole=True), *(Column(name, number=True) for name in NUMBERS))
 TIERS = ("local", "redis")
 TEXTS_A_JOB = 64
 SHOWN = 500
@@ -40,7 +40,8 @@ def cache() -> None:
 def stats(cluster: Cluster, as_json: bool) -> None:
     """Show what all processes have counted, in the processes' own memory (local) and in Redis.
 
-    bytes are those of hits, saved_s the seconds that it took to compute them.
+    bytes are those of hits, saved_s the seconds that it took to compute them; warmed is what processes of nodes began
+    with.
 
     \b
     Example: celery -A cluster_tasks cluster cache stats --json

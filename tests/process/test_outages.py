@@ -25,6 +25,8 @@ from workers.redis_server import RedisServer, free_port
 
 Fault = Callable[[Jobs, RedisServer], AbstractContextManager[None]]
 LASTS_S = 3.0
+SILENT_S = 16.0
+"""Longer than a node waits for replies before it goes on without them."""
 
 
 @contextmanager
@@ -185,3 +187,37 @@ def test_a_node_waits_for_a_redis_that_is_not_there_yet(
             jobs.app.close()
     finally:
         worker.stop()
+
+
+@pytest.mark.parametrize("pool", ["solo", "threads"])
+def test_a_job_whose_turn_comes_while_redis_is_silent_is_not_started_when_the_lease_may_have_run_out(
+    pool: str, lasting_redis: RedisServer, redis_server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLUSTER_BROKER_URL", lasting_redis.url)
+    jobs, environ = make_jobs(), {"TEST_NOTES_URL": redis_server.url}
+    with wire_to(lasting_redis.port) as wire, connect(redis_server.url) as notes:
+        worker = WorkerProcess("a", wire.url, tmp_path, pool=pool, environ=environ)
+        with running(worker):
+            wait_until(lambda: jobs.app.control.rate_limit("jobs.limited", "1/s", reply=True), END_S)
+            ids = [jobs.limited.delay().id for _ in range(2)]
+
+            def started() -> int:
+                return sum(notes.llen(f"test:started:{job_id}") for job_id in ids)
+
+            wait_until(lambda: started() == 1 and holds_one_back(jobs), END_S)
+            # Its turn comes in a second. To say so takes Redis, and then a node waits longer than a lease lasts.
+            wire.hold(requests=True, replies=True)
+            threading.Event().wait(SILENT_S)
+            assert started() == 1
+            wire.hold(requests=False, replies=False)
+            assert [jobs.app.AsyncResult(job_id).get(timeout=END_S) for job_id in ids] == [worker.id] * 2
+            assert started() == 2
+            wait_until_nothing_is_left(jobs)
+    jobs.app.close()
+
+
+def holds_one_back(jobs: Jobs) -> bool:
+    """Whether nodes hold one job in all, and it is noted that they have not begun with it."""
+    client, keys = jobs.cluster.client, jobs.cluster.keys
+    held = sum(client.hlen(key) for key in client.scan_iter(keys.unacked_pattern, count=1000))
+    return held == 1 and any(client.scan_iter(f"{keys.name}:not_started*", count=1000))

@@ -50,7 +50,7 @@ def celery_commands() -> list[list[str]]:
 
 def test_the_deployment_has_a_redis_a_coordinator_workers_and_flower() -> None:
     assert {name for name, service in SERVICES.items() if "profiles" not in service} == {
-        "redis", "coordinator", "worker", "flower",
+        "redis", "cache", "coordinator", "worker", "flower",
     }  # fmt: skip
 
 
@@ -80,6 +80,21 @@ def test_redis_keeps_the_jobs_over_a_restart_and_throws_none_away() -> None:
     assert "--appendonly yes" in command
     assert "--maxmemory-policy noeviction" in command
     assert SERVICES["redis"]["volumes"] == ["redis:/data"]
+
+
+def test_the_cache_has_a_redis_of_its_own_that_forgets_and_that_nobody_waits_for() -> None:
+    assert "--maxmemory-policy allkeys-lru" in SERVICES["cache"]["command"]
+    assert "--maxmemory " in SERVICES["cache"]["command"]
+    assert not SERVICES["cache"].keys() & {"ports", "volumes"}
+    assert SERVICES["worker"]["environment"]["CLUSTER_CACHE_URL"] == "${CLUSTER_CACHE_URL-redis://cache:6379/0}"
+    assert all("cache" not in service.get("depends_on", {}) for service in SERVICES.values())
+    text = " ".join((ROOT / "docker-compose.yml").read_text().replace("#", "").split())
+    (told,) = re.findall(r"CLUSTER_CACHE_URL=(\S+) docker compose --profile", text)
+    hosts = load_settings({"cluster_cache_url": told}, {}).cache_url
+    assert hosts is not None
+    named = set(re.findall(r"[\w-]+(?=:6379)", hosts.get_secret_value()))
+    assert len(named) == 3
+    assert named < SERVICES.keys()
 
 
 def test_nodes_wait_until_redis_answers() -> None:
