@@ -68,6 +68,7 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
         worker.app.amqp.queues.select_add(cluster_queue(cluster.keys.node_queue(worker.hostname)))
         # In each child of prefork, before it is given a job; the other pools use the memory of this process.
         signals.worker_process_init.connect(self._warm)
+        signals.worker_process_shutdown.connect(self._count)
         signals.worker_shutdown.connect(self._leave, sender=worker)
         signals.worker_shutting_down.connect(self._shutting_down, sender=worker.hostname)
 
@@ -101,6 +102,9 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
     def _warm(self, **_: Any) -> None:
         if warmed := self._cluster.caches.warm_for(self._hostname):
             logger.info("%d values of the cache are here before they are asked for", warmed)
+
+    def _count(self, **_: Any) -> None:
+        self._cluster.caches.flush()
 
     def _accompany(self, agent: NodeAgent, register: Deliveries, executions: Executions, progress: Progress) -> None:
         settings = self._cluster.settings

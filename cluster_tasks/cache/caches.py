@@ -70,7 +70,10 @@ class Caches:
         for name, key in hot.hottest():
             by_namespace.setdefault(name, []).append(key)
         caches = {name: self.namespace(name) for name in by_namespace}
-        return sum(cache.load(by_namespace[name]) for name, cache in caches.items() if isinstance(cache, TieredCache))
+        tiers = {name: cache for name, cache in caches.items() if isinstance(cache, TieredCache)}
+        warmed = sum(cache.load(by_namespace[name]) for name, cache in tiers.items())
+        self.flush()
+        return warmed
 
     def sums(self) -> dict[str, float]:
         """What all processes have counted, as far as they have told. Raises CacheUnavailable."""

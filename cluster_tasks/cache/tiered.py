@@ -106,6 +106,11 @@ class TieredCache(Cache):
 
     def load(self, keys: Sequence[str]) -> int:
         """Take keys into the process before somebody asks for them; return how many were there and may be."""
+        try:
+            # To learn it drops all, and what was on its way with it.
+            self.redis.state()
+        except CacheUnavailable:
+            return 0
         before = len(self.memory.places(self.namespace))
         self._take_in(check_keys(keys), self.redis.look)
         loaded = len(self.memory.places(self.namespace)) - before
