@@ -28,7 +28,7 @@ from cluster_tasks.addresses.consul import SCHEME as CONSUL_SCHEME
 from cluster_tasks.addresses.consul import ConsulUrl, parse_consul_url
 from cluster_tasks.addresses.etcd import SCHEME as ETCD_SCHEME
 from cluster_tasks.addresses.etcd import EtcdUrl, parse_etcd_url
-from cluster_tasks.addresses.redis import BROKER_SCHEMES, CACHE_CLUSTER_SCHEMES, checked_redis_url
+from cluster_tasks.addresses.redis import BROKER_SCHEMES, CACHE_CLUSTER_SCHEMES, checked_redis_url, parse_cluster_url
 from cluster_tasks.addresses.secret import SecretUrl, SecretWebhookUrl, masked
 from cluster_tasks.errors import ConfigurationError
 from cluster_tasks.model import NodeRole, RequestType
@@ -280,7 +280,10 @@ class ClusterSettings(BaseSettings):
     @classmethod
     def _check_cache_url(cls, value: SecretUrl | None) -> SecretUrl | None:
         scheme, separator, _ = value.get_secret_value().partition("://") if value else ("", "", "")
-        if value is None or scheme in CACHE_CLUSTER_SCHEMES:
+        if value is None:
+            return None
+        if scheme in CACHE_CLUSTER_SCHEMES:
+            parse_cluster_url(value.get_secret_value())
             return value
         if not separator or scheme not in BROKER_SCHEMES:
             known = ", ".join(f"{name}://" for name in (*BROKER_SCHEMES, *CACHE_CLUSTER_SCHEMES))

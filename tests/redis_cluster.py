@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import quote
 
 import redis
 from redis.crc import key_slot
 
+from tests.certificates import Certificate
 from tests.waiting import wait_until
-from workers.redis_server import HOST, RedisServer
+from workers.redis_server import HOST, RedisServer, free_port
 
 SLOTS = 16_384
 MASTERS = 3
@@ -23,16 +26,34 @@ SETTINGS = ("cluster-enabled yes", "cluster-node-timeout 1000", "cluster-require
 class RedisCluster:
     """Six servers that die with this process. Over stops and starts they keep their ports and what they know."""
 
-    def __init__(self, directory: Path) -> None:
-        servers = [RedisServer(directory / f"server{number}", extra=SETTINGS) for number in range(2 * MASTERS)]
-        self._new = servers
+    def __init__(self, directory: Path, password: str = "", certificate: Certificate | None = None) -> None:
+        """With a ``certificate`` clients speak TLS, and servers to each other, too; this class itself does not."""
+        self._password, self._certificate = password, certificate
+        self._tls_ports: dict[int, int] = {}
+        self._new = [self._server(directory / f"server{number}") for number in range(2 * MASTERS)]
         self.servers: dict[int, RedisServer] = {}
         """By port."""
 
     @property
     def url(self) -> str:
         """Of a cache in it."""
-        return f"redis+cluster://{','.join(f'{HOST}:{port}' for port in self.servers)}"
+        login = f":{quote(self._password, safe='')}@" if self._password else ""
+        if self._certificate is None:
+            return f"redis+cluster://{login}{','.join(f'{HOST}:{port}' for port in self.servers)}"
+        hosts = ",".join(f"{HOST}:{self._tls_ports[port]}" for port in self.servers)
+        return f"rediss+cluster://{login}{hosts}?ssl_ca_certs={self._certificate.certificate}"
+
+    def _server(self, directory: Path) -> RedisServer:
+        settings = [*SETTINGS, *([f"masterauth {json.dumps(self._password)}"] if self._password else [])]
+        port = free_port()
+        if self._certificate is not None:
+            certificate, key = self._certificate
+            self._tls_ports[port] = free_port()
+            settings += [
+                f"tls-port {self._tls_ports[port]}", f"tls-cert-file {certificate}", f"tls-key-file {key}",
+                f"tls-ca-cert-file {certificate}", "tls-auth-clients no", "tls-cluster yes", "tls-replication yes",
+            ]  # fmt: skip
+        return RedisServer(directory, port, password=self._password or None, extra=settings)
 
     def start(self) -> None:
         """Start, and return once every slot has a master and that a replica."""
@@ -46,7 +67,7 @@ class RedisCluster:
             self.ask(port, "CLUSTER ADDSLOTS", *slots)
             self.ask(port, "CLUSTER SET-CONFIG-EPOCH", number + 1)
         for port in ports[1:]:
-            self.ask(ports[0], "CLUSTER MEET", HOST, port)
+            self.ask(ports[0], "CLUSTER MEET", HOST, self._tls_ports.get(port, port))
         wait_until(lambda: all(len(self._nodes(port)) == len(ports) for port in ports), START_S, "all have met")
         for master, replica in zip(masters, replicas, strict=True):
             self.ask(replica, "CLUSTER REPLICATE", self.ask(master, "CLUSTER MYID"))
@@ -64,7 +85,8 @@ class RedisCluster:
 
     def ask(self, port: int, command: str, *arguments: Any) -> Any:
         """Send a command to one server. Raises redis.RedisError."""
-        with redis.Redis(HOST, port, socket_timeout=2.0, decode_responses=True) as client:
+        password = self._password or None
+        with redis.Redis(HOST, port, password=password, socket_timeout=2.0, decode_responses=True) as client:
             return client.execute_command(command, *arguments)
 
     def masters(self) -> list[int]:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from urllib.parse import parse_qsl, urlencode
+from typing import Any
+from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
+
+from cluster_tasks.errors import ConfigurationError, did_you_mean
 
 BROKER_SCHEMES = ("redis", "rediss", "redis+socket", "sentinel")
 CACHE_CLUSTER_SCHEMES = ("redis+cluster", "rediss+cluster")
 CERTIFICATE_CHECKS = ("required", "optional", "none")
+CLUSTER_OPTIONS = ("ssl_ca_certs", "ssl_cert_reqs", "ssl_certfile", "ssl_keyfile")
+"""As redis-py calls them."""
+DEFAULT_PORT = 6379
 
 
 def checked_redis_url(url: str) -> str:
@@ -27,3 +33,50 @@ def checked_redis_url(url: str) -> str:
     if wanted not in CERTIFICATE_CHECKS:
         raise ValueError(f"ssl_cert_reqs is one of {', '.join(CERTIFICATE_CHECKS)}, not {wanted!r}")
     return f"{scheme}://{address}?{urlencode({**options, 'ssl_cert_reqs': wanted})}"
+
+
+def parse_cluster_url(url: str) -> tuple[list[tuple[str, int]], dict[str, Any]]:
+    """Read ``redis+cluster://[USER:PASSWORD@]HOST:PORT,HOST:PORT``; return the nodes, and redis-py's options.
+
+    ``rediss+cluster://`` is with TLS, and may end with ``?ssl_ca_certs=FILE&…``. Raises ConfigurationError, without the
+    password, for what cannot be used.
+    """
+    scheme, _, rest = url.partition("://")
+    address, _, query = rest.partition("?")
+    login, _, hosts = address.rstrip("/").rpartition("@")
+    if "@" in query:
+        raise ConfigurationError(f"{scheme}://: a password with one of / ? # @ : is written in percent-encoding")
+    user, _, password = login.partition(":")
+    options = _tls_options(scheme, query)
+    if user:
+        options["username"] = unquote(user)
+    if password:
+        options["password"] = unquote(password)
+    return [_node(scheme, host) for host in hosts.split(",")], options
+
+
+def _node(scheme: str, host: str) -> tuple[str, int]:
+    try:
+        parts = urlsplit(f"redis://{host}")
+        if parts.hostname and not (parts.path or parts.query or parts.fragment):
+            return parts.hostname, parts.port or DEFAULT_PORT
+    except ValueError:
+        pass
+    raise ConfigurationError(f"{scheme}://: expected HOST:PORT,HOST:PORT,… and not {host!r} among them")
+
+
+def _tls_options(scheme: str, query: str) -> dict[str, Any]:
+    options: dict[str, Any] = dict(parse_qsl(query, keep_blank_values=True))
+    for name in options:
+        if name not in CLUSTER_OPTIONS:
+            raise ConfigurationError(
+                f"{scheme}://: unknown option {name!r}{did_you_mean(name, CLUSTER_OPTIONS)}; "
+                f"expected some of {', '.join(CLUSTER_OPTIONS)}"
+            )
+    if not scheme.startswith("rediss"):
+        if options:
+            raise ConfigurationError(f"{scheme}://: {next(iter(options))} is for TLS: write rediss+cluster://")
+        return {}
+    if options.get("ssl_cert_reqs", "required") not in CERTIFICATE_CHECKS:
+        raise ConfigurationError(f"{scheme}://: ssl_cert_reqs is one of {', '.join(CERTIFICATE_CHECKS)}")
+    return {"ssl": True, **options}

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from functools import cached_property
 from threading import Lock
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import redis
 from redis.backoff import NoBackoff
@@ -19,11 +18,11 @@ from redis.cluster import ClusterNode, RedisCluster
 from redis.exceptions import RedisClusterException
 from redis.retry import Retry
 
-from cluster_tasks.addresses.redis import CACHE_CLUSTER_SCHEMES
+from cluster_tasks.addresses.redis import CACHE_CLUSTER_SCHEMES, parse_cluster_url
 from cluster_tasks.breaker import Breaker, BreakerPolicy, Outcome, Phase
 from cluster_tasks.cache.forks import renewed_after_fork
 from cluster_tasks.clock import Clock
-from cluster_tasks.errors import CacheUnavailable, ConfigurationError
+from cluster_tasks.errors import CacheUnavailable
 from cluster_tasks.redis_store import connect, load_script
 
 logger = logging.getLogger(__name__)
@@ -32,7 +31,6 @@ LEFT_ALONE_S = 2.0
 """How long a cache that did not answer is not asked."""
 ATTEMPTS_MORE = 1
 """How often a command is sent again when a Redis Cluster has lost a master, to whoever took its place."""
-DEFAULT_PORT = 6379
 
 Command = tuple[Any, ...]
 Client = redis.Redis | RedisCluster
@@ -161,38 +159,12 @@ def _maker(url: str, timeout_s: float, sentinel_master: str) -> Callable[[], Cli
         client = connect(url, sentinel_master=sentinel_master, health_check_interval=0, **options)
         client.close()
         return lambda: connect(url, sentinel_master=sentinel_master, health_check_interval=0, **options)
-    nodes, credentials = parse_cluster_url(url)
+    nodes, access = parse_cluster_url(url)
     return lambda: RedisCluster(
         startup_nodes=[ClusterNode(host, port) for host, port in nodes],
         retry=Retry(NoBackoff(), ATTEMPTS_MORE),
         # A part that is down must not take the rest with it.
         require_full_coverage=False,
-        **credentials,
+        **access,
         **options,
     )
-
-
-def parse_cluster_url(url: str) -> tuple[list[tuple[str, int]], dict[str, Any]]:
-    """Read ``redis+cluster://[USER:PASSWORD@]HOST:PORT,HOST:PORT``; return the nodes and how to log in.
-
-    ``rediss+cluster://`` is with TLS. Raises ConfigurationError, without the password, for what cannot be used.
-    """
-    scheme, _, rest = url.partition("://")
-    login, _, hosts = rest.rstrip("/").rpartition("@")
-    user, _, password = login.partition(":")
-    nodes = []
-    for host in hosts.split(","):
-        try:
-            parts = urlsplit(f"redis://{host}")
-            is_address = bool(parts.hostname) and not (parts.path or parts.query or parts.fragment)
-            nodes.append((parts.hostname or "", parts.port or DEFAULT_PORT))
-        except ValueError:
-            is_address = False
-        if not is_address:
-            raise ConfigurationError(f"{scheme}://: expected HOST:PORT,HOST:PORT,… and not {host!r} among them")
-    options: dict[str, Any] = {"ssl": scheme.startswith("rediss")} if scheme.startswith("rediss") else {}
-    if user:
-        options["username"] = unquote(user)
-    if password:
-        options["password"] = unquote(password)
-    return nodes, options

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,10 @@ from cluster_tasks.cache.connection import CacheConnection
 from cluster_tasks.cache.counters import Counters
 from cluster_tasks.cache.patterns import escape
 from cluster_tasks.clock import SystemClock
+from cluster_tasks.errors import CacheUnavailable, ConfigurationError
 from cluster_tasks.keys import Keys
+from cluster_tasks.settings import load_settings
+from tests.certificates import make_certificate
 from tests.redis_cluster import RedisCluster
 from tests.waiting import wait_until
 from workers.redis_server import RedisServer
@@ -283,11 +287,50 @@ def test_values_that_are_damaged_or_of_another_key_are_misses(redis_server: Redi
     connection.close()
 
 
+def test_a_redis_cluster_wants_a_password_and_speaks_tls(redis_binary: str, tmp_path: Path) -> None:
+    clock, password = SystemClock(), "of:the/Cluster%40"
+    with RedisCluster(tmp_path / "cluster", password, make_certificate(tmp_path)) as cluster:
+
+        def cache_at(url: str) -> tuple[RedisCache, CacheConnection]:
+            connection = CacheConnection(url, clock, timeout_s=5.0)
+            return RedisCache(share(connection, Keys(), clock), "test"), connection
+
+        cache, connection = cache_at(cluster.url)
+        values = {f"k{number}": b"v" for number in range(100)}
+        assert cache.set_many(values)
+        assert cache.get_many(values) == values
+        assert cache.clear() == 100
+        connection.close()
+        for wrong in (cluster.url.replace("Cluster", "cluster"), cluster.url.partition("?")[0]):
+            other, connection = cache_at(wrong)
+            assert not other.set("k", b"v")
+            with pytest.raises(CacheUnavailable) as error:
+                other.delete("k")
+            assert password not in str(error.value)
+            connection.close()
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("redis+cluster://", "expected HOST:PORT,HOST:PORT,… and not ''"),
+        ("redis+cluster://a:1,b:x", "and not 'b:x' among them"),
+        ("redis+cluster://a/0", "and not 'a/0' among them"),
+        ("redis+cluster://:hid?den@a", "percent-encoding"),
+        ("redis+cluster://a?ssl_ca_certs=/ca", "ssl_ca_certs is for TLS: write rediss+cluster://"),
+        ("rediss+cluster://a?ssl_ca_cert=/ca", "unknown option 'ssl_ca_cert'; did you mean 'ssl_ca_certs'?"),
+        ("rediss+cluster://a?ssl_cert_reqs=maybe", "ssl_cert_reqs is one of required, optional, none"),
+    ],
+)
+def test_a_url_of_a_cluster_that_cannot_work_is_refused_at_the_start(url: str, reason: str) -> None:
+    with pytest.raises(ConfigurationError, match=re.escape(reason)) as error:
+        load_settings({"cluster_cache_url": url}, {})
+    assert "hid" not in str(error.value)
+
+
 def test_a_redis_that_is_away_is_a_miss_for_readers_and_an_error_for_who_must_know(
     redis_binary: str, tmp_path: Path
 ) -> None:
-    from cluster_tasks.errors import CacheUnavailable
-
     clock = SystemClock()
     with RedisServer(tmp_path) as server:
         connection = CacheConnection(server.url, clock, timeout_s=0.3)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import ssl
-import subprocess
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
@@ -21,6 +19,7 @@ from cluster_tasks.keys import Keys
 from cluster_tasks.model import Load, NodeStatus
 from cluster_tasks.registry import create_registry
 from cluster_tasks.registry.consul import ConsulRegistry
+from tests.certificates import make_certificate
 from tests.consul_server import ConsulCluster, ConsulServer
 from tests.contract.test_registry import (
     LOADED,
@@ -36,7 +35,6 @@ from tests.contract.test_registry import (
     watch_from_now,
 )
 from tests.process.proxy import Cut, Wire, wire_to
-from tests.servers import missing
 from tests.waiting import wait_until
 from workers.redis_server import free_port
 
@@ -582,14 +580,7 @@ def test_the_choice_by_scheme_reaches_a_consul(consul_server: ConsulServer) -> N
 
 
 def test_tls_is_spoken_and_the_certificate_is_checked(tmp_path: Path, open_consul: Open) -> None:
-    if not shutil.which("openssl"):
-        missing("openssl is not installed: it makes the certificate")
-    key, certificate, port = tmp_path / "key.pem", tmp_path / "certificate.pem", free_port()
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", certificate, "-days", "2",
-         "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"],
-        check=True, capture_output=True,
-    )  # fmt: skip
+    (certificate, key), port = make_certificate(tmp_path), free_port()
     settings = {"ports": {"https": port}, "cert_file": str(certificate), "key_file": str(key)}
     with ConsulServer(tmp_path / "consul", settings=settings) as server:
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 import sys
 from base64 import b64encode
 from collections.abc import Iterator
@@ -21,6 +19,7 @@ from cluster_tasks.keys import Keys
 from cluster_tasks.model import Load, NodeStatus
 from cluster_tasks.registry import create_registry
 from cluster_tasks.registry.etcd import EtcdRegistry
+from tests.certificates import make_certificate
 from tests.contract.etcds import LOST, PATIENCE_S, registry_at
 from tests.contract.test_registry import (
     KEYS,
@@ -36,7 +35,6 @@ from tests.contract.test_registry import (
     watch_from_now,
 )  # fmt: skip
 from tests.etcd_server import EtcdServer
-from tests.servers import missing
 from tests.waiting import wait_until
 
 # Leases
@@ -154,15 +152,7 @@ def test_a_user_is_no_harm_where_etcd_wants_none(etcd_server: EtcdServer) -> Non
 @pytest.fixture
 def identity(tmp_path: Path) -> tuple[Path, Path]:
     """The files of a certificate for the loopback and of its key."""
-    if not shutil.which("openssl"):
-        missing("openssl is not installed: it makes the certificate")
-    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", certificate, "-days", "2",
-         "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"],
-        check=True, capture_output=True,
-    )  # fmt: skip
-    return certificate, key
+    return make_certificate(tmp_path)
 
 
 def test_tls_knows_the_server_by_its_authority_and_the_client_by_its_certificate(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 import socket
 import ssl
@@ -15,10 +14,11 @@ from pathlib import Path
 import pytest
 import redis
 
+from tests.certificates import make_certificate
 from tests.process.accounts import END_S
 from tests.process.jobs import make_jobs
 from tests.process.nodes import WorkerProcess, running
-from tests.servers import missing, redis_for_results
+from tests.servers import redis_for_results
 from tests.waiting import wait_until
 from workers.redis_server import RedisServer, find_redis_server, free_port
 from workers.tether import tethered, tethering
@@ -35,14 +35,7 @@ def by_unix_socket(directory: Path) -> Iterator[str]:
 
 @contextmanager
 def by_tls(directory: Path, options: str = "ssl_cert_reqs=CERT_REQUIRED&ssl_ca_certs={certificate}") -> Iterator[str]:
-    if not shutil.which("openssl"):
-        missing("openssl is not installed: it makes the certificate")
-    key, certificate = directory / "key.pem", directory / "certificate.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", certificate, "-days", "2",
-         "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"],
-        check=True, capture_output=True,
-    )  # fmt: skip
+    certificate, key = make_certificate(directory)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
     with redis_for_results(directory / "redis") as server, socket.create_server(("127.0.0.1", 0)) as listener:
