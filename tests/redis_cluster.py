@@ -30,6 +30,7 @@ class RedisCluster:
         """With a ``certificate`` clients speak TLS, and servers to each other, too; this class itself does not."""
         self._password, self._certificate = password, certificate
         self._tls_ports: dict[int, int] = {}
+        self._met_at: dict[int, tuple[int, ...]] = {}
         self._new = [self._server(directory / f"server{number}") for number in range(2 * MASTERS)]
         self.servers: dict[int, RedisServer] = {}
         """By port."""
@@ -45,14 +46,15 @@ class RedisCluster:
 
     def _server(self, directory: Path) -> RedisServer:
         settings = [*SETTINGS, *([f"masterauth {json.dumps(self._password)}"] if self._password else [])]
-        port = free_port()
-        if self._certificate is not None:
-            certificate, key = self._certificate
-            self._tls_ports[port] = free_port()
-            settings += [
-                f"tls-port {self._tls_ports[port]}", f"tls-cert-file {certificate}", f"tls-key-file {key}",
-                f"tls-ca-cert-file {certificate}", "tls-auth-clients no", "tls-cluster yes", "tls-replication yes",
-            ]  # fmt: skip
+        if self._certificate is None:
+            return RedisServer(directory, password=self._password or None, extra=settings)
+        certificate, key = self._certificate
+        port, tls_port, bus_port = free_port(), free_port(), free_port()
+        self._tls_ports[port], self._met_at[port] = tls_port, (tls_port, bus_port)
+        settings += [
+            f"tls-port {tls_port}", f"cluster-port {bus_port}", f"tls-cert-file {certificate}", f"tls-key-file {key}",
+            f"tls-ca-cert-file {certificate}", "tls-auth-clients no", "tls-cluster yes", "tls-replication yes",
+        ]  # fmt: skip
         return RedisServer(directory, port, password=self._password or None, extra=settings)
 
     def start(self) -> None:
@@ -67,7 +69,7 @@ class RedisCluster:
             self.ask(port, "CLUSTER ADDSLOTS", *slots)
             self.ask(port, "CLUSTER SET-CONFIG-EPOCH", number + 1)
         for port in ports[1:]:
-            self.ask(ports[0], "CLUSTER MEET", HOST, self._tls_ports.get(port, port))
+            self.ask(ports[0], "CLUSTER MEET", HOST, *self._met_at.get(port, (port,)))
         wait_until(lambda: all(len(self._nodes(port)) == len(ports) for port in ports), START_S, "all have met")
         for master, replica in zip(masters, replicas, strict=True):
             self.ask(replica, "CLUSTER REPLICATE", self.ask(master, "CLUSTER MYID"))

@@ -30,13 +30,18 @@ def tethering() -> dict[str, str]:
     return {**os.environ, PARENT: str(os.getpid())}
 
 
+def end_with(parent: int, end: signal.Signals) -> None:
+    """Have the kernel send this process ``end`` when its parent dies; exit if that has died already."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, end)
+        if os.getppid() != parent:
+            sys.exit("the parent has died")
+
+
 def main() -> None:
     """Become the command. It needs no preexec_fn, which can hang in a process with threads."""
     end, *command = sys.argv[1:]
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.Signals[end])
-        if os.getppid() != int(os.environ[PARENT]):
-            sys.exit("the parent has died")
+    end_with(int(os.environ[PARENT]), signal.Signals[end])
     os.environ[PARENT] = str(os.getpid())
     os.execvp(command[0], command)
 

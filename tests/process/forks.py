@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from tests.waiting import wait_until
+from workers.tether import end_with
 
 END_S = 60.0
 
@@ -136,6 +137,7 @@ def main() -> None:
 
     import workers.coordinator  # noqa: F401
 
+    me = os.getpid()
     for line in sys.stdin:
         order = json.loads(line)
         if order["do"] == "poll":
@@ -144,6 +146,7 @@ def main() -> None:
         elif pid := os.fork():
             answer(pid)
         else:
+            end_with(me, signal.SIGKILL)
             become(order)
             sys.argv = [celery.__main__.__file__, *order["argv"]]
             return celery.__main__.main()
