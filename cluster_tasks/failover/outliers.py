@@ -74,7 +74,8 @@ def _fault(record: Record, records: Sequence[Record], slow_factor: float) -> tup
 
 def _excess(task: str, mine: Recent, others: Sequence[Record]) -> float | None:
     """By how much more of a node's jobs fail, if that is no chance."""
-    peers = sorted(_peers(task, others), key=_share)
+    # Of those that fail as often, those that have run less come last: they are less sure of it.
+    peers = sorted(_peers(task, others), key=lambda peer: (_share(peer), -peer.jobs))
     if not peers:
         return None
     # The upper one of two: who is judged by a single peer, or by two that disagree, has the benefit of the doubt.
