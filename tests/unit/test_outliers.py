@@ -118,7 +118,7 @@ def test_a_failed_probe_says_nothing_where_half_of_the_jobs_of_others_fail() -> 
 
 def test_of_peers_that_fail_alike_the_one_that_is_less_sure_is_compared_with_in_any_order() -> None:
     records = [
-        Record(name, {"chat": Recent(jobs, failures, 0.0, 0.0)})
+        Record(name, {"chat": Recent(jobs=jobs, failures=failures, latency_s=0.0, sure_latency_s=0.0)})
         for name, jobs, failures in (("n0", 10, 0), ("n1", 10, 8), ("n2", 14, 0))
     ]
     assert find_outliers(records, SLOW) == find_outliers(records[::-1], SLOW) == []
