@@ -67,6 +67,16 @@ class Processes(RuleBasedStateMachine):
         finally:
             self.closing.close()
 
+    @rule(process=PROCESS, other=PROCESS, keys=st.permutations(NAMES))
+    def change_after_a_change_of_another(self, process: int, other: int, keys: list[str]) -> None:
+        """Who hears only of the second must not take it for the only one."""
+        self.all_get()
+        self.all_get()
+        self.set(other, keys[0], 1005.0)
+        self.set(process, keys[1], 1005.0)
+        self.pass_time(STALENESS_S)
+        self.all_get()
+
     # The model.
 
     def now(self) -> float:
