@@ -201,12 +201,16 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
         return result
 
     def store_new(self, task_id: str, result: Any, state: str) -> None:
-        """Store the end of a job whose id nobody has used yet, in one round trip: Celery looks first what is there."""
+        """Store the end of a job whose id nobody knows yet: nothing can be there, and nobody listens for it."""
         meta = self._get_result_meta(
             result=self.encode_result(result, state), state=state, traceback=None, request=None
         )
         meta["task_id"] = bytes_to_str(task_id)
-        self._set_with_state(self.get_key_for_task(task_id), self.encode(meta), state)
+        self.ensure(self._set_unheard, (self.get_key_for_task(task_id), self.encode(meta)))
+
+    def _set_unheard(self, key: str, encoded: Any) -> None:
+        with refusals_as_outages(self.client):
+            self.client.set(key, encoded, ex=int(self.expires or 0) or None)
 
     def _tell(self, delivery: Delivery, task_id: str, state: str, encoded: Any) -> None:
         try:
