@@ -36,7 +36,9 @@ _clusters: WeakKeyDictionary[Celery, Configured] = WeakKeyDictionary()
 
 
 def join(app: Celery, cluster: Configured) -> None:
-    """Note that ``app`` is in ``cluster``."""
+    """Note that ``app`` is in ``cluster``. Raises ClusterError if it is in one already."""
+    if app in _clusters:
+        raise ClusterError(f"the app {app.main!r} is in a cluster already: import the one that was made with it")
     _clusters[app] = cluster
 
 

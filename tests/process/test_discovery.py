@@ -121,11 +121,14 @@ def test_who_drains_is_what_the_fence_says(jobs: Jobs, new_worker: NewWorker) ->
         assert finish(send(jobs, 20)) == {"a@test": 20}
 
 
+# Of a registry in Redis the demo itself is the test: tests/process/test_machine.py.
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize("discovery", ["consul", "etcd"], indirect=True)
 def test_the_demo_ends_as_well_with_each_registry(
     discovery: Discovery, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    command = [sys.executable, "-m", "cluster_tasks.cli.main", "demo", "--json"]
+    corpus = str(Path(__file__).parents[2] / "docs")
+    command = [sys.executable, "-m", "cluster_tasks.cli.main", "demo", "--json", "--jobs", "200", "--corpus", corpus]
     environ = {**os.environ, "TMPDIR": str(tmp_path), "CLUSTER_REGISTRY_URL": discovery.url}
     done = subprocess.run(command, env=environ, capture_output=True, timeout=280)
     assert done.returncode == 0, done.stderr.decode()

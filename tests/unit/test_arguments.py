@@ -259,6 +259,13 @@ def test_without_an_app_of_ones_own_the_ready_made_one_sends() -> None:
     assert run("from cluster_tasks.tasks import generate; print(generate.app.main)") == "cluster_tasks"
 
 
+def test_an_app_is_in_one_cluster_only() -> None:
+    with Celery("shop", set_as_current=False) as app:
+        Cluster(app)
+        with pytest.raises(ClusterError, match="the app 'shop' is in a cluster already"):
+            Cluster(app)
+
+
 def test_the_settings_of_a_task_are_those_of_its_cluster(app: Celery) -> None:
     app.conf.cluster_data_dir = "elsewhere"
     assert app.tasks["llm.generate"].settings.data_dir == "elsewhere"
