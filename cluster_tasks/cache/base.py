@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from cluster_tasks.cache.counters import Counters
 from cluster_tasks.cache.entry import Entry
-from cluster_tasks.cache.flight import Flights, Refresh
+from cluster_tasks.cache.flight import Flights, Refresh, compute_missing
+from cluster_tasks.cache.leases import Leases, Values
 from cluster_tasks.cache.warming import BATCH, Loader, Warmed, warm
 
 if TYPE_CHECKING:
@@ -93,21 +94,21 @@ class Cache(ABC):
     # One computation in the cluster.
 
     @abstractmethod
-    def lease(self, key: str, lease_s: float) -> str | None:
-        """Take the right to compute a key, for ``lease_s``; return its token, or None while another has it.
+    def lease(self, keys: Iterable[str], lease_s: float) -> dict[str, str]:
+        """Take the right to compute keys, for ``lease_s``; return the tokens of those that nobody else has.
 
         Raises CacheUnavailable.
         """
 
     @abstractmethod
-    def hold(self, key: str, token: str, lease_s: float) -> bool:
-        """Let a lease last longer, or give it back with 0. Raises CacheUnavailable."""
+    def hold(self, leases: Leases, lease_s: float) -> int:
+        """Let leases last longer, or give them back with 0; return how many stood. Raises CacheUnavailable."""
 
     @abstractmethod
-    def commit(self, key: str, token: str, entry: Entry) -> bool:
-        """Store what was computed under a lease, and give that back. False: the key was changed meanwhile.
+    def commit(self, leases: Leases, entries: Mapping[str, Entry]) -> int:
+        """Store what was computed under leases, and give those back; return how many.
 
-        Raises CacheUnavailable.
+        The other keys were changed meanwhile. Raises CacheUnavailable.
         """
 
     @cached_property
@@ -134,6 +135,16 @@ class Cache(ABC):
         ttl_s = self._ttl(ttl_s)
         return self._flights.get(key, compute, ttl_s, refresh, kept_s, negative_ttl_s)
 
+    def get_or_compute_many(
+        self, keys: Iterable[str], compute: Callable[[list[str]], Values], ttl_s: float | None = None
+    ) -> dict[str, bytes]:
+        """Return the values of keys; what is missing is computed, each key by one caller in the cluster.
+
+        ``compute`` is given the missing keys that nobody else computes, and returns what there is of them; it is called
+        again for what another did not get done. Raises what it raises.
+        """
+        return compute_missing(self, check_keys(keys), compute, self._ttl(ttl_s))
+
     def warm(
         self, loader: Loader, keys: Iterable[str], ttl_s: float | None = None, *, batch: int = BATCH,
         progress: bool = False,
@@ -143,7 +154,7 @@ class Cache(ABC):
         ``loader`` is given the missing keys of a batch and returns what there is of them. Raises what it raises; what
         was loaded before stays.
         """
-        return warm(self, loader, keys, ttl_s, batch, progress)
+        return warm(self, loader, keys, self._ttl(ttl_s), batch, progress)
 
     def get(self, key: str) -> bytes | None:
         """Return the value, or None if there is none that is fresh."""

@@ -1,7 +1,6 @@
 """One computation of a missing key at a time: threads of a process share it, and processes wait for each other.
 
-A process that computes holds a *lease* in Redis, and lets it last for as long as it lives: who dies delays the others
-by what is left of it. While Redis is away each process computes for itself.
+While Redis is away each process computes for itself.
 
 What will soon be stale is computed anew by chance, the sooner the more it costs: probabilistic early expiration, as in
 Vattani, Chierichetti and Lowenstein, "Optimal Probabilistic Cache Stampede Prevention", VLDB 2015, formula XFetch.
@@ -16,13 +15,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from enum import Enum
 from typing import TYPE_CHECKING
 
 from cluster_tasks.cache.counters import Counters
 from cluster_tasks.cache.entry import Entry
 from cluster_tasks.cache.forks import renewed_after_fork
+from cluster_tasks.cache.leases import LEASE_S, ComputeMany, Leases, Values, compute_under, computed, give_back, lasting
 from cluster_tasks.errors import CacheUnavailable
 
 if TYPE_CHECKING:
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LEASE_S = 3.0
-"""How long a process that died delays the others at most."""
 POLL_S = (0.01, 0.2)
 """Who waits for another process looks after these times, and after longer ones the longer it takes."""
 REFRESHERS = 4
@@ -145,15 +142,15 @@ class _Flight:
         """Compute, unless another process does: then wait for that."""
         for pause_s in _pauses():
             try:
-                token = self._cache.lease(self._key, LEASE_S)
+                lease = self._cache.lease([self._key], LEASE_S)
             except CacheUnavailable:
                 return self._computed()[0]
-            if token is not None:
+            if lease:
                 # It may have been stored since it was missed, just before the lease was given back.
                 if (entry := self._fresh()) is not None:
-                    self._give_back(token)
+                    give_back(self._cache, lease)
                     return entry.value
-                return self._compute_under(token)
+                return self._compute_under(lease)
             time.sleep(pause_s)
             if (entry := self._fresh()) is not None:
                 return entry.value
@@ -162,19 +159,19 @@ class _Flight:
     def compute_if_nobody_does(self) -> None:
         """Compute, unless another process does, or the cache is away."""
         try:
-            token = self._cache.lease(self._key, LEASE_S)
+            lease = self._cache.lease([self._key], LEASE_S)
         except CacheUnavailable:
             return
-        if token is not None:
-            self._compute_under(token)
+        if lease:
+            self._compute_under(lease)
 
     def compute_and_write(self) -> bytes | None:
         """Compute in any case, and let it take the place of what is there."""
         self._generation = self._cache.read([self._key]).generation
         value, cost_s = self._computed()
-        if (ttl_s := self._lasts(value)) is not None:
+        if (entry := self._entry(value, cost_s)) is not None:
             self._cache.write(
-                {self._key: value}, ttl_s, kept_s=self._kept_s, cost_s=cost_s, generation=self._generation
+                {self._key: value}, entry.ttl_s, kept_s=self._kept_s, cost_s=cost_s, generation=self._generation
             )
         return value
 
@@ -182,40 +179,21 @@ class _Flight:
         entry = self.look()
         return entry if entry is not None and entry.is_fresh else None
 
-    def _compute_under(self, token: str) -> bytes | None:
-        try:
-            with holding(self._cache, self._key, token):
-                value, cost_s = self._computed()
-        except BaseException:
-            self._give_back(token)
-            raise
-        ttl_s = self._lasts(value)
-        if ttl_s is None:
-            self._give_back(token)
-            return value
-        entry = Entry(value, ttl_s, ttl_s, self._kept_s, cost_s, self._generation or "")
-        try:
-            self._cache.commit(self._key, token, entry)
-        except CacheUnavailable as exc:
-            logger.debug("a value was computed and cannot be stored: %s", exc)
-        return value
+    def _compute_under(self, lease: Leases) -> bytes | None:
+        values, _ = compute_under(self._cache, lease, self._compute_key, self._entry)
+        return values[self._key]
 
     def _computed(self) -> tuple[bytes | None, float]:
-        began_s = time.perf_counter()
-        value = self._compute()
-        cost_s = time.perf_counter() - began_s
-        self._counters.add(values_computed=1, values_computed_s=cost_s)
-        return value, cost_s
+        values, cost_s = computed(self._cache, self._compute_key, [self._key])
+        return values[self._key], cost_s
 
-    def _lasts(self, value: bytes | None) -> float | None:
-        """How long it is to be stored; None: not at all."""
-        return self._negative_ttl_s if value is None else self._ttl_s
+    def _compute_key(self, _: list[str]) -> Values:
+        return {self._key: self._compute()}
 
-    def _give_back(self, token: str) -> None:
-        try:
-            self._cache.hold(self._key, token, 0)
-        except CacheUnavailable as exc:
-            logger.debug("a lease runs out by itself: %s", exc)
+    def _entry(self, value: bytes | None, cost_s: float) -> Entry | None:
+        """What is stored of a value; None: nothing."""
+        ttl_s = self._negative_ttl_s if value is None else self._ttl_s
+        return None if ttl_s is None else Entry(value, ttl_s, ttl_s, self._kept_s, cost_s, self._generation or "")
 
 
 def is_due(entry: Entry) -> bool:
@@ -224,28 +202,41 @@ def is_due(entry: Entry) -> bool:
     return entry.left_s <= -entry.cost_s * math.log(1.0 - random.random())
 
 
-@contextmanager
-def holding(cache: Cache, key: str, token: str) -> Iterator[None]:
-    """Let a lease last until the block ends, however long that takes."""
-    done = threading.Event()
+def compute_missing(cache: Cache, keys: list[str], compute: ComputeMany, ttl_s: float) -> dict[str, bytes]:
+    """As ``Cache.get_or_compute_many``, with all that is left open there."""
+    found, generation = _fresh(cache, keys)
+    missing = [key for key in dict.fromkeys(keys) if key not in found]
+    pauses = _pauses()
+    while missing:
+        try:
+            leases = cache.lease(missing, LEASE_S)
+        except CacheUnavailable:
+            found.update(_there(computed(cache, compute, missing)[0]))
+            break
+        if leases:
+            # They may have been stored since they were missed, just before the leases were given back.
+            known, generation = _fresh(cache, list(leases))
+            found.update(known)
+            if known:
+                give_back(cache, {key: leases.pop(key) for key in known})
+        if leases:
+            made, _ = compute_under(cache, leases, compute, lasting(ttl_s, generation))
+            found.update(_there(made))
+        missing = [key for key in missing if key not in leases and key not in found]
+        if missing:
+            time.sleep(next(pauses))
+            found.update(_fresh(cache, missing)[0])
+            missing = [key for key in missing if key not in found]
+    return found
 
-    def hold() -> None:
-        while not done.wait(LEASE_S / 3):
-            try:
-                if not cache.hold(key, token, LEASE_S):
-                    return
-            except CacheUnavailable as exc:
-                logger.debug("a lease is not renewed for now: %s", exc)
 
-    # Most computations are over before it is needed.
-    timer = threading.Timer(LEASE_S / 3, hold)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-        done.set()
+def _fresh(cache: Cache, keys: list[str]) -> tuple[dict[str, bytes], str | None]:
+    reading = cache.read(keys)
+    return _there({key: entry.value for key, entry in reading.entries.items() if entry.is_fresh}), reading.generation
+
+
+def _there(values: Values) -> dict[str, bytes]:
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def _pauses() -> Iterator[float]:

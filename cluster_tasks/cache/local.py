@@ -14,6 +14,7 @@ from cluster_tasks.cache.base import Cache, Reading, check_keys, check_ttl
 from cluster_tasks.cache.counters import Counters, count_found
 from cluster_tasks.cache.entry import Entry
 from cluster_tasks.cache.forks import renewed_after_fork
+from cluster_tasks.cache.leases import Leases
 from cluster_tasks.cache.patterns import compile_pattern
 from cluster_tasks.clock import Clock
 
@@ -192,30 +193,33 @@ class LocalCache(Cache):
             self._leases.clear()
             self.memory.forget(self.namespace, None)
 
-    def lease(self, key: str, lease_s: float) -> str | None:
-        now_s = self.memory._clock.monotonic()
+    def lease(self, keys: Iterable[str], lease_s: float) -> dict[str, str]:
+        keys, now_s = check_keys(keys), self.memory._clock.monotonic()
         with self._lock:
-            if (held := self._leases.get(key)) is not None and held[1] > now_s:
-                return None
-            token = token_hex(8)
-            self._leases[key] = token, now_s + lease_s
-            return token
+            free = [key for key in dict.fromkeys(keys) if self._leases.get(key, ("", now_s))[1] <= now_s]
+            leases = {key: token_hex(8) for key in free}
+            self._leases.update({key: (token, now_s + lease_s) for key, token in leases.items()})
+            return leases
 
-    def hold(self, key: str, token: str, lease_s: float) -> bool:
+    def hold(self, leases: Leases, lease_s: float) -> int:
+        until_s = self.memory._clock.monotonic() + lease_s
         with self._lock:
-            if self._leases.get(key, ("",))[0] != token:
-                return False
-            if lease_s > 0:
-                self._leases[key] = token, self.memory._clock.monotonic() + lease_s
-            else:
-                del self._leases[key]
-            return True
+            held = {key: token for key, token in leases.items() if self._leases.get(key, ("",))[0] == token}
+            for key, token in held.items():
+                if lease_s > 0:
+                    self._leases[key] = token, until_s
+                else:
+                    del self._leases[key]
+            return len(held)
 
-    def commit(self, key: str, token: str, entry: Entry) -> bool:
+    def commit(self, leases: Leases, entries: Mapping[str, Entry]) -> int:
         with self._lock:
-            return self.hold(key, token, 0) and self.write(
-                {key: entry.value}, entry.ttl_s, kept_s=entry.kept_s, cost_s=entry.cost_s, generation=entry.generation
-            )
+            return sum(self._commit(key, leases[key], entry) for key, entry in entries.items())
+
+    def _commit(self, key: str, token: str, entry: Entry) -> bool:
+        return bool(self.hold({key: token}, 0)) and self.write(
+            {key: entry.value}, entry.ttl_s, kept_s=entry.kept_s, cost_s=entry.cost_s, generation=entry.generation
+        )
 
 
 def _size(namespace: str, key: str, entry: Entry) -> int:

@@ -18,10 +18,12 @@ from cluster_tasks.cache.connection import CacheConnection, Command
 from cluster_tasks.cache.counters import Counters, count_found
 from cluster_tasks.cache.entry import Entry, pack, unpack
 from cluster_tasks.cache.hot import HotKeys
+from cluster_tasks.cache.leases import Leases
 from cluster_tasks.cache.patterns import beginning, compile_pattern, escape
 from cluster_tasks.clock import Clock
 from cluster_tasks.errors import CacheUnavailable
 from cluster_tasks.keys import Keys
+from cluster_tasks.redis_store import script_source
 
 logger = logging.getLogger(__name__)
 
@@ -151,21 +153,34 @@ class RedisCache(Cache):
     def invalidate(self) -> None:
         self.shared.coherence.announce(self.namespace, None, new_generation=True)
 
-    def lease(self, key: str, lease_s: float) -> str | None:
-        token = token_hex(8)
-        command = ("SET", self._lease(key), token, "NX", "PX", _milliseconds(lease_s))
-        (taken,) = self._send([command], "taking a lease in the cache")
-        return token if taken else None
+    def lease(self, keys: Iterable[str], lease_s: float) -> dict[str, str]:
+        tokens = {key: token_hex(8) for key in check_keys(keys)}
+        lasts_ms = _milliseconds(lease_s)
+        commands = [("SET", self._lease(key), token, "NX", "PX", lasts_ms) for key, token in tokens.items()]
+        taken = self._send(commands, "taking leases in the cache")
+        return {key: token for (key, token), mine in zip(tokens.items(), taken, strict=True) if mine}
 
-    def hold(self, key: str, token: str, lease_s: float) -> bool:
-        return bool(self._connection.run("hold", [self._lease(key)], [token, _milliseconds(lease_s)]))
+    def hold(self, leases: Leases, lease_s: float) -> int:
+        lasts_ms = _milliseconds(lease_s)
+        return self._run_each("hold", [([self._lease(key)], [token, lasts_ms]) for key, token in leases.items()])
 
-    def commit(self, key: str, token: str, entry: Entry) -> bool:
-        lives_ms = _milliseconds(entry.ttl_s + entry.kept_s)
-        arguments = [token, self._pack(key, entry), lives_ms]
-        stored = bool(self._connection.run("store", [self._entry(key), self._lease(key)], arguments))
-        self.counters.add(redis_writes=stored, redis_refused=not stored)
+    def commit(self, leases: Leases, entries: Mapping[str, Entry]) -> int:
+        calls = [
+            ([self._entry(key), self._lease(key)],
+             [leases[key], self._pack(key, entry), _milliseconds(entry.ttl_s + entry.kept_s)])
+            for key, entry in entries.items()
+        ]  # fmt: skip
+        stored = self._run_each("store", calls)
+        self.counters.add(redis_writes=stored, redis_refused=len(calls) - stored)
         return stored
+
+    def _run_each(self, script: str, calls: list[tuple[list[str], list[Any]]]) -> int:
+        """Run a script for each of some keys and arguments; return the sum of what it returned."""
+        if len(calls) == 1:
+            return int(self._connection.run(script, *calls[0]))
+        text = script_source(__package__, script)
+        commands = [("EVAL", text, len(keys), *keys, *arguments) for keys, arguments in calls]
+        return int(sum(self._send(commands, f"cache script {script}")))
 
     def state(self) -> State:
         """Return the state of the namespace, not older than ``staleness_s``. Raises CacheUnavailable."""

@@ -13,6 +13,7 @@ from dataclasses import replace
 from cluster_tasks.cache.base import Cache, Reading, check_keys
 from cluster_tasks.cache.counters import count_found
 from cluster_tasks.cache.entry import Entry
+from cluster_tasks.cache.leases import Leases
 from cluster_tasks.cache.local import Memory
 from cluster_tasks.cache.redis import RedisCache
 from cluster_tasks.errors import CacheUnavailable
@@ -93,15 +94,15 @@ class TieredCache(Cache):
     def invalidate(self) -> None:
         self.redis.invalidate()
 
-    def lease(self, key: str, lease_s: float) -> str | None:
-        return self.redis.lease(key, lease_s)
+    def lease(self, keys: Iterable[str], lease_s: float) -> dict[str, str]:
+        return self.redis.lease(keys, lease_s)
 
-    def hold(self, key: str, token: str, lease_s: float) -> bool:
-        return self.redis.hold(key, token, lease_s)
+    def hold(self, leases: Leases, lease_s: float) -> int:
+        return self.redis.hold(leases, lease_s)
 
-    def commit(self, key: str, token: str, entry: Entry) -> bool:
-        stored = self.redis.commit(key, token, entry)
-        self.memory.forget(self.namespace, [key])
+    def commit(self, leases: Leases, entries: Mapping[str, Entry]) -> int:
+        stored = self.redis.commit(leases, entries)
+        self.memory.forget(self.namespace, entries)
         return stored
 
     def load(self, keys: Sequence[str]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from time import sleep
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +12,11 @@ from celery import Celery
 from cluster_tasks.errors import ProviderLimited
 from cluster_tasks.tasks.arguments import CacheUse, EmbedArguments
 from cluster_tasks.tasks.base import ClusterTask
-from cluster_tasks.tasks.kept import kept_of
+from cluster_tasks.tasks.kept import Embedded, kept_of
 from cluster_tasks.tasks.ready_made import backends_of, ready_made
 
 if TYPE_CHECKING:
-    from cluster_tasks.providers import EmbeddingProvider, EmbeddingResult
+    from cluster_tasks.providers import EmbeddingProvider, EmbeddingResult, Usage
 
 EMBED = "embedding.embed"
 BATCH = 64
@@ -35,12 +35,12 @@ def known_vectors(
     if cache in (False, "refresh") or (kept := kept_of(app)) is None:
         return None
     found = kept.find_vectors(texts, model)
-    sources = {source[:2] for source in found.values()}
+    sources = {(one.model, one.provider) for one in found.values()}
     if len(found) < len(set(texts)) or len(sources) != 1:
         return None
     ((by_model, provider),) = sources
     usage = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
-    vectors = [list(struct.unpack(f"<{len(found[text][2]) // 4}f", found[text][2])) for text in texts]
+    vectors = [list(struct.unpack(f"<{len(found[text].vector) // 4}f", found[text].vector)) for text in texts]
     return {"vectors": vectors, "model": by_model, "usage": usage, "provider": provider,
             "dimension": len(vectors[0]), "cached": True}  # fmt: skip
 
@@ -63,41 +63,55 @@ def embed_texts(app: Celery, texts: Sequence[str], model: str | None = None, cac
     """Embed texts, at least one: those of which no vector is kept. Raises as ``EmbeddingProvider.embed`` does."""
     import numpy as np
 
-    from cluster_tasks.providers import EmbeddingResult, Usage
+    from cluster_tasks.providers import EmbeddingResult
 
     provider, kept = backends_of(app).embeddings, kept_of(app)
     if kept is None or cache is False:
         return embed_in_batches(provider, texts, model)
-    found = {} if cache == "refresh" else kept.find_vectors(texts, model)
-    if len({source[:2] for source in found.values()}) > 1:
-        found = {}
-    missing = [text for text in dict.fromkeys(texts) if text not in found]
-    made = embed_in_batches(provider, missing, model) if missing else None
-    if made is not None and any(source[:2] != (made.model, made.provider) for source in found.values()):
-        # Vectors of two models cannot be mixed.
-        found, missing = {}, list(dict.fromkeys(texts))
-        made = embed_in_batches(provider, missing, model)
-    vectors = {text: vector for text, (_, _, vector) in found.items()}
-    if made is not None:
-        new = {text: row.astype("<f4").tobytes() for text, row in zip(missing, made.vectors, strict=True)}
-        kept.keep_vectors(new, model, made.model, made.provider)
-        vectors |= new
-    by_model, by_provider = (made.model, made.provider) if made is not None else next(iter(found.values()))[:2]
-    rows = np.stack([np.frombuffer(vectors[text], dtype="<f4") for text in texts])
+    made: list[EmbeddingResult] = []
+
+    def embed_now(some: list[str]) -> dict[str, Embedded]:
+        result = embed_in_batches(provider, some, model, begun=bool(made))
+        made.append(result)
+        rows = result.vectors.astype("<f4")
+        return {
+            text: Embedded(result.model, result.provider, row.tobytes()) for text, row in zip(some, rows, strict=True)
+        }
+
+    def embed_anew() -> dict[str, Embedded]:
+        vectors = embed_now(different)
+        kept.keep_vectors(vectors, model)
+        return vectors
+
+    different = list(dict.fromkeys(texts))
+    vectors: dict[str, Embedded] = {}
+    if cache == "refresh":
+        vectors = embed_anew()
+    else:
+        # Some at a time: who waits for one text of many does not wait for all.
+        for start in range(0, len(different), BATCH):
+            vectors |= kept.vectors(different[start : start + BATCH], model, embed_now)
+        if len({(one.model, one.provider) for one in vectors.values()}) > 1:
+            # Vectors of two models cannot be mixed.
+            vectors = embed_anew()
+    by_model, by_provider, _ = vectors[texts[0]]
+    rows = np.stack([np.frombuffer(vectors[text].vector, dtype="<f4") for text in texts])
     return EmbeddingResult(
-        vectors=rows,
-        model=by_model,
-        usage=made.usage if made is not None else Usage(),
-        provider=by_provider,
-        cached=made is None,
-    )
+        vectors=rows, model=by_model, usage=_sum(result.usage for result in made), provider=by_provider,
+        cached=not made,
+    )  # fmt: skip
 
 
-def embed_in_batches(provider: EmbeddingProvider, texts: Sequence[str], model: str | None = None) -> EmbeddingResult:
-    """Embed texts, at least one, in as many requests as it takes. Raises as ``EmbeddingProvider.embed`` does."""
+def embed_in_batches(
+    provider: EmbeddingProvider, texts: Sequence[str], model: str | None = None, *, begun: bool = False
+) -> EmbeddingResult:
+    """Embed texts, at least one, in as many requests as it takes. Raises as ``EmbeddingProvider.embed`` does.
+
+    ``begun``: something was embedded for the same job before, so that it waits where there is no room under a limit.
+    """
     import numpy as np
 
-    from cluster_tasks.providers import EmbeddingRequest, EmbeddingResult, Usage
+    from cluster_tasks.providers import EmbeddingRequest, EmbeddingResult
 
     results: list[EmbeddingResult] = []
     while len(results) * BATCH < len(texts):
@@ -106,12 +120,19 @@ def embed_in_batches(provider: EmbeddingProvider, texts: Sequence[str], model: s
             results.append(provider.embed(EmbeddingRequest(texts=tuple(texts[start : start + BATCH]), model=model)))
         except ProviderLimited as exc:
             # A job that comes back later begins anew: one of many requests might never get through.
-            if not results:
+            if not (begun or results):
                 raise
             sleep(exc.retry_after_s)
     return EmbeddingResult(
         vectors=np.concatenate([result.vectors for result in results]),
         model=results[0].model,
-        usage=Usage(**{name: sum(getattr(result.usage, name) for result in results) for name in Usage.model_fields}),
+        usage=_sum(result.usage for result in results),
         provider=results[0].provider,
     )
+
+
+def _sum(usages: Iterable[Usage]) -> Usage:
+    from cluster_tasks.providers import Usage
+
+    listed = list(usages)
+    return Usage(**{name: sum(getattr(usage, name) for usage in listed) for name in Usage.model_fields})

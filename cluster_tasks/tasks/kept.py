@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from celery import Celery
@@ -28,6 +28,26 @@ LASTING_ENDS = ("stop", "tool_calls")
 """Finish reasons of answers that are kept: others were cut short."""
 
 
+class Embedded(NamedTuple):
+    """The vector of a text, and what made it."""
+
+    model: str
+    provider: str
+    vector: bytes
+    """Little-endian float32."""
+
+    @classmethod
+    def read(cls, value: bytes) -> Embedded:
+        """Read what ``written`` wrote."""
+        head, _, vector = value.partition(b"\n")
+        model, provider = json.loads(head)
+        return cls(model, provider, vector)
+
+    def written(self) -> bytes:
+        """Return it as a value of the cache."""
+        return json.dumps([self.model, self.provider]).encode() + b"\n" + self.vector
+
+
 class Kept:
     """The kept values of one app."""
 
@@ -38,18 +58,29 @@ class Kept:
 
     # Embeddings: each text by itself.
 
-    def find_vectors(self, texts: Iterable[str], model: str | None) -> dict[str, tuple[str, str, bytes]]:
-        """Return what is known of texts: the model that embedded it, the provider, and a vector as bytes."""
+    def find_vectors(self, texts: Iterable[str], model: str | None) -> dict[str, Embedded]:
+        """Return what is known of texts."""
         keys = {text: self._vector_key(text, model) for text in texts}
         found = self._embeddings.get_many(set(keys.values()))
-        known = {text: found[key] for text, key in keys.items() if key in found}
-        return {text: (*json.loads(head), vector) for text, (head, _, vector) in _split(known).items()}
+        return {text: Embedded.read(found[key]) for text, key in keys.items() if key in found}
 
-    def keep_vectors(self, vectors: Mapping[str, bytes], model: str | None, by_model: str, provider: str) -> None:
-        """Keep the vectors of texts, as ``by_model`` of ``provider`` made them."""
-        head = json.dumps([by_model, provider]).encode() + b"\n"
-        values = {self._vector_key(text, model): head + vector for text, vector in vectors.items()}
-        # Another has at most computed the same: nobody needs to forget anything.
+    def vectors(
+        self, texts: Iterable[str], model: str | None, embed: Callable[[list[str]], dict[str, Embedded]]
+    ) -> dict[str, Embedded]:
+        """Return the vectors of texts; ``embed`` makes those that are not known and that nobody else makes just now."""
+        text_of = {self._vector_key(text, model): text for text in texts}
+
+        def compute(keys: list[str]) -> dict[str, bytes]:
+            made = embed([text_of[key] for key in keys])
+            return {key: made[text_of[key]].written() for key in keys}
+
+        found = self._embeddings.get_or_compute_many(text_of, compute, self._settings.cache_ttl_s)
+        return {text_of[key]: Embedded.read(value) for key, value in found.items()}
+
+    def keep_vectors(self, vectors: Mapping[str, Embedded], model: str | None) -> None:
+        """Keep the vectors of texts, whatever was kept before."""
+        values = {self._vector_key(text, model): made.written() for text, made in vectors.items()}
+        # What others have is right as well: nobody needs to forget anything.
         self._embeddings.write(values, self._settings.cache_ttl_s, replaces=False)
 
     @property
@@ -191,7 +222,3 @@ def _answer(entry: Entry | None) -> dict[str, Any] | None:
 
 def _place(url: SecretUrl | None) -> str:
     return url.get_secret_value() if url is not None else ""
-
-
-def _split(values: Mapping[str, bytes]) -> dict[str, tuple[bytes, bytes, bytes]]:
-    return {text: value.partition(b"\n") for text, value in values.items()}

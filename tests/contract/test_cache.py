@@ -157,6 +157,41 @@ def test_a_value_that_is_missing_is_computed_once_by_all_who_ask(make: Make) -> 
     assert len(computed) <= limit
 
 
+def test_of_many_keys_each_is_computed_once_by_all_who_ask(make: Make) -> None:
+    caches, computed, got = [make() for _ in range(2)], [], []
+    keys = [f"k{number}" for number in range(12)]
+    caches[0].set(keys[0], b"there")
+
+    def compute(some: list[str]) -> dict[str, bytes]:
+        computed.extend(some)
+        time.sleep(0.2)
+        return {key: key.encode() for key in some} | {"never asked": b""}
+
+    def ask(number: int) -> None:
+        # Of sets that overlap, in different orders: nobody waits for one who waits for him.
+        some = [keys[(number + step) % 12] for step in range(0, 12 * 5, 5)][: 6 + number]
+        got.append((some, caches[number % 2].get_or_compute_many(some, compute)))
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for some, values in got:
+        assert values == {key: b"there" if key == keys[0] else key.encode() for key in some}
+    limit = len(caches) if isinstance(caches[0], LocalCache) else 1
+    assert max(computed.count(key) for key in keys[1:]) <= limit
+    assert keys[0] not in computed
+
+
+def test_of_many_keys_what_one_caller_could_not_compute_another_does(cache: Cache) -> None:
+    with pytest.raises(LookupError):
+        cache.get_or_compute_many(["a", "b"], lambda keys: {}[keys[0]])
+    assert cache.get_or_compute_many(["a", "b"], lambda _: {"a": b"1"}) == {"a": b"1"}
+    assert cache.get_or_compute_many(["a", "b", "b"], lambda keys: dict.fromkeys(keys, b"2")) == {"a": b"1", "b": b"2"}
+    assert cache.get_or_compute_many([], lambda _: {}) == {}
+
+
 def test_an_error_of_a_computation_reaches_the_caller_and_the_next_one_computes(cache: Cache) -> None:
     def fail() -> bytes:
         raise LookupError("no")
@@ -178,8 +213,9 @@ def test_nothing_is_an_answer_that_is_kept_if_asked(cache: Cache) -> None:
     assert not cache.exists("k")
 
 
+@pytest.mark.parametrize("way", ["one", "many", "warm"])
 @pytest.mark.parametrize("change", ["set", "delete", "clear", "invalidate"])
-def test_what_changed_during_a_computation_is_not_overwritten_by_it(cache: Cache, change: str) -> None:
+def test_what_changed_during_a_computation_is_not_overwritten_by_it(cache: Cache, change: str, way: str) -> None:
     def compute() -> bytes:
         changes: dict[str, Callable[[], object]] = {
             "set": lambda: cache.set("k", b"new"), "delete": lambda: cache.delete("k"), "clear": cache.clear,
@@ -188,7 +224,17 @@ def test_what_changed_during_a_computation_is_not_overwritten_by_it(cache: Cache
         changes[change]()
         return b"of the old"
 
-    assert cache.get_or_compute("k", compute) == b"of the old"
+    def compute_many(keys: list[str]) -> dict[str, bytes]:
+        return {key: compute() if key == "k" else b"other" for key in keys}
+
+    if way == "one":
+        assert cache.get_or_compute("k", compute) == b"of the old"
+    elif way == "many":
+        assert cache.get_or_compute_many(["k", "l"], compute_many) == {"k": b"of the old", "l": b"other"}
+    else:
+        warmed = cache.warm(compute_many, ["k", "l"])
+        if change in ("set", "delete"):
+            assert (warmed.stored, warmed.left_out) == (1, 1)
     assert cache.get("k") == (b"new" if change == "set" else None)
 
 
@@ -346,8 +392,8 @@ def test_a_redis_that_is_away_is_a_miss_for_readers_and_an_error_for_who_must_kn
             with pytest.raises(CacheUnavailable):
                 promise()
         server.start()
-        wait_until(lambda: cache.set("k", b"x"), 30)
-        assert cache.get("k") == b"x"
+        # Also the subscription may find it away a last time.
+        wait_until(lambda: cache.set("k", b"x") and cache.get("k") == b"x", 30)
         cache.redis.shared.coherence.close()
         connection.close()
 

@@ -27,7 +27,7 @@ from workers.redis_server import RedisServer
 # Celery's own way to store a result that expires.
 pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated setex")
 DECLARED = (embedding, llm, rag, retrieval)
-LIVES_S = 2.0
+LIVES_S = 4.0
 
 
 @dataclass
@@ -117,6 +117,19 @@ def test_a_batch_embeds_only_what_is_not_known(site: Site) -> None:
     assert both["vectors"][0] == both["vectors"][3]
     assert (one["cached"], both["cached"]) == (False, False)
     assert site.get("embedding.embed", "gamma")["vectors"] == [both["vectors"][0]]
+
+
+def test_a_text_that_two_jobs_want_at_once_is_embedded_once(site: Site) -> None:
+    site.provider.latency_s = 0.5
+    try:
+        jobs = [site.app.tasks["embedding.embed"].delay([text, "wanted by both"]) for text in ("mine", "yours")]
+        first, second = (job.get(timeout=WITHIN_S) for job in jobs)
+    finally:
+        site.provider.latency_s = 0.0
+    embedded = [text for request in list(site.provider.requests)[-site.asked(EMBEDDINGS_PATH) :]
+                for text in request.body["input"]]  # fmt: skip
+    assert sorted(embedded) == ["mine", "wanted by both", "yours"]
+    assert first["vectors"][1] == second["vectors"][1]
 
 
 def test_a_caller_may_have_it_computed(site: Site) -> None:

@@ -214,12 +214,13 @@ def test_a_memory_without_room_is_refused(bounds: dict[str, int]) -> None:
 def test_a_lease_that_has_run_out_is_anybody_s() -> None:
     clock = ManualClock()
     cache = LocalCache(memory_of(clock)[0])
-    token = cache.lease("k", 3.0)
-    assert token is not None
-    assert cache.lease("k", 3.0) is None
+    mine = cache.lease(["k"], 3.0)
+    assert mine.keys() == {"k"}
+    assert cache.lease(["k", "l"], 3.0).keys() == {"l"}
     clock.advance(3.0)
-    other = cache.lease("k", 3.0)
-    assert other not in (None, token)
-    assert not cache.hold("k", token, 3.0)
-    assert not cache.commit("k", token, an_entry())
+    others = cache.lease(["k"], 3.0)
+    assert others.keys() == {"k"}
+    assert others != mine
+    assert not cache.hold(mine, 3.0)
+    assert not cache.commit(mine, {"k": an_entry()})
     assert cache.get("k") is None
