@@ -94,26 +94,29 @@ class Cache(ABC):
     # One computation in the cluster.
 
     @abstractmethod
-    def lease(self, keys: Iterable[str], lease_s: float) -> dict[str, str]:
+    def lease(self, keys: Iterable[str], lease_s: float, *, by_force: bool = False) -> dict[str, str]:
         """Take the right to compute keys, for ``lease_s``; return the tokens of those that nobody else has.
 
-        Raises CacheUnavailable.
+        ``by_force`` takes it from whoever has it, whose value is not stored then. Raises CacheUnavailable.
         """
 
     @abstractmethod
-    def hold(self, leases: Leases, lease_s: float) -> int:
-        """Let leases last longer, or give them back with 0; return how many stood. Raises CacheUnavailable."""
+    def hold(self, leases: Leases, lease_s: float, *, shared: bool = False) -> int:
+        """Let leases last longer, or give them back with 0; return how many stood. Raises CacheUnavailable.
+
+        One that is ``shared`` is had by all who ask for it.
+        """
 
     @abstractmethod
-    def commit(self, leases: Leases, entries: Mapping[str, Entry]) -> int:
+    def commit(self, leases: Leases, entries: Mapping[str, Entry], *, replaces: bool = False) -> int:
         """Store what was computed under leases, and give those back; return how many.
 
-        The other keys were changed meanwhile. Raises CacheUnavailable.
+        The other keys were changed meanwhile. ``replaces`` is as in ``write``. Raises CacheUnavailable.
         """
 
     @cached_property
     def _flights(self) -> Flights:
-        return Flights(self, self.counters)
+        return Flights(self)
 
     def get_or_compute(
         self,
@@ -130,10 +133,12 @@ class Cache(ABC):
         A value that was fresh less than ``kept_s`` ago is returned at once while one caller computes it anew, and
         one that soon will not be fresh may be computed before. None is an answer: it is stored for
         ``negative_ttl_s``, if given. Raises what ``compute`` raises; all that wait in this process get that, too.
+        What is not stored, or fails, lets all who wait compute at once. Raises RuntimeError if ``compute`` asks for its
+        own key, and TypeError if it returns no bytes.
         """
         check_keys([key])
-        ttl_s = self._ttl(ttl_s)
-        return self._flights.get(key, compute, ttl_s, refresh, kept_s, negative_ttl_s)
+        ttl_s, negative_ttl_s = self._ttl(ttl_s), check_ttl(negative_ttl_s) if negative_ttl_s else None
+        return self._flights.get(key, compute, ttl_s, refresh, check_kept(kept_s), negative_ttl_s)
 
     def get_or_compute_many(
         self, keys: Iterable[str], compute: Callable[[list[str]], Values], ttl_s: float | None = None
@@ -239,6 +244,13 @@ def check_namespace(name: str) -> str:
     if not NAMESPACE.fullmatch(name):
         raise ValueError(f"namespace={name[:80]!r} of a cache: expected {NAMESPACE.pattern}")
     return name
+
+
+def check_kept(kept_s: float) -> float:
+    """Return for how many seconds a value is kept when it is stale. Raises ValueError for what cannot be."""
+    if not 0 <= kept_s <= LONGEST_TTL_S:
+        raise ValueError(f"kept_s={kept_s!r} of a cache: expected seconds between 0 and {LONGEST_TTL_S:g}")
+    return kept_s
 
 
 def check_ttl(ttl_s: float) -> float:

@@ -20,7 +20,7 @@ from secrets import token_hex
 
 import redis
 
-from cluster_tasks.cache.connection import CacheConnection
+from cluster_tasks.cache.connection import CacheConnection, Call
 from cluster_tasks.cache.forks import renewed_after_fork
 from cluster_tasks.clock import Clock
 from cluster_tasks.errors import CacheUnavailable
@@ -88,16 +88,19 @@ class Coherence:
             self._listen()
         return state
 
-    def announce(self, namespace: str, keys: Sequence[str] | None, *, new_generation: bool = False) -> None:
-        """Tell all processes that keys, or all keys, have changed. Raises CacheUnavailable: then some may not know."""
+    def announce(self, namespace: str, keys: Sequence[str] | None, *, new_generation: bool = False) -> str:
+        """Tell all processes that keys, or all keys, have changed; return the present generation.
+
+        Raises CacheUnavailable: then some may not know.
+        """
+        return self.hear(self._connection.run(*self.announcement(namespace, keys, new_generation=new_generation)))
+
+    def announcement(self, namespace: str, keys: Sequence[str] | None, *, new_generation: bool = False) -> Call:
+        """Return the script that tells, and its arguments; ``hear`` takes what it returns."""
         told = list(keys) if keys is not None and len(keys) <= TOLD_AT_ONCE else None
-        message = self._connection.run(
-            "announce",
-            [self._keys.cache_state(namespace)],
-            [token_hex(8), token_hex(8) if new_generation else "", self._keys.cache_changes,
-             json.dumps([namespace, told])],
-        )  # fmt: skip
-        self._hear(text(message))
+        tokens = [token_hex(8), token_hex(8) if new_generation else ""]
+        arguments = [*tokens, self._keys.cache_changes, json.dumps([namespace, told])]
+        return "announce", [self._keys.cache_state(namespace)], arguments
 
     def close(self) -> None:
         """Stop listening, and wait for that. Safe to repeat; reading begins it again."""
@@ -110,14 +113,15 @@ class Coherence:
         self._lock, self._listener = threading.Lock(), None
         self._states = {}
 
-    def _hear(self, message: str) -> None:
-        before, change, generation, said = message.split(" ", 3)
+    def hear(self, message: bytes | str) -> str:
+        """Take in what was told; return the generation of which it tells."""
+        before, change, generation, said = text(message).split(" ", 3)
         namespace, keys = json.loads(said)
         now_s = self._clock.monotonic()
         with self._lock:
             state = self._states.get(namespace)
             if state is not None and state.change == change:
-                return
+                return generation
             if state is not None and state.change == before:
                 state = replace(state, generation=generation, change=change, told_at_s=now_s)
             elif state is not None:
@@ -126,6 +130,7 @@ class Coherence:
             if state is not None:
                 self._states[namespace] = state
             self._drop(namespace, keys)
+        return generation
 
     def _drop(self, namespace: str, keys: Sequence[str] | None) -> None:
         for drop in self._drops:
@@ -145,7 +150,7 @@ class Coherence:
                     while self._listener is me:
                         message = subscription.get_message(timeout=LISTEN_S)
                         if message and message["type"] == "message":
-                            self._hear(text(message["data"]))
+                            self.hear(message["data"])
             except (CacheUnavailable, redis.RedisError, OSError, ValueError) as exc:
                 logger.debug("changes of the cache are not heard for now: %s", exc)
                 time.sleep(AGAIN_S)

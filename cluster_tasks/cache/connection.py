@@ -29,10 +29,13 @@ logger = logging.getLogger(__name__)
 
 LEFT_ALONE_S = 2.0
 """How long a cache that did not answer is not asked."""
+SCRIPTS = ("announce", "hold", "lease", "put", "remove", "store")
 ATTEMPTS_MORE = 1
 """How often a command is sent again when a Redis Cluster has lost a master, to whoever took its place."""
 
 Command = tuple[Any, ...]
+Call = tuple[str, Sequence[str], Sequence[Any]]
+"""A script of this package, its keys, which are all in one slot, and its arguments."""
 Client = redis.Redis | RedisCluster
 _POLICY = BreakerPolicy(
     failure_threshold=1, success_threshold=1, timeout_s=LEFT_ALONE_S, window=1, probe_lease_s=LEFT_ALONE_S
@@ -47,6 +50,7 @@ class CacheConnection:
 
     def __init__(self, url: str, clock: Clock, *, timeout_s: float = 0.5, sentinel_master: str = "mymaster") -> None:
         """Does no I/O. Raises ConfigurationError for a URL that cannot be used."""
+        self.is_cluster = url.partition("://")[0] in CACHE_CLUSTER_SCHEMES
         self._make = _maker(url, timeout_s, sentinel_master)
         self._clock, self._timeout_s = clock, timeout_s
         self._lock = Lock()
@@ -86,11 +90,6 @@ class CacheConnection:
             return subscription
 
     @property
-    def is_cluster(self) -> bool:
-        """Whether it is a Redis Cluster."""
-        return isinstance(self.client, RedisCluster)
-
-    @property
     def is_left_alone(self) -> bool:
         """Whether it would not be asked now."""
         return self._breaker.phase is not Phase.CLOSED
@@ -127,7 +126,7 @@ class CacheConnection:
 
     @cached_property
     def _scripts(self) -> dict[str, Callable[..., Any]]:
-        return {name: load_script(self.client, __package__, name) for name in ("announce", "hold", "store")}
+        return {name: load_script(self.client, __package__, name) for name in SCRIPTS}
 
     def _masters(self) -> Iterable[ClusterNode]:
         return self.client.get_primaries() if self.is_cluster else ()

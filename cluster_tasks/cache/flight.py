@@ -14,11 +14,10 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from cluster_tasks.cache.counters import Counters
 from cluster_tasks.cache.entry import Entry
 from cluster_tasks.cache.forks import renewed_after_fork
 from cluster_tasks.cache.leases import LEASE_S, ComputeMany, Leases, Values, compute_under, computed, give_back, lasting
@@ -47,61 +46,71 @@ class Refresh(Enum):
     """Always, and every process forgets the old one."""
 
 
+class _Abandoned(Exception):
+    """Who computed was told to end: who waits computes for himself."""
+
+
 class Flights:
     """The computations of a process for one namespace. Safe to share between threads, and in forked children."""
 
-    def __init__(self, cache: Cache, counters: Counters) -> None:
-        self._cache, self._counters = cache, counters
+    def __init__(self, cache: Cache) -> None:
+        self._cache = cache
         self.after_fork()
         renewed_after_fork(self)
 
     def after_fork(self) -> None:
         self._lock = threading.Lock()
-        self._running: dict[str, Future[bytes | None]] = {}
+        self._running: dict[str, tuple[Future[bytes | None], int]] = {}
+        """With the thread that computes."""
         self._ahead: set[str] = set()
-        self._refreshers: ThreadPoolExecutor | None = None
 
     def get(
         self, key: str, compute: Compute, ttl_s: float, refresh: Refresh, kept_s: float, negative_ttl_s: float | None
     ) -> bytes | None:
         """As ``Cache.get_or_compute``, with all that is left open there."""
-        flight = _Flight(self._cache, self._counters, key, compute, ttl_s, kept_s, negative_ttl_s, refresh)
+        flight = _Flight(self._cache, key, compute, ttl_s, kept_s, negative_ttl_s)
         if refresh is Refresh.NOW:
-            return flight.compute_and_write()
+            return flight.compute_anew()
         entry = flight.look()
-        if entry is not None and (entry.is_fresh or refresh is Refresh.IN_TIME):
+        if entry is not None and (entry.is_fresh or (refresh is Refresh.IN_TIME and entry.left_s > -kept_s)):
             if refresh is Refresh.IN_TIME and is_due(entry):
                 self._compute_ahead(key, flight)
             return entry.value
         return self._join(key, flight)
 
     def _join(self, key: str, flight: _Flight) -> bytes | None:
-        with self._lock:
-            running = self._running.get(key)
+        me = threading.get_ident()
+        while True:
+            with self._lock:
+                running, by = self._running.get(key, (None, me))
+                if running is None:
+                    mine = Future[bytes | None]()
+                    self._running[key] = mine, me
             if running is None:
-                mine = self._running[key] = Future[bytes | None]()
-        if running is not None:
-            return running.result()
+                return self._compute(key, flight, mine)
+            if by == me:
+                raise RuntimeError(f"what computes {key!r} in a cache asks the cache for it, and would wait for itself")
+            try:
+                return running.result()
+            except _Abandoned:
+                continue
+
+    def _compute(self, key: str, flight: _Flight, mine: Future[bytes | None]) -> bytes | None:
         try:
             value = flight.compute_alone()
         except BaseException as exc:
-            self._land(key, mine).set_exception(exc)
+            self._land(key, mine).set_exception(exc if isinstance(exc, Exception) else _Abandoned())
             raise
         self._land(key, mine).set_result(value)
         return value
 
     def _compute_ahead(self, key: str, flight: _Flight) -> None:
         with self._lock:
-            if key in self._ahead or key in self._running:
+            if key in self._ahead or key in self._running or len(self._ahead) >= REFRESHERS:
                 return
             self._ahead.add(key)
-            if self._refreshers is None:
-                self._refreshers = ThreadPoolExecutor(REFRESHERS, "cache-refresh")
-            refreshers = self._refreshers
-        try:
-            refreshers.submit(self._refresh, key, flight)
-        except RuntimeError:  # The interpreter is about to end.
-            self._ahead.discard(key)
+        # A process that ends does not wait for it.
+        threading.Thread(target=self._refresh, args=(key, flight), name="cache-refresh", daemon=True).start()
 
     def _refresh(self, key: str, flight: _Flight) -> None:
         try:
@@ -113,7 +122,7 @@ class Flights:
 
     def _land(self, key: str, mine: Future[bytes | None]) -> Future[bytes | None]:
         with self._lock:
-            if self._running.get(key) is mine:
+            if self._running.get(key, (None,))[0] is mine:
                 del self._running[key]
         return mine
 
@@ -122,11 +131,10 @@ class _Flight:
     """One caller's wish for a value."""
 
     def __init__(
-        self, cache: Cache, counters: Counters, key: str, compute: Compute, ttl_s: float, kept_s: float,
-        negative_ttl_s: float | None, refresh: Refresh,
-    ) -> None:  # fmt: skip
-        self._cache, self._counters, self._key, self._compute = cache, counters, key, compute
-        self._ttl_s, self._kept_s, self._negative_ttl_s, self._refresh = ttl_s, kept_s, negative_ttl_s, refresh
+        self, cache: Cache, key: str, compute: Compute, ttl_s: float, kept_s: float, negative_ttl_s: float | None
+    ) -> None:
+        self._cache, self._key, self._compute = cache, key, compute
+        self._ttl_s, self._kept_s, self._negative_ttl_s = ttl_s, kept_s, negative_ttl_s
         self._generation: str | None = None
 
     def look(self) -> Entry | None:
@@ -135,7 +143,7 @@ class _Flight:
         self._generation = reading.generation
         entry = reading.entries.get(self._key)
         if entry is not None:
-            self._counters.add(values_stale=not entry.is_fresh)
+            self._cache.counters.add(values_stale=not entry.is_fresh)
         return entry
 
     def compute_alone(self) -> bytes | None:
@@ -144,48 +152,42 @@ class _Flight:
             try:
                 lease = self._cache.lease([self._key], LEASE_S)
             except CacheUnavailable:
-                return self._computed()[0]
+                return computed(self._cache, self._compute_key, [self._key])[0][self._key]
+            # It may have been stored since it was missed, just before the lease was given back.
+            if (entry := self.look()) is not None and entry.is_fresh:
+                give_back(self._cache, lease)
+                return entry.value
             if lease:
-                # It may have been stored since it was missed, just before the lease was given back.
-                if (entry := self._fresh()) is not None:
-                    give_back(self._cache, lease)
-                    return entry.value
                 return self._compute_under(lease)
             time.sleep(pause_s)
-            if (entry := self._fresh()) is not None:
-                return entry.value
         raise AssertionError("pauses do not end")
 
     def compute_if_nobody_does(self) -> None:
-        """Compute, unless another process does, or the cache is away."""
+        """Compute what is due, unless another process does, or the cache is away."""
         try:
             lease = self._cache.lease([self._key], LEASE_S)
         except CacheUnavailable:
             return
-        if lease:
-            self._compute_under(lease)
+        if not lease:
+            return
+        # Another may have just done it.
+        if (entry := self.look()) is not None and not is_due(entry):
+            give_back(self._cache, lease)
+            return
+        self._compute_under(lease)
 
-    def compute_and_write(self) -> bytes | None:
+    def compute_anew(self) -> bytes | None:
         """Compute in any case, and let it take the place of what is there."""
-        self._generation = self._cache.read([self._key]).generation
-        value, cost_s = self._computed()
-        if (entry := self._entry(value, cost_s)) is not None:
-            self._cache.write(
-                {self._key: value}, entry.ttl_s, kept_s=self._kept_s, cost_s=cost_s, generation=self._generation
-            )
-        return value
+        self.look()
+        try:
+            lease = self._cache.lease([self._key], LEASE_S, by_force=True)
+        except CacheUnavailable:
+            return computed(self._cache, self._compute_key, [self._key])[0][self._key]
+        return self._compute_under(lease, replaces=True)
 
-    def _fresh(self) -> Entry | None:
-        entry = self.look()
-        return entry if entry is not None and entry.is_fresh else None
-
-    def _compute_under(self, lease: Leases) -> bytes | None:
-        values, _ = compute_under(self._cache, lease, self._compute_key, self._entry)
+    def _compute_under(self, lease: Leases, *, replaces: bool = False) -> bytes | None:
+        values, _ = compute_under(self._cache, lease, self._compute_key, self._entry, replaces=replaces)
         return values[self._key]
-
-    def _computed(self) -> tuple[bytes | None, float]:
-        values, cost_s = computed(self._cache, self._compute_key, [self._key])
-        return values[self._key], cost_s
 
     def _compute_key(self, _: list[str]) -> Values:
         return {self._key: self._compute()}
@@ -193,7 +195,10 @@ class _Flight:
     def _entry(self, value: bytes | None, cost_s: float) -> Entry | None:
         """What is stored of a value; None: nothing."""
         ttl_s = self._negative_ttl_s if value is None else self._ttl_s
-        return None if ttl_s is None else Entry(value, ttl_s, ttl_s, self._kept_s, cost_s, self._generation or "")
+        # What it was computed from may be void if the generation is not known.
+        if ttl_s is None or self._generation is None:
+            return None
+        return Entry(value, ttl_s, ttl_s, self._kept_s, cost_s, self._generation)
 
 
 def is_due(entry: Entry) -> bool:

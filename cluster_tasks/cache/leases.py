@@ -1,7 +1,9 @@
 """Computing under a *lease*, which one process holds for each key, and lets last for as long as it lives.
 
 Who dies delays the others by what is left of it. What is computed is stored only if the lease stands to the end: a key
-that was written, deleted or made void meanwhile has lost it.
+that was written, deleted or made void meanwhile has lost it. Where nothing is stored in the end, because there is
+nothing, it may not be kept, or it failed, the lease is *shared* for a moment: all who wait compute at once, as they
+would without a cache, and not one after the other.
 """
 
 from __future__ import annotations
@@ -23,6 +25,11 @@ logger = logging.getLogger(__name__)
 
 LEASE_S = 3.0
 """How long a process that died delays the others at most."""
+RENEWED_S = LEASE_S / 3
+SHARED = "shared"
+"""The token of a shared lease."""
+SHARED_S = 1.0
+"""Long enough for all who wait to see it."""
 Leases = Mapping[str, str]
 """Key → token."""
 Values = Mapping[str, bytes | None]
@@ -31,26 +38,29 @@ EntryOf = Callable[[bytes | None, float], Entry | None]
 """Makes of a value, and the seconds that it took, what is stored; None: nothing."""
 
 
-def compute_under(cache: Cache, leases: Leases, compute: ComputeMany, entry_of: EntryOf) -> tuple[Values, int]:
+def compute_under(
+    cache: Cache, leases: Leases, compute: ComputeMany, entry_of: EntryOf, *, replaces: bool = False
+) -> tuple[Values, int]:
     """Compute what is leased, store it and give the leases back; return the values, and how many were stored.
 
-    Raises what ``compute`` raises. While the cache is away nothing is stored.
+    ``replaces``: every process is told to forget what was there. Raises what ``compute`` raises. While the cache is
+    away nothing is stored.
     """
     try:
         with _holding(cache, leases):
             values, cost_s = computed(cache, compute, list(leases))
     except BaseException:
-        give_back(cache, leases)
+        give_back(cache, leases, shared=True)
         raise
-    entries = {key: entry for key in leases if key in values and (entry := entry_of(values[key], cost_s)) is not None}
+    entries = {key: entry for key in values if (entry := entry_of(values[key], cost_s)) is not None}
     stored = 0
     if entries:
         try:
-            stored = cache.commit(leases, entries)
+            stored = cache.commit(leases, entries, replaces=replaces)
         except CacheUnavailable as exc:
             logger.debug("values were computed and cannot be stored: %s", exc)
     if rest := {key: token for key, token in leases.items() if key not in entries}:
-        give_back(cache, rest)
+        give_back(cache, rest, shared=True)
     return values, stored
 
 
@@ -58,21 +68,29 @@ def computed(cache: Cache, compute: ComputeMany, keys: list[str]) -> tuple[Value
     """Return what ``compute`` makes of keys, and the seconds that each took, and count both."""
     began_s = time.perf_counter()
     made = compute(keys)
-    values = {key: made[key] for key in keys if key in made}
     cost_s = time.perf_counter() - began_s
+    values = {key: made[key] for key in keys if key in made}
+    for key, value in values.items():
+        if not isinstance(value, bytes | None):
+            raise TypeError(f"the value of {key!r} in a cache: expected bytes or None, not {type(value).__name__}")
     cache.counters.add(values_computed=len(values), values_computed_s=cost_s)
     return values, cost_s / max(1, len(values))
 
 
 def lasting(ttl_s: float, generation: str | None) -> EntryOf:
     """Store all values for ``ttl_s``, as of a generation, and nothing of what there is not."""
-    return lambda value, cost_s: None if value is None else Entry(value, ttl_s, ttl_s, 0.0, cost_s, generation or "")
+
+    def entry_of(value: bytes | None, cost_s: float) -> Entry | None:
+        # What a value was computed from may be void if the generation is not known.
+        return None if value is None or generation is None else Entry(value, ttl_s, ttl_s, 0.0, cost_s, generation)
+
+    return entry_of
 
 
-def give_back(cache: Cache, leases: Leases) -> None:
-    """Let others compute what is leased; while the cache is away, when the leases run out."""
+def give_back(cache: Cache, leases: Leases, *, shared: bool = False) -> None:
+    """Let one other compute what is leased, with ``shared`` all; while the cache is away, when the leases run out."""
     try:
-        cache.hold(leases, 0)
+        cache.hold(leases, SHARED_S if shared else 0, shared=shared)
     except CacheUnavailable as exc:
         logger.debug("leases run out by themselves: %s", exc)
 
@@ -81,17 +99,19 @@ def give_back(cache: Cache, leases: Leases) -> None:
 def _holding(cache: Cache, leases: Leases) -> Iterator[None]:
     """Let leases last until the block ends, however long that takes."""
     done = threading.Event()
+    mine = {key: token for key, token in leases.items() if token != SHARED}
 
     def hold() -> None:
-        while not done.wait(LEASE_S / 3):
+        while not done.is_set():
             try:
-                if not cache.hold(leases, LEASE_S):
+                if not cache.hold(mine, LEASE_S):
                     return
             except CacheUnavailable as exc:
                 logger.debug("leases are not renewed for now: %s", exc)
+            done.wait(RENEWED_S)
 
     # Most computations are over before it is needed.
-    timer = threading.Timer(LEASE_S / 3, hold)
+    timer = threading.Timer(RENEWED_S, hold)
     timer.daemon = True
     timer.start()
     try:

@@ -6,15 +6,16 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from heapq import nlargest
+from math import inf
 from operator import itemgetter
 from secrets import token_hex
 from threading import RLock
 
-from cluster_tasks.cache.base import Cache, Reading, check_keys, check_ttl
+from cluster_tasks.cache.base import Cache, Reading, check_kept, check_keys, check_ttl
 from cluster_tasks.cache.counters import Counters, count_found
 from cluster_tasks.cache.entry import Entry
 from cluster_tasks.cache.forks import renewed_after_fork
-from cluster_tasks.cache.leases import Leases
+from cluster_tasks.cache.leases import SHARED, Leases
 from cluster_tasks.cache.patterns import compile_pattern
 from cluster_tasks.clock import Clock
 
@@ -27,8 +28,10 @@ Place = tuple[str, str]
 @dataclass(slots=True)
 class _Held:
     entry: Entry
-    put_at_s: float
-    """By the monotonic clock."""
+    as_of_s: float
+    """When the entry was as it says, by the monotonic clock."""
+    until_s: float
+    """When it is forgotten, however long it is fresh."""
     hits: int = 0
     """Since they were taken last."""
 
@@ -66,8 +69,9 @@ class Memory:
             found = self._entries.get((namespace, key))
             if found is None:
                 return None
-            entry = found.entry.after(self._clock.monotonic() - found.put_at_s)
-            if entry.left_s + entry.kept_s <= 0:
+            now_s = self._clock.monotonic()
+            entry = found.entry.after(now_s - found.as_of_s)
+            if entry.left_s + entry.kept_s <= 0 or now_s >= found.until_s:
                 self._remove((namespace, key))
                 return None
             self._entries.move_to_end((namespace, key))
@@ -78,8 +82,15 @@ class Memory:
         """A number that grows whenever something of the namespace is forgotten on demand."""
         return self._eras.get(namespace, 0)
 
-    def put(self, namespace: str, key: str, entry: Entry, era: int | None = None) -> bool:
-        """Put an entry, unless it takes more than all the room or ``era`` is over."""
+    def put(
+        self, namespace: str, key: str, entry: Entry, era: int | None = None, *, as_of_s: float | None = None,
+        for_s: float = inf,
+    ) -> bool:  # fmt: skip
+        """Put an entry as it was ``as_of_s``, now by default, for so long at most.
+
+        It is left out if it takes more than all the room or ``era`` is over.
+        """
+        since_s = self._clock.monotonic() if as_of_s is None else as_of_s
         place, size = (namespace, key), _size(namespace, key, entry)
         with self._lock:
             if era is not None and era != self.era(namespace):
@@ -87,7 +98,7 @@ class Memory:
             self._remove(place)
             if size > self._max_bytes:
                 return False
-            self._entries[place] = _Held(entry, self._clock.monotonic())
+            self._entries[place] = _Held(entry, since_s, since_s + for_s)
             self._bytes += size
             evicted = 0
             while len(self._entries) > self._max_entries or self._bytes > self._max_bytes:
@@ -156,7 +167,7 @@ class LocalCache(Cache):
         replaces: bool = True,
     ) -> bool:
         check_keys(values)
-        ttl_s = self._ttl(ttl_s)
+        ttl_s, kept_s = self._ttl(ttl_s), check_kept(kept_s)
         with self._lock:
             if generation not in (None, self._generation):
                 return False
@@ -174,10 +185,12 @@ class LocalCache(Cache):
 
     def expire(self, key: str, ttl_s: float) -> bool:
         check_keys([key])
-        entry = self.memory.get(self.namespace, key)
-        if entry is None:
-            return False
-        return self.memory.put(self.namespace, key, replace(entry, ttl_s=check_ttl(ttl_s), left_s=ttl_s))
+        check_ttl(ttl_s)
+        with self._lock:
+            entry = self.memory.get(self.namespace, key)
+            if entry is None:
+                return False
+            return self.memory.put(self.namespace, key, replace(entry, ttl_s=ttl_s, left_s=ttl_s))
 
     def clear(self, pattern: str = "*") -> int:
         matches = compile_pattern(pattern).fullmatch
@@ -193,26 +206,30 @@ class LocalCache(Cache):
             self._leases.clear()
             self.memory.forget(self.namespace, None)
 
-    def lease(self, keys: Iterable[str], lease_s: float) -> dict[str, str]:
-        keys, now_s = check_keys(keys), self.memory._clock.monotonic()
+    def lease(self, keys: Iterable[str], lease_s: float, *, by_force: bool = False) -> dict[str, str]:
+        checked, now_s, leases = check_keys(keys), self.memory._clock.monotonic(), dict[str, str]()
         with self._lock:
-            free = [key for key in dict.fromkeys(keys) if self._leases.get(key, ("", now_s))[1] <= now_s]
-            leases = {key: token_hex(8) for key in free}
-            self._leases.update({key: (token, now_s + lease_s) for key, token in leases.items()})
-            return leases
+            for key in checked:
+                token, until_s = self._leases.get(key, ("", now_s))
+                if by_force or until_s <= now_s:
+                    leases[key] = token_hex(8)
+                    self._leases[key] = leases[key], now_s + lease_s
+                elif token == SHARED:
+                    leases[key] = token
+        return leases
 
-    def hold(self, leases: Leases, lease_s: float) -> int:
+    def hold(self, leases: Leases, lease_s: float, *, shared: bool = False) -> int:
         until_s = self.memory._clock.monotonic() + lease_s
         with self._lock:
             held = {key: token for key, token in leases.items() if self._leases.get(key, ("",))[0] == token}
             for key, token in held.items():
                 if lease_s > 0:
-                    self._leases[key] = token, until_s
+                    self._leases[key] = SHARED if shared else token, until_s
                 else:
                     del self._leases[key]
             return len(held)
 
-    def commit(self, leases: Leases, entries: Mapping[str, Entry]) -> int:
+    def commit(self, leases: Leases, entries: Mapping[str, Entry], *, replaces: bool = False) -> int:
         with self._lock:
             return sum(self._commit(key, leases[key], entry) for key, entry in entries.items())
 

@@ -12,18 +12,18 @@ from dataclasses import dataclass, replace
 from secrets import token_hex
 from typing import Any
 
-from cluster_tasks.cache.base import Cache, Reading, check_keys, check_ttl
+from cluster_tasks.cache.base import Cache, Reading, check_kept, check_keys, check_ttl
 from cluster_tasks.cache.coherence import Coherence, State
-from cluster_tasks.cache.connection import CacheConnection, Command
+from cluster_tasks.cache.connection import CacheConnection, Call, Command
 from cluster_tasks.cache.counters import Counters, count_found
 from cluster_tasks.cache.entry import Entry, pack, unpack
 from cluster_tasks.cache.hot import HotKeys
-from cluster_tasks.cache.leases import Leases
+from cluster_tasks.cache.leases import SHARED, Leases
 from cluster_tasks.cache.patterns import beginning, compile_pattern, escape
 from cluster_tasks.clock import Clock
 from cluster_tasks.errors import CacheUnavailable
 from cluster_tasks.keys import Keys
-from cluster_tasks.redis_store import script_source
+from cluster_tasks.redis_store import script_source, text
 
 logger = logging.getLogger(__name__)
 
@@ -95,19 +95,19 @@ class RedisCache(Cache):
         generation: str | None = None,
         replaces: bool = True,
     ) -> bool:
-        keys, ttl_s = check_keys(values), self._ttl(ttl_s)
+        keys, ttl_s, kept_s = check_keys(values), self._ttl(ttl_s), check_kept(kept_s)
         if not keys:
             return True
+        entries = {key: Entry(values[key], ttl_s, ttl_s, kept_s, cost_s, generation or "") for key in keys}
         try:
-            entry = Entry(b"", ttl_s, ttl_s, kept_s, cost_s, generation or self.state().generation)
-            lives_ms = _milliseconds(ttl_s + kept_s)
-            commands: list[Command] = []
-            for key in keys:
-                packed = self._pack(key, replace(entry, value=values[key]))
-                commands += [("SET", self._entry(key), packed, "PX", lives_ms), ("DEL", self._lease(key))]
-            self._send(commands, "writing to the cache")
-            if replaces:
-                self.shared.coherence.announce(self.namespace, keys)
+            if generation is not None:
+                self._put(entries, generation, replaces)
+            else:
+                assumed = self.state().generation
+                present = self._put(entries, assumed, replaces)
+                if present not in (None, assumed):
+                    # All was made void since the state was read, and with it what was just written.
+                    self._put(entries, present, replaces)
         except CacheUnavailable as exc:
             logger.debug("not written: %s", exc)
             self.counters.add(redis_errors=1)
@@ -115,12 +115,18 @@ class RedisCache(Cache):
         self.counters.add(redis_writes=len(keys))
         return True
 
+    def _put(self, entries: Mapping[str, Entry], generation: str, replaces: bool) -> str | None:
+        """Write entries as of a generation; return the present one, as far as that was told."""
+        calls = [
+            ("put", self._places(key),
+             [self._pack(key, replace(entry, generation=generation)), _milliseconds(entry.ttl_s + entry.kept_s)])
+            for key, entry in entries.items()
+        ]  # fmt: skip
+        return self._change(calls, list(entries) if replaces else [])[1]
+
     def delete(self, *keys: str) -> int:
         checked = check_keys(keys)
-        commands = [("DEL", name) for key in checked for name in (self._entry(key), self._lease(key))]
-        removed = self._send(commands, "deleting from the cache")[::2]
-        self.shared.coherence.announce(self.namespace, checked)
-        return int(sum(removed))
+        return self._change([("remove", self._places(key), []) for key in checked], checked)[0]
 
     def expire(self, key: str, ttl_s: float) -> bool:
         check_keys([key])
@@ -153,34 +159,49 @@ class RedisCache(Cache):
     def invalidate(self) -> None:
         self.shared.coherence.announce(self.namespace, None, new_generation=True)
 
-    def lease(self, keys: Iterable[str], lease_s: float) -> dict[str, str]:
-        tokens = {key: token_hex(8) for key in check_keys(keys)}
-        lasts_ms = _milliseconds(lease_s)
-        commands = [("SET", self._lease(key), token, "NX", "PX", lasts_ms) for key, token in tokens.items()]
-        taken = self._send(commands, "taking leases in the cache")
-        return {key: token for (key, token), mine in zip(tokens.items(), taken, strict=True) if mine}
+    def lease(self, keys: Iterable[str], lease_s: float, *, by_force: bool = False) -> dict[str, str]:
+        keys, rest = check_keys(keys), [_milliseconds(lease_s), SHARED, int(by_force)]
+        taken = self._run([("lease", [self._lease(key)], [token_hex(8), *rest]) for key in keys])
+        return {key: text(token) for key, token in zip(keys, taken, strict=True) if token}
 
-    def hold(self, leases: Leases, lease_s: float) -> int:
+    def hold(self, leases: Leases, lease_s: float, *, shared: bool = False) -> int:
         lasts_ms = _milliseconds(lease_s)
-        return self._run_each("hold", [([self._lease(key)], [token, lasts_ms]) for key, token in leases.items()])
-
-    def commit(self, leases: Leases, entries: Mapping[str, Entry]) -> int:
         calls = [
-            ([self._entry(key), self._lease(key)],
+            ("hold", [self._lease(key)], [token, lasts_ms, SHARED if shared else token])
+            for key, token in leases.items()
+        ]
+        return int(sum(self._run(calls)))
+
+    def commit(self, leases: Leases, entries: Mapping[str, Entry], *, replaces: bool = False) -> int:
+        calls = [
+            ("store", self._places(key),
              [leases[key], self._pack(key, entry), _milliseconds(entry.ttl_s + entry.kept_s)])
             for key, entry in entries.items()
         ]  # fmt: skip
-        stored = self._run_each("store", calls)
+        stored, _ = self._change(calls, list(entries) if replaces else [])
         self.counters.add(redis_writes=stored, redis_refused=len(calls) - stored)
         return stored
 
-    def _run_each(self, script: str, calls: list[tuple[list[str], list[Any]]]) -> int:
-        """Run a script for each of some keys and arguments; return the sum of what it returned."""
+    def _run(self, calls: Sequence[Call]) -> list[Any]:
+        """Run scripts, each on the keys of one slot; return what they returned. Raises CacheUnavailable."""
         if len(calls) == 1:
-            return int(self._connection.run(script, *calls[0]))
-        text = script_source(__package__, script)
-        commands = [("EVAL", text, len(keys), *keys, *arguments) for keys, arguments in calls]
-        return int(sum(self._send(commands, f"cache script {script}")))
+            return [self._connection.run(*calls[0])]
+        return self._send([_command(*call) for call in calls], "scripts of the cache")
+
+    def _change(self, calls: Sequence[Call], told: list[str]) -> tuple[int, str | None]:
+        """Run scripts that change what is stored, and tell all processes of the keys.
+
+        Return the sum of what the scripts returned, and the present generation, if any key was told.
+        """
+        coherence = self.shared.coherence
+        if not told:
+            return int(sum(self._run(calls))), None
+        if self._connection.is_cluster:
+            done = int(sum(self._run(calls)))
+            return done, coherence.announce(self.namespace, told)
+        # In one go: who dies after the change has told of it.
+        *replies, message = self._run([*calls, coherence.announcement(self.namespace, told)])
+        return int(sum(replies)), coherence.hear(message)
 
     def state(self) -> State:
         """Return the state of the namespace, not older than ``staleness_s``. Raises CacheUnavailable."""
@@ -201,7 +222,8 @@ class RedisCache(Cache):
             commands += self.shared.hot.due() if self.shared.hot else []
         ahead = len(commands)
         for key in keys:
-            commands += [("GET", self._entry(key)), ("PTTL", self._entry(key))]
+            # In this order: a value that is replaced in between gets what was left of the one before, never more.
+            commands += [("PTTL", self._entry(key)), ("GET", self._entry(key))]
         try:
             replies = self._send(commands, "reading the cache")
         except CacheUnavailable:
@@ -215,7 +237,7 @@ class RedisCache(Cache):
                 return self._fetch(keys)
             state = coherence.learn(self.namespace, generation, change, asked_at_s)
         found = zip(keys, replies[ahead::2], replies[ahead + 1 :: 2], strict=True)
-        return state, {key: (value, lives_ms) for key, value, lives_ms in found if value is not None}
+        return state, {key: (value, lives_ms) for key, lives_ms, value in found if value is not None}
 
     def _send(self, commands: Sequence[Command], doing: str) -> list[Any]:
         replies: list[Any] = []
@@ -226,11 +248,18 @@ class RedisCache(Cache):
     def _pack(self, key: str, entry: Entry) -> bytes:
         return pack(self._entry(key).encode(), entry)
 
+    def _places(self, key: str) -> list[str]:
+        return [self._entry(key), self._lease(key)]
+
     def _entry(self, key: str) -> str:
         return self._keys.cache_entry(self.namespace, key)
 
     def _lease(self, key: str) -> str:
         return self._keys.cache_lease(self.namespace, key)
+
+
+def _command(script: str, keys: Sequence[str], arguments: Sequence[Any]) -> Command:
+    return ("EVAL", script_source(__package__, script), len(keys), *keys, *arguments)
 
 
 def _milliseconds(seconds: float) -> int:

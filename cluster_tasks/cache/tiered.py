@@ -94,14 +94,14 @@ class TieredCache(Cache):
     def invalidate(self) -> None:
         self.redis.invalidate()
 
-    def lease(self, keys: Iterable[str], lease_s: float) -> dict[str, str]:
-        return self.redis.lease(keys, lease_s)
+    def lease(self, keys: Iterable[str], lease_s: float, *, by_force: bool = False) -> dict[str, str]:
+        return self.redis.lease(keys, lease_s, by_force=by_force)
 
-    def hold(self, leases: Leases, lease_s: float) -> int:
-        return self.redis.hold(leases, lease_s)
+    def hold(self, leases: Leases, lease_s: float, *, shared: bool = False) -> int:
+        return self.redis.hold(leases, lease_s, shared=shared)
 
-    def commit(self, leases: Leases, entries: Mapping[str, Entry]) -> int:
-        stored = self.redis.commit(leases, entries)
+    def commit(self, leases: Leases, entries: Mapping[str, Entry], *, replaces: bool = False) -> int:
+        stored = self.redis.commit(leases, entries, replaces=replaces)
         self.memory.forget(self.namespace, entries)
         return stored
 
@@ -123,10 +123,10 @@ class TieredCache(Cache):
 
     def _take_in(self, keys: list[str], read: Callable[[list[str]], Reading]) -> Reading:
         # Taken before: what is forgotten while the reply is on its way must not come back with it.
-        era = self.memory.era(self.namespace)
+        era, asked_at_s = self.memory.era(self.namespace), self.redis.shared.clock.monotonic()
         reading = read(keys)
         for key, entry in reading.entries.items():
             if entry.is_fresh and self._may_be_local(key, entry):
-                kept = replace(entry, left_s=min(entry.left_s, self._local_s), kept_s=0.0)
-                self.memory.put(self.namespace, key, kept, era)
+                kept = replace(entry, kept_s=0.0)
+                self.memory.put(self.namespace, key, kept, era, as_of_s=asked_at_s, for_s=self._local_s)
         return reading

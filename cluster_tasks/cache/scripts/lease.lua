@@ -1,0 +1,11 @@
+-- Take the right to compute a key.
+--
+-- KEYS     1 lease
+-- ARGV     1 token, 2 milliseconds that it lasts, 3 token of a shared lease, 4 1: take it from whoever has it
+-- Returns  the token of the lease that the caller has now; '' if it is another's
+
+local held = redis.call('GET', KEYS[1])
+if held == ARGV[3] and ARGV[4] ~= '1' then return held end
+if held and ARGV[4] ~= '1' then return '' end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return ARGV[1]
