@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import psutil
 import pytest
 
@@ -40,6 +41,9 @@ def pytest_configure(config: pytest.Config) -> None:
     for variable in [name for name in os.environ if name.startswith("CLUSTER_")]:
         del os.environ[variable]
     os.environ[MARK] = uuid.uuid4().hex
+    # A busy machine may let any example wait.
+    hypothesis.settings.register_profile("without deadlines", deadline=None)
+    hypothesis.settings.load_profile("without deadlines")
 
 
 @pytest.hookimpl(trylast=True)

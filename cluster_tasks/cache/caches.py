@@ -49,8 +49,12 @@ class Caches:
         ``staleness_s``, if given, stands for ``cluster_cache_staleness_s``; with 0 nobody sees what was invalidated,
         and every hit asks Redis. Raises ValueError for a name that cannot be.
         """
+        if "/" in name or "/" in tenant:
+            raise ValueError(f"namespace={name[:80]!r}, tenant={tenant[:80]!r} of a cache: no slash may be in them")
         full = check_namespace(f"{tenant}/{name}" if tenant else name)
-        staleness_s = self._staleness_s if staleness_s is None else staleness_s
+        return self._namespace(full, self._staleness_s if staleness_s is None else staleness_s)
+
+    def _namespace(self, full: str, staleness_s: float) -> Cache:
         with self._lock:
             made = self._namespaces.get((full, staleness_s))
             if made is None:
@@ -69,7 +73,7 @@ class Caches:
         by_namespace: dict[str, list[str]] = {}
         for name, key in hot.hottest():
             by_namespace.setdefault(name, []).append(key)
-        caches = {name: self.namespace(name) for name in by_namespace}
+        caches = {name: self._namespace(name, self._staleness_s) for name in by_namespace}
         tiers = {name: cache for name, cache in caches.items() if isinstance(cache, TieredCache)}
         warmed = sum(cache.load(by_namespace[name]) for name, cache in tiers.items())
         self.flush()

@@ -93,7 +93,9 @@ class Coherence:
 
         Raises CacheUnavailable: then some may not know.
         """
-        return self.hear(self._connection.run(*self.announcement(namespace, keys, new_generation=new_generation)))
+        told = self.announcement(namespace, keys, new_generation=new_generation)
+        # What is void would be served until it runs out.
+        return self.hear(self._connection.run(*told, insist=new_generation))
 
     def announcement(self, namespace: str, keys: Sequence[str] | None, *, new_generation: bool = False) -> Call:
         """Return the script that tells, and its arguments; ``hear`` takes what it returns."""

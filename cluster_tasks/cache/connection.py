@@ -66,9 +66,9 @@ class CacheConnection:
             replies: list[Any] = pipe.execute()
             return replies
 
-    def run(self, script: str, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
-        """Run a script of this package, all of whose keys are in one slot."""
-        with self._asking(f"cache script {script}"):
+    def run(self, script: str, keys: Sequence[str], arguments: Sequence[Any], *, insist: bool = False) -> Any:
+        """Run a script of this package, all of whose keys are in one slot; with ``insist`` never without an attempt."""
+        with self._asking(f"cache script {script}", insist=insist):
             return self._scripts[script](keys, arguments)
 
     def scan(self, pattern: str) -> Iterator[list[str]]:
@@ -132,9 +132,9 @@ class CacheConnection:
         return self.client.get_primaries() if self.is_cluster else ()
 
     @contextmanager
-    def _asking(self, doing: str) -> Iterator[None]:
+    def _asking(self, doing: str, *, insist: bool = False) -> Iterator[None]:
         permit = self._breaker.admit()
-        if permit is None:
+        if permit is None and not insist:
             raise CacheUnavailable(f"{doing}: the cache did not answer lately and is left alone")
         outcome = Outcome.UNKNOWN
         try:
@@ -144,7 +144,7 @@ class CacheConnection:
             outcome = Outcome.FAILURE
             raise CacheUnavailable(f"{doing}: {type(exc).__name__}: {exc}") from exc
         finally:
-            news = self._breaker.record(permit, outcome)
+            news = self._breaker.record(permit, outcome) if permit is not None else None
             if news is Phase.OPEN:
                 logger.warning("cache unavailable, jobs run without it: %s", doing)
             elif news is Phase.CLOSED:

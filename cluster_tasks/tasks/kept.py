@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -17,6 +18,7 @@ from celery import Celery
 
 from cluster_tasks.addresses.secret import SecretUrl
 from cluster_tasks.cache import Cache, Caches, Entry, Refresh
+from cluster_tasks.cache.forks import renewed_after_fork
 from cluster_tasks.errors import CacheUnavailable
 from cluster_tasks.settings import ClusterSettings
 from cluster_tasks.tasks.apps import Configured, cluster_of
@@ -24,6 +26,7 @@ from cluster_tasks.tasks.arguments import CacheUse
 
 logger = logging.getLogger(__name__)
 
+PAID_AGAIN_S = 1.0
 LASTING_ENDS = ("stop", "tool_calls")
 """Finish reasons of answers that are kept: others were cut short."""
 
@@ -53,8 +56,14 @@ class Kept:
 
     def __init__(self, settings: ClusterSettings, caches: Caches) -> None:
         self._settings, self._caches = settings, caches
-        self._owed: set[str] = set()
-        """Collections whose searches are void, which the cache could not be told yet."""
+        self._owed: dict[str, int] = {}
+        """Collections whose searches are void, which the cache could not be told yet, and how often they became so."""
+        self.after_fork()
+        renewed_after_fork(self)
+
+    def after_fork(self) -> None:
+        self._lock = threading.Lock()
+        self._payer: threading.Timer | None = None
 
     # Embeddings: each text by itself.
 
@@ -78,10 +87,9 @@ class Kept:
         return {text_of[key]: Embedded.read(value) for key, value in found.items()}
 
     def keep_vectors(self, vectors: Mapping[str, Embedded], model: str | None) -> None:
-        """Keep the vectors of texts, whatever was kept before."""
+        """Keep the vectors of texts in place of those that were kept before, which all processes forget."""
         values = {self._vector_key(text, model): made.written() for text, made in vectors.items()}
-        # What others have is right as well: nobody needs to forget anything.
-        self._embeddings.write(values, self._settings.cache_ttl_s, replaces=False)
+        self._embeddings.write(values, self._settings.cache_ttl_s)
 
     @property
     def _embeddings(self) -> Cache:
@@ -116,19 +124,39 @@ class Kept:
         return None if found is None else {**found, "cached": True}
 
     def forget_searches(self, collection: str) -> None:
-        """Make the kept searches of a collection void, now or, while the cache is away, before the next one here."""
-        self._owed.add(collection)
+        """Make the kept searches of a collection void, now or, while the cache is away, as soon as it is back."""
+        with self._lock:
+            self._owed[collection] = self._owed.get(collection, 0) + 1
         self._pay(collection)
 
     def _pay(self, collection: str) -> None:
-        if collection not in self._owed:
+        """Tell the cache what it is owed. What is owed meanwhile, by another thread, stays so."""
+        owed = self._owed.get(collection)
+        if owed is None:
             return
         try:
             self._searches(collection).invalidate()
-            self._owed.discard(collection)
         except CacheUnavailable as exc:
             logger.warning("searches of %s may be served that are up to %g s old: %s", collection,
                            self._settings.cache_search_ttl_s, exc)  # fmt: skip
+            self._pay_later()
+            return
+        with self._lock:
+            if self._owed.get(collection) == owed:
+                del self._owed[collection]
+
+    def _pay_later(self) -> None:
+        with self._lock:
+            if self._payer is None:
+                self._payer = threading.Timer(PAID_AGAIN_S, self._pay_all)
+                self._payer.daemon = True
+                self._payer.start()
+
+    def _pay_all(self) -> None:
+        with self._lock:
+            self._payer = None
+        for collection in list(self._owed):
+            self._pay(collection)
 
     def _searches(self, collection: str) -> Cache:
         # Who has added a document finds it: the generation is read with every search.

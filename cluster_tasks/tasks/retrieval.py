@@ -7,6 +7,7 @@ from typing import Any
 
 from celery import Celery
 
+from cluster_tasks.errors import CollectionMismatch
 from cluster_tasks.shards.documents import Document
 from cluster_tasks.tasks.arguments import AddArguments, CacheUse, DeleteArguments, SearchArguments
 from cluster_tasks.tasks.base import ClusterTask
@@ -74,6 +75,13 @@ def search(
         if query is None:
             return nearest(task.app, collection, vector or [], k, where)
         embedded = embed_texts(task.app, [query], cache=cache)
+        try:
+            return nearest(task.app, collection, embedded.vectors[0], k, where, embedded.model)
+        except CollectionMismatch:
+            if not embedded.cached:
+                raise
+        # The vector was kept from when the same name stood for another model.
+        embedded = embed_texts(task.app, [query], cache="refresh")
         return nearest(task.app, collection, embedded.vectors[0], k, where, embedded.model)
 
     kept = kept_of(task.app)

@@ -6,6 +6,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +214,7 @@ def test_nothing_is_an_answer_that_is_kept_if_asked(cache: Cache) -> None:
     assert not cache.exists("k")
 
 
-@pytest.mark.parametrize("way", ["one", "many", "warm"])
+@pytest.mark.parametrize("way", ["one", "many", "now", "warm"])
 @pytest.mark.parametrize("change", ["set", "delete", "clear", "invalidate"])
 def test_what_changed_during_a_computation_is_not_overwritten_by_it(cache: Cache, change: str, way: str) -> None:
     def compute() -> bytes:
@@ -229,6 +230,8 @@ def test_what_changed_during_a_computation_is_not_overwritten_by_it(cache: Cache
 
     if way == "one":
         assert cache.get_or_compute("k", compute) == b"of the old"
+    elif way == "now":
+        assert cache.get_or_compute("k", compute, refresh=Refresh.NOW) == b"of the old"
     elif way == "many":
         assert cache.get_or_compute_many(["k", "l"], compute_many) == {"k": b"of the old", "l": b"other"}
     else:
@@ -253,6 +256,95 @@ def test_a_stale_value_is_served_while_it_is_computed_anew(cache: Cache) -> None
     wait_until(lambda: cache.get("k") == b"new", 10)
     assert cache.get_or_compute("k", lambda: b"newer", 60, refresh=Refresh.NOW) == b"newer"
     assert cache.get("k") == b"newer"
+
+
+def test_a_value_has_the_same_age_whoever_asks_and_however_often(cache: Cache) -> None:
+    cache.get_or_compute("k", lambda: b"v", ttl_s=86_400)
+    for _ in range(3):
+        entry = cache.read(["k"]).entries["k"]
+        assert (entry.ttl_s, entry.left_s) == (86_400, pytest.approx(86_400, abs=60))
+
+
+def test_a_value_is_served_stale_to_those_only_who_take_it(cache: Cache) -> None:
+    cache.get_or_compute("k", lambda: b"old", ttl_s=0.05, kept_s=60)
+    time.sleep(0.1)
+    assert cache.get_or_compute("k", lambda: b"new", ttl_s=60) == b"new"
+
+
+def test_what_is_computed_anew_takes_the_place_of_what_another_computes(make: Make) -> None:
+    first = make()
+    # Of the local kind, each object has leases of its own.
+    second = first if isinstance(first, LocalCache) else make()
+
+    def compute() -> bytes:
+        assert second.get_or_compute("k", lambda: b"newer", refresh=Refresh.NOW) == b"newer"
+        return b"older"
+
+    assert first.get_or_compute("k", compute) == b"older"
+    assert [cache.get("k") for cache in (first, second)] == [b"newer"] * 2
+
+
+def test_a_value_that_is_set_when_another_process_has_made_all_void_is_there(make: Make) -> None:
+    first, second = make(), make()
+    assert first.get("k") is second.get("k") is None, "both know the state"
+    for number in range(20):
+        first.invalidate()
+        assert second.set("k", b"%d" % number)
+        assert second.get("k") == b"%d" % number
+
+
+def test_who_waits_for_what_is_not_stored_computes_with_the_others(make: Make) -> None:
+    caches, begun, together = [make() for _ in range(3)], threading.Event(), threading.Barrier(2, timeout=20)
+
+    def first() -> None:
+        begun.set()
+        time.sleep(0.5)
+
+    def later() -> None:
+        together.wait()
+
+    with ThreadPoolExecutor(3) as executor:
+        asked = [executor.submit(caches[0].get_or_compute, "k", first)]
+        begun.wait()
+        asked += [executor.submit(cache.get_or_compute, "k", later) for cache in caches[1:]]
+        assert [each.result() for each in asked] == [None] * 3
+
+
+def test_who_computes_a_key_by_asking_for_it_is_told(cache: Cache) -> None:
+    with pytest.raises(RuntimeError, match="what computes 'k' in a cache asks the cache for it"):
+        cache.get_or_compute("k", lambda: cache.get_or_compute("k", lambda: b"v"))
+    assert cache.get_or_compute("k", lambda: b"v") == b"v"
+
+
+def test_who_is_told_to_end_while_he_computes_ends_alone(cache: Cache) -> None:
+    begun = threading.Event()
+
+    def end() -> bytes:
+        begun.set()
+        time.sleep(0.3)
+        raise SystemExit
+
+    with ThreadPoolExecutor(2) as executor:
+        ended = executor.submit(cache.get_or_compute, "k", end)
+        begun.wait()
+        waited = executor.submit(cache.get_or_compute, "k", lambda: b"v")
+        assert waited.result() == b"v"
+        assert isinstance(ended.exception(), SystemExit)
+
+
+def test_what_is_no_value_is_refused_and_keeps_nobody_waiting(cache: Cache) -> None:
+    with pytest.raises(TypeError, match="value of 'k' in a cache: expected bytes or None, not str"):
+        cache.get_or_compute("k", lambda: "text")  # type: ignore[arg-type, return-value]
+    assert cache.lease(["k"], 60), "anybody may compute it"
+
+
+@pytest.mark.parametrize("option", [{"negative_ttl_s": -1.0}, {"negative_ttl_s": float("nan")}, {"kept_s": -1.0},
+                                    {"kept_s": float("inf")}, {"kept_s": 1e30}])  # fmt: skip
+def test_times_that_cannot_be_are_refused_before_anything_is_computed(cache: Cache, option: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="of a cache: expected seconds"):
+        cache.get_or_compute("k", lambda: pytest.fail("computed"), **option)
+    assert cache.get_or_compute("k", lambda: None, negative_ttl_s=0) is None
+    assert not cache.read(["k"]).entries, "0: it is not kept"
 
 
 def test_who_wants_no_stale_value_computes(cache: Cache) -> None:

@@ -132,6 +132,15 @@ def test_a_text_that_two_jobs_want_at_once_is_embedded_once(site: Site) -> None:
     assert first["vectors"][1] == second["vectors"][1]
 
 
+def test_a_vector_that_is_computed_anew_is_forgotten_by_all_processes(site: Site) -> None:
+    site.get("embedding.embed", "a text")
+    held = cluster_of(site.app).caches.memory.places
+    assert site.known("embedding.embed", texts=["a text"])
+    assert held("embeddings")
+    site.get("embedding.embed", "a text", cache="refresh")
+    wait_until(lambda: not held("embeddings"), WITHIN_S, "this process heard of it")
+
+
 def test_a_caller_may_have_it_computed(site: Site) -> None:
     for use, asked in [(None, 1), (False, 2), ("refresh", 3), (None, 3), (True, 3)]:
         site.get("embedding.embed", "a text", cache=use)
