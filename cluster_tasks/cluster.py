@@ -378,7 +378,6 @@ class Cluster:
 
     def _check_health(self) -> None:
         self.health.act(self.health.observe())
-        self.eject_outliers()
         # Counted when it is done: checks that fail must not keep the agents from acting.
         with foreign_errors(BrokerUnavailable, "counting a check"):
             self.client.incr(self.keys.checks)

@@ -80,6 +80,8 @@ class NodeAgent:
             Periodic("watch", self._settings.health_check_s, self._watch),
         ]
         self._duties.append(Periodic("pruning", PRUNE_EVERY_S, cluster.quarantine.prune))
+        if self._settings.ejection:
+            self._duties.append(Periodic("ejection", self._settings.health_check_s, self._judge))
         if deliveries is not None:
             outcomes.alarm = self._alarm
             self._duties.append(Periodic("revocations", self._settings.heartbeat_s, self._learn_revocations))
@@ -305,6 +307,7 @@ class NodeAgent:
         return NodeStatus.ONLINE
 
     def _watch(self) -> None:
+        # Of the registry nothing is asked here: while it is silent, who waits for it observes nobody.
         health = self._cluster.health
         silent = health.observe()
         checks, now_s = self._cluster.checks_done(), self._cluster.clock.monotonic()
@@ -316,9 +319,12 @@ class NodeAgent:
         self._looked_s = now_s
         if self._is_unchecked():
             health.act(silent)
-            self._cluster.eject_outliers()
         if self._is_unchecked(UNCOORDINATED_S):
             self._uncoordinated.holds()
+
+    def _judge(self) -> None:
+        if self._deliveries is None or self._is_unchecked():
+            self._cluster.eject_outliers()
 
     def _is_unchecked(self, for_s: float = UNCHECKED_S) -> bool:
         """Whether no coordinator is at work, as far as this process has looked."""
