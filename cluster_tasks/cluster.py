@@ -330,6 +330,7 @@ class Cluster:
             self.health.fail_over(node_id, beat, self.settings.lease_s)
         self.health.act([])
         self.evacuation.move_orphans()
+        self.health.tell_registry()
         return Release(self.client, self.keys, lambda headers: queue or self._own_queue(headers)).run()
 
     def _own_queue(self, headers: dict[str, Any]) -> str:

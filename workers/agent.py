@@ -284,6 +284,7 @@ class NodeAgent:
         except NodeNotFound:
             node = self._node.model_copy(update={"load": load, "status": status})
             self._cluster.registry.register(node)
+        self._cluster.health.tell_registry()
         if self._alarmed.is_set():
             self._alarmed.clear()
             self._cluster.eject_outliers(at_once=True)

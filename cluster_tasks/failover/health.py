@@ -34,6 +34,8 @@ class HealthCheck:
         self._clock, self._epochs, self._detector, self._evacuation = clock, epochs, detector, evacuation
         self._registry, self._events = registry, events
         self._checks = 0
+        self._untold: set[tuple[str, str]] = set()
+        """Node id and epoch of failovers that this process has finished, and the registry does not know of."""
         self._panic = events.condition("panic guard", "panic guard over")
 
     def observe(self) -> list[Silent]:
@@ -72,27 +74,42 @@ class HealthCheck:
         return fenced
 
     def retire(self, node_id: str, epoch: str) -> bool:
-        """End the epoch of a node that leaves in good order and give back what it holds; False if it had ended."""
+        """End the epoch of a node that leaves in good order and give back what it holds; False if it had ended.
+
+        The registry is told at once: this process is about to end.
+        """
         closed = self._epochs.close(node_id, epoch, self._events.entry("node left", node=node_id, epoch=epoch))
         self.finish()
+        self._untold.add((node_id, epoch))
+        self.tell_registry()
         return closed
 
     def finish(self) -> None:
         """Do what is left of every epoch that has ended, whoever ended it and died on the way. Safe to repeat.
 
-        Jobs first, for the registry may hang; an epoch is forgotten last, so that each step is done and told.
+        An epoch is forgotten last, so that each step is done and told. The registry is not asked for anything: it may
+        be silent, and the next node may be dying. ``tell_registry`` is for another thread.
         """
-        ended = self._epochs.fenced()
-        for epoch in ended:
-            self._evacuation.move_remains(epoch.node_id, epoch.epoch, self._crash(epoch))
-        for epoch in ended:
-            self._deregister(epoch.node_id, epoch.epoch)
-            self._forget(epoch)
+        for ended in self._epochs.fenced():
+            self._evacuation.move_remains(ended.node_id, ended.epoch, self._crash(ended))
+            if self._forget(ended):
+                self._untold.add((ended.node_id, ended.epoch))
+
+    def tell_registry(self) -> None:
+        """Deregister the nodes whose failovers this process has finished, until the registry does not answer."""
+        for node_id, epoch in list(self._untold):
+            self._untold.discard((node_id, epoch))
+            try:
+                self._registry.deregister(node_id, epoch)
+            except RegistryUnavailable as exc:
+                # Its work is safe, and ``reap`` will tell.
+                logger.warning("the registry could not be told that %s is gone: %s", node_id, exc)
+                return
 
     def reap(self) -> None:
         """Let the registry forget the nodes whose epochs do not stand. Raises UnavailableError.
 
-        It learns of a failover at once; this is for one that was left undone, or done while it did not answer.
+        ``tell_registry`` is sooner; this is for what was finished by a process that died, or while it did not answer.
         """
         registered = self._registry.list()
         # Read later: what was registered before had begun before.
@@ -114,19 +131,14 @@ class HealthCheck:
             return None
         return Crash(ended.node_id, ended.epoch, "the node was lost", self._clock.time())
 
-    def _forget(self, ended: Fenced) -> None:
+    def _forget(self, ended: Fenced) -> bool:
+        """Whether this process is the one that has finished it."""
         node_id, epoch, ending, held, listed = ended
         if ending is Ending.CLOSED and not held + listed:
             # A node that left with nothing: that it left has been told.
-            self._epochs.forget(node_id, epoch)
-            return
+            return self._epochs.forget(node_id, epoch)
         event = self._events.entry("jobs moved", node=node_id, epoch=epoch, held=held, listed=listed)
-        if self._epochs.forget(node_id, epoch, event):
-            logger.warning("jobs moved from %s: %d held, %d listed", node_id, held, listed)
-
-    def _deregister(self, node_id: str, epoch: str) -> None:
-        try:
-            self._registry.deregister(node_id, epoch)
-        except RegistryUnavailable as exc:
-            # Its work is safe, and ``reap`` will tell.
-            logger.warning("the registry could not be told that %s is gone: %s", node_id, exc)
+        if not self._epochs.forget(node_id, epoch, event):
+            return False
+        logger.warning("jobs moved from %s: %d held, %d listed", node_id, held, listed)
+        return True

@@ -87,7 +87,8 @@ class Stage:
         assert [self.told("node lost")[node_id] for node_id in lost] == [1] * len(lost)
         assert [self.told("jobs moved")[node_id] for node_id in lost] == [1] * len(lost)
         assert not {node_id for node_id, *_ in self.cluster.epochs.fenced()} & set(lost)
-        assert not {node.id for node in self.cluster.registry.list()} & set(lost)
+        registry = self.cluster.registry
+        wait_until(lambda: not {node.id for node in registry.list()} & set(lost), END_S, "the registry knows it")
 
     def check_where_jobs_wait(self) -> None:
         """Where no node is: what was held waits among the suspects, charged once, the rest with those that wait."""

@@ -93,8 +93,9 @@ class Observer:
         self.paused: Paused | None = None
 
     def check(self) -> None:
-        """One check, as a coordinator runs it."""
+        """One check, as a coordinator runs it, and what its other threads do after that."""
         self.health.act(self.health.observe())
+        self.health.tell_registry()
 
 
 class World:

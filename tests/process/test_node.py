@@ -58,7 +58,7 @@ def test_a_killed_nodes_jobs_are_done_by_the_others(jobs: Jobs, new_worker: NewW
         kinds = [event.kind for event in jobs.cluster.events.latest()]
         assert kinds.count("node lost") == 1
         assert "jobs moved" in kinds
-        assert victim.id not in {node.id for node in jobs.cluster.nodes()}
+        wait_until(lambda: victim.id not in {node.id for node in jobs.cluster.nodes()}, END_S, "the registry knows it")
         wait_until_nothing_is_left(jobs)
         # Only what the victim held can have begun twice.
         assert sum(starts_of(jobs, results).values()) <= 40 + 2

@@ -1,0 +1,105 @@
+"""The health check: what it asks of whom, and what it leaves to others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from cluster_tasks.clock import ManualClock
+from cluster_tasks.errors import RegistryUnavailable
+from cluster_tasks.failover.detector import Detector
+from cluster_tasks.failover.events import EventLog
+from cluster_tasks.failover.health import HealthCheck
+from cluster_tasks.model import Node
+from cluster_tasks.registry.memory import MemoryRegistry
+from tests.broker import Broker
+
+LEASE_S = 3.0
+
+
+class Discovery(MemoryRegistry):
+    """A registry that counts how often it is told of an end, and can be away."""
+
+    ends_told, is_down = 0, False
+
+    def deregister(self, node_id: str, epoch: str) -> None:
+        self.ends_told += 1
+        if self.is_down:
+            raise RegistryUnavailable("the test took it away")
+        super().deregister(node_id, epoch)
+
+    def known(self) -> list[str]:
+        """The ids of its nodes."""
+        return [node.id for node in self.list()]
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock(1000.0)
+
+
+@pytest.fixture
+def registry(clock: ManualClock) -> Discovery:
+    return Discovery(clock)
+
+
+@pytest.fixture
+def health(broker: Broker, clock: ManualClock, registry: Discovery) -> HealthCheck:
+    events = EventLog(broker.client, broker.keys, clock)
+    return HealthCheck(broker.epochs, Detector(clock, LEASE_S), broker.evacuation, registry, events, clock)
+
+
+@pytest.fixture
+def lose(broker: Broker, clock: ManualClock, registry: Discovery, health: HealthCheck) -> Callable[..., None]:
+    """Let nodes that hold a job each fall silent, and be failed over."""
+
+    def these(*node_ids: str) -> None:
+        for node_id in node_ids:
+            epoch = broker.open(node_id, "llm")
+            registry.register(Node(id=node_id, name=node_id, epoch=epoch))
+            broker.publish(f"job of {node_id}", node_id)
+            broker.fetch(node_id, epoch)
+        seen = broker.epochs.beats()
+        for node_id in node_ids:
+            assert health.fail_over(node_id, seen[node_id], LEASE_S)
+
+    return these
+
+
+def test_a_failover_is_finished_before_the_registry_is_told(
+    broker: Broker, registry: Discovery, health: HealthCheck, lose: Callable[..., None]
+) -> None:
+    lose("a", "b")
+    health.act([])
+    assert broker.epochs.fenced() == []
+    assert sorted(broker.listed(broker.keys.suspect_queue("any"))) == ["job of a", "job of b"]
+    assert (registry.ends_told, registry.known()) == (0, ["a", "b"])
+    health.tell_registry()
+    assert (registry.ends_told, registry.known()) == (2, [])
+
+
+def test_a_registry_that_is_away_is_asked_once_and_told_of_the_rest_later(
+    registry: Discovery, health: HealthCheck, lose: Callable[..., None]
+) -> None:
+    lose("a", "b", "c")
+    registry.is_down = True
+    health.tell_registry()
+    assert (registry.ends_told, registry.known()) == (1, ["a", "b", "c"])
+    registry.is_down = False
+    health.tell_registry()
+    assert len(registry.known()) == 1
+    health.reap()
+    assert registry.known() == []
+
+
+def test_the_registry_knows_at_once_who_leaves_in_good_order(
+    broker: Broker, registry: Discovery, health: HealthCheck
+) -> None:
+    epoch = broker.open("a", "llm")
+    registry.register(Node(id="a", name="a", epoch=epoch))
+    assert health.retire("a", epoch)
+    assert registry.known() == []
+    registry.is_down = True
+    epoch = broker.open("a", "llm")
+    assert health.retire("a", epoch), "it leaves also while the registry is away"
