@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from celery.worker import state
 
@@ -13,7 +14,7 @@ from cluster_tasks.broker.deliveries import Deliveries
 from cluster_tasks.broker.epochs import Beat, Predecessor, Standing
 from cluster_tasks.broker.placement import Crash
 from cluster_tasks.cluster import Cluster
-from cluster_tasks.errors import BrokerUnavailable, NodeNameTaken, NodeNotFound, UnavailableError
+from cluster_tasks.errors import BrokerUnavailable, NodeNameTaken, NodeNotFound
 from cluster_tasks.model import Load, Node, NodeStatus
 from cluster_tasks.redis_store import foreign_errors
 from workers.executions import Executions
@@ -35,6 +36,8 @@ ALARM_EVERY_S = 0.25
 """Where jobs fail on all nodes, alarms never end."""
 REAP_EVERY_S = 20.0
 """So often it looks for nodes in the registry that are no more."""
+KNOWN_WITHIN_S = 2.0
+"""So long a node that starts waits for the registry to know it. Then it works, known or not."""
 UNCHECKED_S = 1.0
 """After so long without a health check by a coordinator, the agents act on what they see."""
 
@@ -67,6 +70,9 @@ class NodeAgent:
         self._checks = (-1, 0.0)
         self._looked_s = 0.0
         self._wants_its_share = False
+        self._registered = ""
+        """The epoch under which the registry was told of this node."""
+        self._has_reported = threading.Event()
         self._resynced_s = self._reaped_s = cluster.clock.monotonic()
         self._revoked_since_s, self._relearn_s = 0.0, 0.0
         self._alarmed, self._alarmed_s = threading.Event(), float("-inf")
@@ -102,6 +108,7 @@ class NodeAgent:
             duty.start()
         if self._alerts is not None:
             self._alerts.start()
+        self._has_reported.wait(KNOWN_WITHIN_S)
 
     def drain(self) -> None:
         """Take no new jobs, and hand over the list; what is held goes on. Safe to repeat."""
@@ -204,11 +211,8 @@ class NodeAgent:
             self._deliveries.renew(asked_at_s + SURE_SHARE * self._settings.lease_s)
         if self._helper is not None:
             self._helper.beat_for(epoch)
-        try:
-            self._cluster.registry.register(self._node)
-        except UnavailableError as exc:
-            # The epoch table has us, so we work; the load report registers us when the registry answers.
-            logger.warning("not registered yet: %s", exc)
+        # It registers this node. Not here: a registry may be silent for longer than a lease, and no beat was sent yet.
+        self._load_report.hurry()
 
     def _stop_taken(self, *, kill: bool) -> bool:
         """Stop what others have been given; return whether nothing of it runs any more. Raises BrokerUnavailable."""
@@ -239,7 +243,7 @@ class NodeAgent:
         if self._standing is Standing.FENCED and not self._is_leaving:
             self._rejoin()
             if was_draining:
-                self.drain()
+                self._go_on_draining()
         elif self._deliveries is not None:
             was_late = self._deliveries.renew(sent_at_s + SURE_SHARE * self._settings.lease_s)
             if was_late or sent_at_s - self._resynced_s > RESYNC_S:
@@ -268,6 +272,13 @@ class NodeAgent:
         self._begin(opened, asked_at_s)
         logger.warning("node %s has joined anew", self._node.id)
 
+    def _go_on_draining(self) -> None:
+        self._standing = Standing.DRAINING
+        # The registry learns it by the load report: a heartbeat must not wait for it. Not found: fenced once more.
+        with suppress(NodeNotFound):
+            self._cluster.epochs.set_draining(self._node.id, True, self._node.epoch)
+            self._cluster.evacuation.hand_over(self._node.id)
+
     def _learn_revocations(self) -> None:
         # Broadcasts are lost on a node that joins or reconnects just then, and Celery forgets them after three hours.
         if (now_s := self._cluster.clock.monotonic()) >= self._relearn_s:
@@ -278,12 +289,10 @@ class NodeAgent:
         self._revoked_since_s = max(ids.values(), default=self._revoked_since_s)
 
     def _report(self) -> None:
-        load, status = self._measure(), self._status()
         try:
-            self._cluster.registry.beat(self._node.id, load, status)
-        except NodeNotFound:
-            node = self._node.model_copy(update={"load": load, "status": status})
-            self._cluster.registry.register(node)
+            self._make_known(self._node.model_copy(update={"load": self._measure(), "status": self._status()}))
+        finally:
+            self._has_reported.set()
         self._cluster.health.tell_registry()
         if self._alarmed.is_set():
             self._alarmed.clear()
@@ -291,6 +300,17 @@ class NodeAgent:
         if (now_s := self._cluster.clock.monotonic()) - self._reaped_s > REAP_EVERY_S:
             self._reaped_s = now_s
             self._cluster.health.reap()
+
+    def _make_known(self, node: Node) -> None:
+        # A record of an earlier epoch would take the report for its own.
+        if node.epoch == self._registered:
+            try:
+                self._cluster.registry.beat(node.id, node.load, node.status)
+                return
+            except NodeNotFound:
+                pass
+        self._cluster.registry.register(node)
+        self._registered = node.epoch
 
     def _alarm(self) -> None:
         # A node whose jobs fail at once has fetched hundreds more before the next check.
@@ -333,7 +353,8 @@ class NodeAgent:
 
     def _rebalance(self) -> None:
         if self._wants_its_share:
-            if self._cluster.epochs.lists().may_get(self._cluster.keys.node_queue(self._node.id)):
+            is_known = self._registered == self._node.epoch
+            if is_known and self._cluster.epochs.lists().may_get(self._cluster.keys.node_queue(self._node.id)):
                 self._wants_its_share = False
                 self._cluster.rebalance()
         elif self._is_unchecked():

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from typing import Any
 
 import pytest
 from celery import Celery
 
 from cluster_tasks import Cluster
 from cluster_tasks.broker.deliveries import Deliveries
-from cluster_tasks.model import Capacity, Load, Node
+from cluster_tasks.clock import SystemClock
+from cluster_tasks.model import Capacity, Load, Node, NodeStatus
+from cluster_tasks.registry.base import Registry
+from cluster_tasks.registry.memory import MemoryRegistry
 from tests.broker import Broker
 from tests.waiting import wait_until
 from workers.agent import NodeAgent
@@ -20,7 +25,45 @@ from workers.executions import Executions
 END_S = 60.0
 QUICK = {"CLUSTER_LEASE_S": "2", "CLUSTER_HEARTBEAT_S": "0.25", "CLUSTER_HEALTH_CHECK_S": "0.1"}
 
-NewAgent = Callable[[str], NodeAgent]
+MAY_WAIT = {"cluster-load report", "cluster-ejection", "cluster-rebalance"}
+"""The threads of an agent that nobody waits for."""
+
+NewAgent = Callable[..., NodeAgent]
+
+
+class Asked(MemoryRegistry):
+    """A registry that notes which threads ask it."""
+
+    def __init__(self) -> None:
+        super().__init__(SystemClock())
+        self.by: set[str] = set()
+
+    def register(self, node: Node) -> None:
+        self._note()
+        super().register(node)
+
+    def beat(self, node_id: str, load: Load, status: NodeStatus) -> None:
+        self._note()
+        super().beat(node_id, load, status)
+
+    def deregister(self, node_id: str, epoch: str) -> None:
+        self._note()
+        super().deregister(node_id, epoch)
+
+    def list(self, *args: Any) -> Sequence[Node]:
+        self._note()
+        return super().list(*args)
+
+    def set_status(self, node_id: str, status: NodeStatus) -> None:
+        self._note()
+        super().set_status(node_id, status)
+
+    def knows(self, node_id: str, epoch: str) -> bool:
+        """Whether it has a node under this epoch."""
+        return any(node.id == node_id and node.epoch == epoch for node in super().list())
+
+    def _note(self) -> None:
+        self.by.add(threading.current_thread().name)
 
 
 @pytest.fixture
@@ -30,9 +73,11 @@ def new_agent(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[NewAg
         monkeypatch.setenv(name, value)
     made: list[tuple[Celery, NodeAgent]] = []
 
-    def new(node_id: str) -> NodeAgent:
+    def new(node_id: str, registry: Registry | None = None) -> NodeAgent:
         app = Celery(node_id, set_as_current=False)
         cluster = Cluster(app)
+        if registry is not None:
+            cluster.registry = registry
         capacity = Capacity(max_connections=4, max_threads=4)
         node = Node(id=node_id, name=node_id, serves=frozenset({"llm"}), capacity=capacity)
         held = Deliveries(node_id, node.serves, cluster.keys, cluster.client, cluster.clock, lambda: 4)
@@ -64,3 +109,28 @@ def test_nodes_watch_each_other_while_the_registry_is_silent(new_agent: NewAgent
     broker.fetch("dead", epoch, 1, ["llm"])
     wait_until(lambda: "dead" not in broker.epochs.beats(), END_S, "it is fenced")
     wait_until(lambda: broker.listed(broker.keys.suspect_queue("llm")) == ["1"], END_S, "its job is moved")
+
+
+def test_neither_beating_nor_joining_nor_watching_waits_for_the_registry(new_agent: NewAgent, broker: Broker) -> None:
+    registry = Asked()
+    agent = new_agent("a", registry)
+    agent.start()
+    first, dead = agent.node.epoch, broker.open("dead", "llm")
+    registry.register(Node(id="dead", name="dead", epoch=dead))
+    wait_until(lambda: registry.knows("a", first), END_S, "it is registered")
+    broker.epochs.set_draining("a", True)
+    wait_until(lambda: registry.get("a").status is NodeStatus.DRAINING, END_S, "it knows that it drains")
+    wait_until(lambda: broker.epochs.fence("a", broker.epochs.beats()["a"]), END_S, "it is fenced")
+    wait_until(lambda: "a" in broker.epochs.beats(), END_S, "it joins anew")
+    wait_until(lambda: registry.knows("a", broker.epochs.beats()["a"].epoch), END_S, "it is registered anew")
+    wait_until(lambda: broker.epochs.lists().draining == {"node.a"}, END_S, "it still drains")
+    wait_until(lambda: not registry.knows("dead", dead), END_S, "the other is failed over")
+    assert registry.by - {threading.current_thread().name} <= MAY_WAIT
+
+
+def test_a_node_is_registered_when_it_has_started(new_agent: NewAgent) -> None:
+    registry = Asked()
+    agent = new_agent("a", registry)
+    agent.start()
+    assert registry.knows("a", agent.node.epoch)
+    assert registry.by <= MAY_WAIT
