@@ -94,6 +94,11 @@ class Keys:
         return f"{self.name}:fencing_token"
 
     @property
+    def opened(self) -> str:
+        """Set of ``<node id>/<epoch>``, of all epochs that were begun and are not forgotten."""
+        return f"{self.name}:opened"
+
+    @property
     def fenced(self) -> str:
         """Hash ``<node id>/<epoch>`` → how it ended and what it had, of the epochs whose remains are not yet moved."""
         return f"{self.name}:fenced"
@@ -146,16 +151,6 @@ class Keys:
     def unacked(self, node_id: str, epoch: str) -> str:
         """Hash tag → message of what one epoch of a node holds."""
         return f"{self.name}:unacked:{check_node_id(node_id)}/{epoch}"
-
-    @property
-    def unacked_pattern(self) -> str:
-        """What SCAN matches to find the hashes of all epochs."""
-        return f"{self.name}:unacked:*"
-
-    def epoch_of(self, unacked: str) -> tuple[str, str]:
-        """Return (node id, epoch) of such a hash."""
-        node_id, _, epoch = unacked.removeprefix(f"{self.name}:unacked:").rpartition("/")
-        return node_id, epoch
 
     def not_started(self, node_id: str, epoch: str) -> str:
         """Set of the tags that an epoch holds and has not begun to work on. All others it is at work on."""

@@ -147,11 +147,13 @@ class EpochTable:
         """
         keys = self._keys
         types = "," + ",".join(sorted({*serves, ANY_TYPE})) + ","
+        arguments: list[str | float] = [keys.node_queue(node_id), secrets.token_hex(6), types, "\n".join(sorted(tasks))]
+        arguments += [recovery_threshold, node_id]
         with foreign_errors(BrokerUnavailable, f"registering {node_id}"):
             status, epoch, *counter = self._open(
                 [keys.epochs, keys.beats, keys.serves, keys.draining, keys.epoch_counter, keys.tasks, keys.slot_limits]
-                + [keys.lost(node_id)],
-                [keys.node_queue(node_id), secrets.token_hex(6), types, "\n".join(sorted(tasks)), recovery_threshold],
+                + [keys.lost(node_id), keys.opened],
+                arguments,
             )
         if text(status) == "opened":
             return text(epoch)
@@ -210,7 +212,7 @@ class EpochTable:
         keys = self._keys
         with foreign_errors(BrokerUnavailable, f"forgetting an epoch of {node_id}"):
             arguments = [f"{node_id}/{epoch}", MAX_EVENTS, *chain(*event.items())]
-            return bool(self._forget([keys.fenced, keys.events], arguments))
+            return bool(self._forget([keys.fenced, keys.events, keys.opened], arguments))
 
     def knowing(self, task: str, request_type: str) -> list[str]:
         """Return the ids of the nodes that know a task, serve its type and may be given jobs, sorted."""

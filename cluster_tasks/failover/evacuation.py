@@ -76,22 +76,32 @@ class Evacuation:
             return Moved(listed=sum(self._move_list(queue, suffix) for suffix in priority_suffixes()))
 
     def move_orphans(self) -> Moved:
-        """Move what belongs to no epoch that stands: a Redis that lost its last second leaves such things."""
+        """Move what belongs to no epoch that stands, and forget what no table of epochs knows any more.
+
+        Epochs are looked up in the set of those that were begun, not found by a walk over all keys: there may be
+        millions, and whoever observes must not be held up. Nothing is missed by that: an epoch is in the set before it
+        is given its first job, and a Redis that has lost its last writes is as it was at one moment before, so what it
+        still has of an epoch is not without the name.
+        """
         keys, moved = self._keys, Moved()
         with foreign_errors(BrokerUnavailable, "looking for orphans"):
-            # The hashes are read before the epochs: one that is in no epoch now was ended, never just begun.
-            hashes = [text(key) for key in self._client.scan_iter(match=keys.unacked_pattern, count=1000)]
+            # Read before the epochs that stand: one that is none of them was ended, never just begun.
+            opened: Any = self._client.smembers(keys.opened)
             listed: Any = self._client.zrange(keys.backlog, 0, -1)
             queues = [text(queue) for queue in listed]
-            standing = {text(queue): text(epoch) for queue, epoch in self._client.hgetall(keys.epochs).items()}
-            for name in hashes:
-                node_id, epoch = keys.epoch_of(name)
+            with self._client.pipeline() as pipe:
+                pipe.hgetall(keys.epochs)
+                pipe.hkeys(keys.fenced)
+                epochs, fenced = pipe.execute()
+            standing = {text(queue): text(epoch) for queue, epoch in epochs.items()}
+            # Of those that were fenced what they held is put away, and their notes are needed still.
+            for name in map(text, opened - set(fenced)):
+                node_id, _, epoch = name.rpartition("/")
                 if standing.get(keys.node_queue(node_id)) != epoch:
                     not_started = keys.not_started(node_id, epoch)
-                    if held := self._move_hash(name, not_started, None):
-                        moved += Moved(held)
-                        # One that has nothing there may have been fenced just now: its notes are needed still.
-                        self._client.delete(not_started)
+                    moved += Moved(self._move_hash(keys.unacked(node_id, epoch), not_started, None))
+                    self._client.delete(not_started)
+                    self._client.srem(keys.opened, name)
             for queue in queues:
                 node_id = keys.node_of(queue) or ""
                 if node_id and keys.node_queue(node_id) not in standing:

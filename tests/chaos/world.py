@@ -348,6 +348,8 @@ class World:
         living = {member.node_id: member.epoch for member in self.members if member.beats and self.stands(member)}
         assert standing == living
         assert self.broker.epochs.fenced() == []
+        opened = {text(name) for name in self.client.smembers(self.keys.opened)}
+        assert opened == {f"{node_id}/{epoch}" for node_id, epoch in living.items()}
         assert self.told("jobs moved").keys() >= self.told("node lost").keys()
         assert {(node.id, node.epoch) for node in self.registry.list()} <= set(living.items())
         owned = {self.keys.unacked(*member) for member in living.items()}

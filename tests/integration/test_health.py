@@ -45,8 +45,12 @@ def registry(clock: ManualClock) -> Discovery:
 
 
 @pytest.fixture
-def health(broker: Broker, clock: ManualClock, registry: Discovery) -> HealthCheck:
-    events = EventLog(broker.client, broker.keys, clock)
+def events(broker: Broker, clock: ManualClock) -> EventLog:
+    return EventLog(broker.client, broker.keys, clock)
+
+
+@pytest.fixture
+def health(broker: Broker, clock: ManualClock, registry: Discovery, events: EventLog) -> HealthCheck:
     return HealthCheck(broker.epochs, Detector(clock, LEASE_S), broker.evacuation, registry, events, clock)
 
 
@@ -103,3 +107,36 @@ def test_the_registry_knows_at_once_who_leaves_in_good_order(
     registry.is_down = True
     epoch = broker.open("a", "llm")
     assert health.retire("a", epoch), "it leaves also while the registry is away"
+
+
+def test_the_search_for_orphans_walks_over_no_keys(broker: Broker, health: HealthCheck) -> None:
+    broker.open("a", "llm")
+    broker.client.config_resetstat()
+    health.act([])
+    assert not {"cmdstat_scan", "cmdstat_keys"} & broker.client.info("commandstats").keys()
+
+
+@pytest.mark.parametrize("node_id", ["a", "a@host.with_all-signs"])
+def test_what_an_epoch_held_that_no_table_knows_any_more_is_found_once(
+    broker: Broker, health: HealthCheck, events: EventLog, node_id: str
+) -> None:
+    keys, client = broker.keys, broker.client
+    lost, standing = broker.open(node_id, "llm"), broker.open("b", "llm")
+    for holder, epoch in ((node_id, lost), ("b", standing)):
+        broker.publish(f"job of {holder}", holder)
+        broker.fetch(holder, epoch)
+    client.hdel(keys.epochs, keys.node_queue(node_id))
+    health.act([])
+    assert broker.waiting() == [f"job of {node_id}"]
+    assert broker.held("b", standing) == ["job of b"]
+    assert client.smembers(keys.opened) == {f"b/{standing}".encode()}
+    assert [event.kind for event in events.latest()] == ["jobs moved"]
+
+
+def test_no_name_is_left_of_epochs_that_have_ended(broker: Broker, health: HealthCheck) -> None:
+    keys, client = broker.keys, broker.client
+    for _ in range(2):
+        health.retire("a", broker.open("a", "llm"))
+        broker.open("b", "llm")
+        assert health.fail_over("b", broker.epochs.beats()["b"], LEASE_S)
+    assert not client.exists(keys.opened)

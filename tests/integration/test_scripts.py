@@ -389,6 +389,7 @@ def test_a_fence_puts_all_away_and_leaves_no_trace_of_the_node_but_that_it_was_l
     assert keys == {
         broker.keys.epoch_counter,
         broker.keys.fencing_token,
+        broker.keys.opened,
         broker.keys.fenced,
         broker.keys.lost("a"),
         broker.keys.remains_unacked("a", epoch),

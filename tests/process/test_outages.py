@@ -221,5 +221,5 @@ def test_a_job_whose_turn_comes_while_redis_is_silent_is_not_started_when_the_le
 def holds_one_back(jobs: Jobs) -> bool:
     """Whether nodes hold one job in all, and it is noted that they have not begun with it."""
     client, keys = jobs.cluster.client, jobs.cluster.keys
-    held = sum(client.hlen(key) for key in client.scan_iter(keys.unacked_pattern, count=1000))
+    held = sum(client.hlen(key) for key in client.scan_iter(f"{keys.name}:unacked:*", count=1000))
     return held == 1 and any(client.scan_iter(f"{keys.name}:not_started*", count=1000))

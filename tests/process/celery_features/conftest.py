@@ -91,7 +91,7 @@ class Jobs:
     def nothing_is_left(self) -> bool:
         """Whether no list, hash or index of the cluster holds a job."""
         client, keys = self.cluster.client, self.cluster.keys
-        patterns = (keys.unacked_pattern, f"{keys.name}:remains*", "node.*", "waiting.*", keys.undecodable)
+        patterns = (f"{keys.name}:unacked:*", f"{keys.name}:remains*", "node.*", "waiting.*", keys.undecodable)
         return not self.cluster.epochs.lengths() and not any(list(client.scan_iter(pattern)) for pattern in patterns)
 
 
