@@ -138,6 +138,8 @@ class NodeAgent:
 
         Only the job whose message the event loop was at, if any, is charged: it would hold up the next node as well.
         """
+        # The heartbeat goes on until the process ends: it must not join anew, and be given jobs that die with it.
+        self._is_leaving = True
         node_id, epoch = self._node.id, self._node.epoch
         self._cluster.events.add("node stuck", node=node_id, epoch=epoch, reason=reason)
         if self._deliveries is not None and self._executions is not None:
@@ -240,10 +242,12 @@ class NodeAgent:
             raise
         if self._standing is not Standing.OK:
             self._stop_taken(kill=self._kills)
-        if self._standing is Standing.FENCED and not self._is_leaving:
-            self._rejoin()
-            if was_draining:
-                self._go_on_draining()
+        if self._standing is Standing.FENCED:
+            # One that leaves is sure of nothing any more.
+            if not self._is_leaving:
+                self._rejoin()
+                if was_draining:
+                    self._go_on_draining()
         elif self._deliveries is not None:
             was_late = self._deliveries.renew(sent_at_s + SURE_SHARE * self._settings.lease_s)
             if was_late or sent_at_s - self._resynced_s > RESYNC_S:

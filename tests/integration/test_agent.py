@@ -134,3 +134,16 @@ def test_a_node_is_registered_when_it_has_started(new_agent: NewAgent) -> None:
     agent.start()
     assert registry.knows("a", agent.node.epoch)
     assert registry.by <= MAY_WAIT
+
+
+def test_a_node_that_has_given_up_joins_no_more_and_begins_nothing(new_agent: NewAgent, broker: Broker) -> None:
+    agent = new_agent("a")
+    agent.start()
+    broker.publish("1", "a", "llm")
+    agent.give_up("the test says so")
+    beats, register = agent.beats, agent._deliveries
+    assert register is not None
+    wait_until(lambda: agent.beats >= beats + 3, END_S, "it has tried to beat")
+    assert broker.epochs.beats() == {}
+    wait_until(lambda: not register.is_sure(), END_S, "it begins nothing that it has given away")
+    assert broker.waiting("llm") == ["1"]
