@@ -165,8 +165,15 @@ class Keys:
         return f"{self.name}:remains_unacked:{check_node_id(node_id)}/{epoch}"
 
     def terminal(self, job_id: str) -> str:
-        """Set when a job has ended; holds the tag of the delivery that ended it, a space, and how."""
+        """Set when a job has ended; holds the tag of the delivery that ended it, how it ended, and its seconds to live.
+
+        Where something follows the end they begin when the delivery is let go.
+        """
         return f"{self.name}:terminal:{job_id}"
+
+    def kept_end(self, job_id: str) -> str:
+        """The end of a job, as a result is written, for as long as its delivery stands because something follows."""
+        return f"{self.name}:kept_end:{job_id}"
 
     def followed(self, job_id: str) -> str:
         """Set of what has followed a job or a chord: ``<job id>/<attempt>``."""

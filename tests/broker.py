@@ -13,7 +13,8 @@ from celery import Celery
 
 from cluster_tasks.broker.epochs import EpochTable
 from cluster_tasks.broker.message import Placement, place_message
-from cluster_tasks.broker.placement import Crash, Placer, placing_script
+from cluster_tasks.broker.message import job_of as job_named
+from cluster_tasks.broker.placement import Crash, Placer, fetching_script, let_go_arguments
 from cluster_tasks.failover.evacuation import Evacuation
 from cluster_tasks.keys import ANY_TYPE, Keys, priority_suffixes
 from cluster_tasks.redis_store import connect, text
@@ -69,7 +70,7 @@ class Broker:
         self.epochs = EpochTable(self.client, self.keys)
         self.placer = Placer(self.client, self.keys)
         self.evacuation = Evacuation(self.client, self.keys)
-        self._fetch = self.client.register_script(placing_script("fetch"))
+        self._fetch = self.client.register_script(fetching_script())
         self._fetches = 0
 
     def open(self, node_id: str, *serves: str, recovery_threshold: int = 0) -> str:
@@ -87,7 +88,7 @@ class Broker:
         return self.placer.place([place_message(json.loads(message), message, self.keys, queue)])[0]
 
     def fetch(
-        self, node_id: str, epoch: str, want: int = 1, serves: Iterable[str] = (), acked: Sequence[str] = (),
+        self, node_id: str, epoch: str, want: int = 1, serves: Iterable[str] = (), acked: Iterable[str] = (),
         first_tag: str = "",
     ) -> Fetched:  # fmt: skip
         """Fetch as the channel does."""
@@ -103,10 +104,15 @@ class Broker:
                 *SUFFIXES,
                 *map(keys.waiting_queue, types),
                 *map(keys.suspect_queue, types),
-                *acked,
+                *let_go_arguments(keys, {tag: self.job_held(node_id, epoch, tag) for tag in acked}),
             ],
         )
         return Fetched(text(status), {text(tag): message for tag, message in zip(items[::2], items[1::2], strict=True)})
+
+    def job_held(self, node_id: str, epoch: str, tag: str) -> str:
+        """The job of a delivery; empty if it does not stand."""
+        message: Any = self.client.hget(self.keys.unacked(node_id, epoch), tag)
+        return job_named(message or b"")
 
     def move_held(
         self, node_id: str, epoch: str, moved: Sequence[tuple[str, Placement]], crash: Crash | None = None

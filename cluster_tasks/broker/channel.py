@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections.abc import Collection
 from datetime import tzinfo
 from functools import cached_property
 from hashlib import sha1
@@ -30,7 +31,7 @@ from cluster_tasks.broker.message import (
     due_time,
     place_message,
 )
-from cluster_tasks.broker.placement import Placer, placing_script
+from cluster_tasks.broker.placement import Placer, fetching_script, let_go_arguments, placing_script
 from cluster_tasks.broker.publishing import PUBLISH_PROPERTY, begin_publish, end_publish
 from cluster_tasks.broker.sequels import FOLLOWS_PROPERTY, Sequel
 from cluster_tasks.errors import ConfigurationError, PayloadTooLarge, StaleCommit
@@ -46,7 +47,7 @@ SHORTEST_WAIT_S = 0.01
 """Redis 6.2 takes a millisecond for endless."""
 GLANCE_EVERY_S = 0.02
 _SUFFIXES = priority_suffixes()
-_FETCH = placing_script("fetch")
+_FETCH = fetching_script()
 _OPTIONS = ("cluster_name", "cluster_timezone", "cluster_max_message_bytes")
 _GLANCE = script_source(__package__, "glance")
 _FETCH_SHA = sha1(_FETCH.encode(), usedforsecurity=False).hexdigest()
@@ -102,7 +103,7 @@ class ClusterChannel(stock.Channel):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._next: Literal["fetch", "bell", "glance"] = "fetch"
         self._under_way: Literal["fetch", "bell", "glance"] | None = None
-        self._carried: list[str] = []
+        self._carried: Collection[str] = ()
         """Acknowledged tags that the fetch under way carries."""
         self._asked = 0
         """How many jobs it asks for."""
@@ -242,7 +243,8 @@ class ClusterChannel(stock.Channel):
         self._carried, self._asked = acked, self._wanted(node)
         self._send(
             *(*script, len(names), *names, keys.bell_prefix, node.queue, epoch, self._asked, first_tag),
-            *(len(_SUFFIXES), len(node.waiting), *_SUFFIXES, *node.waiting, *node.suspects, *acked),
+            *(len(_SUFFIXES), len(node.waiting), *_SUFFIXES, *node.waiting, *node.suspects),
+            *let_go_arguments(keys, acked),
         )
 
     def _wanted(self, node: Deliveries) -> int:

@@ -6,7 +6,6 @@ by a client of the process, and kept until Redis has taken it. So it works after
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import threading
@@ -18,7 +17,7 @@ from typing import Any
 
 import redis
 
-from cluster_tasks.broker.message import Delivery, Placement, replace_message
+from cluster_tasks.broker.message import Delivery, Placement, job_of, replace_message
 from cluster_tasks.broker.placement import Crash, Placer
 from cluster_tasks.broker.sequels import parse_attempt
 from cluster_tasks.clock import Clock
@@ -67,7 +66,8 @@ class Deliveries:
         self._lock = threading.Lock()
         self._held: dict[str, bytes] = {}
         self._inbox: deque[tuple[str, bytes, bool]] = deque()
-        self._acked: set[str] = set()
+        self._acked: dict[str, str] = {}
+        """Tag → id of the job, of what Redis has not been told to let go."""
         self._returned: dict[str, tuple[Placement, Crash | None]] = {}
         self._unreadable: dict[str, bytes] = {}
         self._blamed: dict[str, Crash] = {}
@@ -150,15 +150,17 @@ class Deliveries:
         """Whether a job that this process holds has not been seen by a consumer."""
         return bool(self._inbox)
 
-    def next_fetch(self) -> tuple[str, str, list[str]]:
-        """Return epoch, first part of the tags and acknowledged tags to carry, all for the fetch that comes now.
+    def next_fetch(self) -> tuple[str, str, dict[str, str]]:
+        """Return epoch, first part of the tags, and what is acknowledged, all for the fetch that comes now.
+
+        The last are the ids of jobs by tag.
 
         They are read together: the agent may begin a new epoch at any time.
         """
         with self._lock:
             self._fetches += 1
             # Random through the epoch: a Redis that lost its last second must not see a tag twice.
-            return self.epoch, f"{self.epoch}.{self._fetches}.", list(self._acked)
+            return self.epoch, f"{self.epoch}.{self._fetches}.", dict(self._acked)
 
     def receive(self, deliveries: Collection[tuple[str, bytes]], acked: Collection[str], trial: str = "") -> None:
         """Take what a fetch returned; ``acked`` went with it. What an epoch was given that has ended is others'."""
@@ -166,7 +168,7 @@ class Deliveries:
             if trial != self.trial:
                 self.trial, self._trial_since = trial, self._fetches
             self._answered = self._fetches
-            self._acked.difference_update(acked)
+            self._forget_acked(acked)
             fresh = [(tag, message) for tag, message in deliveries if self._is_current(tag) and tag not in self._held]
             self._held.update(fresh)
             self._inbox.extend((tag, message, False) for tag, message in fresh)
@@ -196,7 +198,7 @@ class Deliveries:
             self._blamed.pop(tag, None)
             self._release(tag)
             if known is not None and self._is_current(tag):
-                self._acked.add(tag)
+                self._acked[tag] = job_of(known)
         if threading.get_ident() != self.loop_thread:
             self.wake()
         if self.at_bell:
@@ -288,14 +290,14 @@ class Deliveries:
     def flush(self) -> None:
         """Send what was acknowledged or given back and has not reached Redis; keep it if Redis is away."""
         with self._lock:
-            acked, returned, unreadable = list(self._acked), dict(self._returned), dict(self._unreadable)
+            acked, returned, unreadable = dict(self._acked), dict(self._returned), dict(self._unreadable)
             taken_up = list(self._taken_up)
             unacked, not_started = self.unacked_key, self._not_started
         try:
             if taken_up:
                 self._client.srem(not_started, *taken_up)
             if acked:
-                self._client.hdel(unacked, *acked)
+                self._placer.let_go(unacked, acked)
             for tag, (placement, crash) in returned.items():
                 self._placer.move_held(unacked, not_started, [(tag, placement)], crash)
             for tag, message in unreadable.items():
@@ -305,11 +307,15 @@ class Deliveries:
             return
         with self._lock:
             self._taken_up.difference_update(taken_up)
-            self._acked.difference_update(acked)
+            self._forget_acked(acked)
             for tag in returned:
                 self._returned.pop(tag, None)
             for tag in unreadable:
                 self._unreadable.pop(tag, None)
+
+    def _forget_acked(self, acked: Iterable[str]) -> None:
+        for tag in acked:
+            self._acked.pop(tag, None)
 
     def resync(self, running: Set[str] | None = None) -> int:
         """Deliver again what Redis says this epoch holds and nobody here works on; return how many.
@@ -370,7 +376,7 @@ class Deliveries:
         gone = [tag for tag in held.keys() - set(map(text, recorded)) if tag in self._held]
         if not gone:
             return []
-        ended_by: Any = self._client.mget([self._keys.terminal(_job_of(held[tag])) for tag in gone])
+        ended_by: Any = self._client.mget([self._keys.terminal(job_of(held[tag])) for tag in gone])
         return [tag for tag, ender in zip(gone, ended_by, strict=True) if text(ender or b"").partition(" ")[0] != tag]
 
     def wake(self) -> None:
@@ -384,14 +390,6 @@ class Deliveries:
 def _fetch_of(tag: str) -> int:
     """The number of the fetch that gave a delivery."""
     return int(tag.split(".")[-2])
-
-
-def _job_of(message: bytes) -> str:
-    try:
-        return str(json.loads(message)["headers"]["id"])
-    except (ValueError, TypeError, KeyError, RecursionError):
-        # Nothing that could have been committed.
-        return ""
 
 
 _current: Deliveries | None = None

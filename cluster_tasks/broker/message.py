@@ -63,6 +63,14 @@ class Placement:
         return (self.queue, self.waiting, self.request_type, self.suffix, self.message)
 
 
+def job_of(message: bytes) -> str:
+    """The id of the job of a message as it came; empty if it names none."""
+    try:
+        return str(json.loads(message)["headers"]["id"] or "")
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return ""
+
+
 def place_message(payload: dict[str, Any], message: bytes | str, keys: Keys, queue: str = "") -> Placement:
     """Say where ``message`` goes, whose decoded form is ``payload``."""
     properties = payload.get("properties") or {}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import redis
 
-from cluster_tasks.broker.message import Placement
+from cluster_tasks.broker.message import Placement, job_of
 from cluster_tasks.broker.publishing import REMEMBERED_S, Publish
 from cluster_tasks.broker.sequels import Sequel
 from cluster_tasks.keys import Keys
@@ -28,6 +28,20 @@ FOLLOWED_LIVES_S = 24 * 3600
 def placing_script(name: str) -> str:
     """Return the source of a script that uses the shared functions that place jobs, now or later."""
     return "\n".join(script_source(_PACKAGE, part) for part in ("placing", "delaying", name))
+
+
+def fetching_script() -> str:
+    """Return the source of the script with which a node fetches."""
+    return "\n".join((script_source(_PACKAGE, "letting_go"), placing_script("fetch")))
+
+
+def let_go_arguments(keys: Keys, done: Mapping[str, str]) -> list[str]:
+    """Return what the scripts take that let go of deliveries; ``done``: ids of their jobs by tag, '' for none."""
+    return [
+        part
+        for tag, job_id in done.items()
+        for part in (tag, *((keys.terminal(job_id), keys.kept_end(job_id)) if job_id else ("", "")))
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +77,10 @@ class Placer:
         self._move_listed = RememberedScript(client, placing_script("move_listed"))
         self._move_newest = RememberedScript(client, placing_script("move_newest"))
         self._unquarantine = RememberedScript(client, placing_script("unquarantine"))
-        self._set_aside = load_script(client, _PACKAGE, "set_aside")
+        self._let_go, self._set_aside = (
+            RememberedScript(client, "\n".join(script_source(_PACKAGE, part) for part in ("letting_go", name)))
+            for name in ("let_go", "set_aside")
+        )
         self._hold_back = load_script(client, _PACKAGE, "hold_back")
         self.index = [keys.epochs, keys.draining, keys.backlog, keys.idle, keys.serves, keys.slot_limits]
         """The keys that every placing script begins with."""
@@ -108,6 +125,10 @@ class Placer:
             arguments += [keys.crashes(placement.job_id or tag), kind, placement.suffix, placement.message]
         return cast(int, self._move_held([*self.index, source, not_started], arguments))
 
+    def let_go(self, source: str, done: Mapping[str, str]) -> None:
+        """Let go of deliveries of the hash ``source`` that are done: the ids of their jobs by tag, '' for none."""
+        self._let_go([source], let_go_arguments(self._keys, done))
+
     def hold_back(self, source: str, not_started: str, tag: str) -> None:
         """Note in the set ``not_started`` that a delivery of the hash ``source`` is not worked on yet, if it stands."""
         self._hold_back([source, not_started], [tag])
@@ -133,7 +154,9 @@ class Placer:
 
     def set_aside_held(self, source: str, tag: str | bytes, message: bytes) -> None:
         """Keep a message of the hash ``source`` that cannot be decoded for inspection, if it is still there."""
-        self._set_aside([self._keys.undecodable, source, self._keys.backlog], [message, tag, "", UNDECODABLE_KEPT])
+        names = [self._keys.undecodable, source, self._keys.backlog]
+        _, *ended = let_go_arguments(self._keys, {"": job_of(message)})
+        self._set_aside(names, [message, tag, "", UNDECODABLE_KEPT, *ended])
 
     def set_aside_listed(self, source: str, queue: str, message: bytes) -> None:
         """The same for the list ``source``, part of ``queue`` in the index."""

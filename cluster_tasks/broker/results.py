@@ -86,6 +86,10 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
     def _end_unheld_script(self) -> redis.commands.core.Script:
         return self._storing("end_unheld")
 
+    @cached_property
+    def _kept_end_script(self) -> redis.commands.core.Script:
+        return self._storing("kept_end")
+
     def _storing(self, name: str) -> redis.commands.core.Script:
         parts = (script_source(__package__, part) for part in ("storing", name))
         script: redis.commands.core.Script = RememberedScript(self.client, "\n".join((self._databases, *parts)))
@@ -194,8 +198,9 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
             self.ensure(self._end_unheld, (task_id, self.encode(meta)))
         elif state in states.READY_STATES:
             expires = self.failure_expires if state == states.FAILURE else self.expires
-            sequel = _has_sequel(request, state)
-            self._commit(delivery, task_id, state, self.encode(meta), int(expires or 0), sequel=sequel)
+            encoded = self.encode(meta)
+            kept = encoded if _has_sequel(request, state) else ""
+            self._commit(delivery, task_id, state, encoded, int(expires or 0), kept)
         else:
             self._tell(delivery, task_id, state, self.encode(meta))
         return result
@@ -224,25 +229,28 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
         if delivery is None:
             return
         if not _has_sequel(request, state):
-            self._commit(delivery, task_id, state, "", ENDED_LIVES_S, sequel=False)
+            self._commit(delivery, task_id, state, "", ENDED_LIVES_S, "")
             return
-        # Whoever completes this end after a crash has to know it.
         told = self.encode_result(result, state)
         meta = self._get_result_meta(result=told, state=state, traceback=traceback, request=request)
         meta["task_id"] = bytes_to_str(task_id)
-        self._commit(delivery, task_id, state, self.encode(meta), SEQUELS_LIVE_S, sequel=True)
+        self._commit(delivery, task_id, state, "", ENDED_LIVES_S, self.encode(meta))
+
+    def kept_end(self, task_id: str) -> Any:
+        """The end of a job whose result has expired, or was not wanted, and that something still follows; or None."""
+        kept = self._kept_end_script([self._keys.kept_end(task_id)])
+        return self.decode_result(kept) if kept else None
 
     def _note(self, delivery: Delivery, task_id: str, encoded: Any) -> None:
         with refusals_as_outages(self.client):
             self._note_script(self._job_keys(delivery, task_id), [delivery.tag, encoded, int(self.expires or 0)])
 
-    def _commit(
-        self, delivery: Delivery, task_id: str, state: str, encoded: Any, lives_s: int, *, sequel: bool
-    ) -> None:
+    def _commit(self, delivery: Delivery, task_id: str, state: str, encoded: Any, lives_s: int, kept: Any) -> None:
         keys = self._keys
         names = [*self._job_keys(delivery, task_id), keys.counters, keys.crashes(task_id), keys.followed(task_id)]
+        names.append(keys.kept_end(task_id))
         same_end = REVOKED_UNHELD if state == states.REVOKED else ""
-        arguments = [delivery.tag, encoded, lives_s, int(sequel), same_end, SEQUELS_LIVE_S, state]
+        arguments = [delivery.tag, encoded, lives_s, kept, same_end, SEQUELS_LIVE_S, state]
         try:
             done = self.ensure(self._run_commit, (names, arguments))
         except (redis.ConnectionError, redis.TimeoutError) as exc:

@@ -50,9 +50,11 @@ def ending(request: Any) -> Iterator[None]:
 def complete(backend: Any, request: Any) -> None:
     """Do again what follows the end of a job, if it has ended: a crash may have come between the two.
 
-    A result that nobody wanted is kept for this where something follows it. Chords count each part once.
+    The end is kept for this, also where nobody wanted the result or it has expired. Chords count each part once.
     """
     meta = backend.get_task_meta(request.id)
+    if meta["status"] not in states.READY_STATES and hasattr(backend, "kept_end"):
+        meta = backend.kept_end(request.id) or meta
     state, result, traceback = meta["status"], meta["result"], meta.get("traceback")
     if state not in states.READY_STATES:
         return

@@ -236,7 +236,7 @@ class World:
         crashes = self.crashes(job)
         if self.client.exists(self.keys.terminal(job)):
             self.client.delete(self.keys.crashes(job))
-            self.client.hdel(self.keys.unacked(member.node_id, member.epoch), tag)
+            self.broker.placer.let_go(self.keys.unacked(member.node_id, member.epoch), {tag: job})
             del member.held[tag]
         elif len(crashes) >= MAX_CRASHES:
             self.quarantine.put(job, "jobs.work", member.held[tag], crashes)
@@ -262,7 +262,8 @@ class World:
             self.client.srem(not_started, tag)
             member.held_back.discard(tag)
         names = [unacked, keys.terminal(job), "result", keys.counters, keys.crashes(job), keys.followed(job)]
-        done = self.commit_script(names, [tag, "", 0, int(leave), "", 3600, "SUCCESS"])
+        names.append(keys.kept_end(job))
+        done = self.commit_script(names, [tag, "", 0, "its end" if leave else "", "", 3600, "SUCCESS"])
         assert (done == 1) == ((stands and job not in self.ended) or self.ended.get(job) == tag)
         if done == 1:
             self.ended.setdefault(job, tag)

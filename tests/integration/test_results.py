@@ -10,10 +10,11 @@ from celery import Celery
 from celery.app.task import Context
 
 from cluster_tasks import Cluster
-from cluster_tasks.broker.message import DELIVERY_PROPERTY
+from cluster_tasks.broker.message import DELIVERY_PROPERTY, Delivery
 from cluster_tasks.broker.sequels import complete
 from cluster_tasks.errors import EndNotStored, StaleCommit
 from tests.broker import Broker
+from tests.waiting import wait_until
 
 
 @pytest.fixture(params=[0, 5], ids=["results beside jobs", "results in another database"])
@@ -92,6 +93,62 @@ def test_what_is_followed_by_something_is_held_until_that_is_done(broker: Broker
     request.errbacks = [app.signature("told")]
     app.backend.mark_as_failure("job", ValueError("no"), request=request, call_errbacks=False)
     assert broker.held("a", epoch) == ["job"]
+
+
+def take_to_its_end(broker: Broker, app: Celery, epoch: str, wanted: bool = True) -> Context:
+    """Let a job fail that an errback follows; a crash comes before that."""
+    request = take(broker, epoch, "job", delivery_info={})
+    request.errbacks = [app.signature("told", options={"task_id": "told", "queue": "node.b"})]
+    app.backend.mark_as_failure("job", ValueError("no"), request=request, store_result=wanted, call_errbacks=False)
+    return request
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_an_end_that_something_follows_outlives_its_result_while_its_delivery_stands(
+    wanted: bool, broker: Broker, app: Celery, epoch: str
+) -> None:
+    # All nodes die before the acknowledgement, and come back when the result has expired.
+    app.conf.result_expires = 1
+    embedded = take_to_its_end(broker, app, epoch, wanted).errbacks
+    wait_until(lambda: app.AsyncResult("job").state == "PENDING", message="the result expires")
+    broker.epochs.fence("a", broker.epochs.beats()["a"])
+    broker.evacuation.move_remains("a", epoch)
+    later = broker.open("b")
+    (tag,) = broker.fetch("b", later).messages
+    properties = {DELIVERY_PROPERTY: ["b", later, tag]}
+    request = Context({"id": "job", "properties": properties, "errbacks": embedded, "delivery_info": {}})
+    with pytest.raises(StaleCommit, match="it had ended before"):
+        app.backend.mark_as_done("job", 42, request=request)
+    complete(app.backend, request)
+    assert broker.listed("node.b") == ["told"]
+
+
+@pytest.mark.parametrize("way", ["with a fetch", "at the bell", "as what cannot be told"])
+def test_what_was_kept_of_an_end_goes_when_its_delivery_is_let_go(
+    way: str, broker: Broker, app: Celery, epoch: str
+) -> None:
+    delivery = Delivery.of(take_to_its_end(broker, app, epoch).properties)
+    assert delivery is not None
+    marker, kept = broker.keys.terminal("job"), broker.keys.kept_end("job")
+    assert (broker.client.ttl(marker), broker.client.ttl(kept)) == (-1, -1)
+    if way == "with a fetch":
+        broker.fetch("a", epoch, acked=[delivery.tag])
+    elif way == "at the bell":
+        broker.placer.let_go(broker.keys.unacked("a", epoch), {delivery.tag: "job"})
+    else:
+        unacked = broker.keys.unacked("a", epoch)
+        broker.placer.set_aside_held(unacked, delivery.tag, broker.client.hget(unacked, delivery.tag))
+    assert not broker.held("a", epoch)
+    assert 0 < broker.client.ttl(marker) <= app.conf.result_expires.total_seconds()
+    assert not broker.client.exists(kept)
+
+
+def test_an_acknowledgement_of_what_was_taken_away_lets_no_end_expire(broker: Broker, app: Celery, epoch: str) -> None:
+    delivery = Delivery.of(take_to_its_end(broker, app, epoch).properties)
+    assert delivery is not None
+    broker.epochs.fence("a", broker.epochs.beats()["a"])
+    broker.placer.let_go(broker.keys.unacked("a", epoch), {delivery.tag: "job"})
+    assert broker.client.ttl(broker.keys.terminal("job")) == -1
 
 
 @pytest.mark.parametrize("wanted", [True, False])

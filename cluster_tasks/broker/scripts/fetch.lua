@@ -6,7 +6,8 @@
 --          8 delayed jobs, 9 suspects that nodes hold, 10 last fencing token
 -- ARGV     1 prefix of the doorbells, 2 its list, 3 its epoch, 4 how many jobs, 5 first part of the tags, which end
 --          with a fencing token, 6 number of priority suffixes, 7 number of waiting lists; then the suffixes (most
---          urgent first), the waiting lists, the waiting lists of suspects (as many), acknowledged tags
+--          urgent first), the waiting lists, the waiting lists of suspects (as many), and three an acknowledged delivery:
+--          tag, marker that its job has ended, what was kept of that end
 -- Returns  {'ok' | 'fenced' | 'draining' | 'limited' and its trial, milliseconds until the next delayed job or '', tag, message, tag,
 --          message, …}
 
@@ -19,8 +20,8 @@ local first_waiting = 8 + tonumber(ARGV[6])
 local first_suspect = first_waiting + tonumber(ARGV[7])
 local first_acked = first_suspect + tonumber(ARGV[7])
 
-for i = first_acked, #ARGV, 1000 do
-  redis.call('HDEL', KEYS[7], unpack(ARGV, i, math.min(i + 999, #ARGV)))
+for i = first_acked, #ARGV, 3 do
+  let_go(KEYS[7], ARGV[i], ARGV[i + 1], ARGV[i + 2])
 end
 if redis.call('HGET', keys.epochs, own) ~= epoch then return { 'fenced', '' } end
 if redis.call('SISMEMBER', keys.draining, own) == 1 then
