@@ -114,7 +114,7 @@ def admit(state: BreakerState, policy: BreakerPolicy, now_s: float) -> tuple[Bre
     if phase is Phase.CLOSED:
         return state, Permit(state.generation)
     live = _live(state, now_s)
-    if phase is Phase.OPEN or state.successes + len(live) >= policy.success_threshold:
+    if phase is Phase.OPEN or len(live) >= _probes(state, policy):
         return state, None
     lease_until_s = now_s + policy.probe_lease_s
     return replace(state, leases=(*live, lease_until_s)), Permit(state.generation, lease_until_s)
@@ -141,7 +141,7 @@ def wait_s(state: BreakerState, policy: BreakerPolicy, now_s: float) -> float:
         assert state.opened_at_s is not None
         return state.opened_at_s + policy.timeout_s - now_s
     live = _live(state, now_s)
-    if phase is Phase.CLOSED or state.successes + len(live) < policy.success_threshold:
+    if phase is Phase.CLOSED or len(live) < _probes(state, policy):
         return 0.0
     return min(live) - now_s
 
@@ -198,6 +198,12 @@ def _counted(state: BreakerState, policy: BreakerPolicy, now_s: float, outcome: 
 
 def _opened(state: BreakerState, now_s: float) -> BreakerState:
     return BreakerState(state.generation + 1, opened_at_s=now_s)
+
+
+def _probes(state: BreakerState, policy: BreakerPolicy) -> int:
+    """How many probes may be out at once."""
+    # As many have succeeded already where the threshold was lowered meanwhile: one more closes the breaker.
+    return max(policy.success_threshold - state.successes, 1)
 
 
 def _live(state: BreakerState, now_s: float) -> tuple[float, ...]:

@@ -185,6 +185,18 @@ def test_no_more_probes_get_through_than_successes_are_missing(shared: Callable[
     assert 50 < caught.value.retry_after_s <= 60
 
 
+def test_nodes_with_a_lower_success_threshold_take_up_the_breaker_of_others(
+    shared: Callable[..., SharedBreaker], client: redis.Redis
+) -> None:
+    others = BreakerState(generation=1, opened_at_s=1, successes=POLICY.success_threshold)
+    client.set(Keys().breaker(PROVIDER), others.to_json())
+    breaker = shared(replace(POLICY, probe_lease_s=60))
+    probe = breaker.admit(0)
+    with pytest.raises(CircuitOpen):
+        breaker.admit(0)
+    assert breaker.record(probe, Outcome.SUCCESS, None) is Phase.CLOSED
+
+
 def test_a_clock_that_was_set_back_shuts_nobody_out(shared: Callable[..., SharedBreaker], client: redis.Redis) -> None:
     breaker = shared(limits=Limits(requests=20))
     far_s = time.time() + 300

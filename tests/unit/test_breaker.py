@@ -111,6 +111,19 @@ def test_probes_that_hang_for_ever_give_way_to_others() -> None:
     assert phase_of(state, POLICY, late_s + 5) is Phase.CLOSED
 
 
+@pytest.mark.parametrize("outcome", [Outcome.SUCCESS, Outcome.FAILURE])
+def test_a_success_threshold_that_was_lowered_meanwhile_lets_one_more_probe_decide(outcome: Outcome) -> None:
+    # Two succeeded where three were asked for; now two would do.
+    state = replace(opened(), successes=POLICY.success_threshold)
+    assert wait_s(state, POLICY, 10) == 0
+    state, permit = admit(state, POLICY, 10)
+    assert permit
+    assert wait_s(state, POLICY, 10) == POLICY.probe_lease_s
+    assert admit(state, POLICY, 10) == (state, None)
+    told = record(state, POLICY, 11, permit, outcome)
+    assert phase_of(told, POLICY, 11) is (Phase.CLOSED if outcome is Outcome.SUCCESS else Phase.OPEN)
+
+
 def test_a_probe_that_was_given_up_makes_room_at_once() -> None:
     state, _ = admit(opened(), POLICY, 10)
     state, permit = admit(state, POLICY, 10)

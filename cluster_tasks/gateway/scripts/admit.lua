@@ -24,7 +24,8 @@ if breaker.opened_at_s then
   for _, until_s in ipairs(breaker.leases or {}) do
     if until_s > now and until_s <= now + ARGV[7] + ARGV[3] + 1 then table.insert(leases, until_s) end
   end
-  local full = breaker.successes + #leases >= tonumber(ARGV[2])
+  -- As many may have succeeded already where the threshold was lowered meanwhile: one more closes the breaker.
+  local full = #leases >= math.max(ARGV[2] - breaker.successes, 1)
   if full then return {'open', tostring(math.min(unpack(leases)) - now)} end
 end
 local requests, tokens, more, wait, second = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]), 0, ''
