@@ -51,6 +51,8 @@ CLAIM_AFTER_S = 30.0
 REFUSED_TRIES = 5
 PASSING = frozenset({408, 425, 429})
 """Statuses from 300 on and below 500 that may be others the next time."""
+PUT_OFF_AFTER_S = 60.0
+"""An alert that a webhook has answered for so long, and never taken, lets the others pass: it may be the only one."""
 OLDEST_S = 24 * 3600.0
 
 
@@ -163,7 +165,7 @@ class AlertSender:
     def __init__(
         self, queue: AlertQueue, webhook: Webhook, cluster: str, clock: Clock,
         may_send: Callable[[], bool] = lambda: True, first_wait_s: float = 1.0,
-        longest_wait_s: float = LONGEST_WAIT_S,
+        longest_wait_s: float = LONGEST_WAIT_S, put_off_after_s: float = PUT_OFF_AFTER_S,
     ) -> None:  # fmt: skip
         self._queue, self._webhook, self._cluster, self._clock, self._may_send = (
             queue,
@@ -173,6 +175,9 @@ class AlertSender:
             may_send,
         )
         self._first_wait_s, self._longest_wait_s = first_wait_s, longest_wait_s
+        self._put_off_after_s = put_off_after_s
+        self._put_off: set[str] = set()
+        """The ids of alerts that let others pass. They are tried once whenever they come up again."""
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self._healthy = True
@@ -203,33 +208,41 @@ class AlertSender:
                 self._stopping.wait(LOOK_S)
 
     def _handle(self, event_id: str, event: ClusterEvent | None) -> None:
-        if event is not None and event.kind in ALERTS:
-            if self._clock.time() - event.timestamp > OLDEST_S:
-                logger.warning("an alert of yesterday is not sent any more: %s %s", event.kind, event.facts)
-            elif not self._deliver(event):
-                return
+        if event is not None and event.kind in ALERTS and not self._deliver(event):
+            return
+        self._put_off.discard(event_id)
         self._queue.done(event_id)
 
     def _deliver(self, event: ClusterEvent) -> bool:
-        """Try until the webhook takes it, or refuses it for good; False if this sender ends before."""
+        """Try until the webhook takes it or refuses it for good, or it is too old.
+
+        False if this sender ends before, or the alert is put off: then it is pending, and comes up again.
+        """
         told = {"id": event.id, "cluster": self._cluster, "kind": event.kind, "timestamp": event.timestamp}
         body = json.dumps({**told, "facts": event.facts}).encode()
-        tries = wait_s = 0.0
+        tries, wait_s, began_s = 0, 0.0, self._clock.monotonic()
         while not self._stopping.wait(wait_s):
+            if self._clock.time() - event.timestamp > OLDEST_S:
+                logger.warning("an alert of yesterday is not sent any more: %s %s", event.kind, event.facts)
+                return True
             with suppress(BrokerUnavailable):
                 self._queue.keep(event.id)
-            tries, problem, is_refused = tries + 1, *self._try(event.id, body)
+            tries, (problem, status) = tries + 1, self._try(event.id, body)
             if not problem:
                 return True
-            if is_refused and tries >= REFUSED_TRIES:
+            if 0 < status < 500 and status not in PASSING and tries >= REFUSED_TRIES:
                 logger.error("the webhook refuses an alert (%s): %s %s", problem, event.kind, event.facts)
                 return True
+            tried_s = self._clock.monotonic() - began_s
+            if status >= 500 and (event.id in self._put_off or tried_s > self._put_off_after_s):
+                self._put_off.add(event.id)
+                return False
             # Many senders that saw the same outage must not come back at the same moment.
-            wait_s = min(self._first_wait_s * 2.0 ** (tries - 1), self._longest_wait_s) * random.uniform(0.5, 1)
+            wait_s = min(self._first_wait_s * 2.0 ** min(tries - 1, 30), self._longest_wait_s) * random.uniform(0.5, 1)
         return False
 
-    def _try(self, event_id: str, body: bytes) -> tuple[str, bool]:
-        """Return what was wrong, if anything, and whether the webhook does not want it."""
+    def _try(self, event_id: str, body: bytes) -> tuple[str, int]:
+        """Return what was wrong, if anything, and the status of the answer; 0 if there was none."""
         problem, status = "", 0
         try:
             status = self._webhook.post(event_id, str(int(self._clock.time())), body)
@@ -245,4 +258,4 @@ class AlertSender:
                 f"does not take one, it is tried again: {problem}" if problem else "works again",
             )
         self._healthy = not problem
-        return problem, 0 < status < 500 and status not in PASSING
+        return problem, status

@@ -12,12 +12,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler
+from typing import Any
 
 import pytest
 import redis
 
-from cluster_tasks.clock import SystemClock
-from cluster_tasks.failover.alerts import ALERTS, REFUSED_TRIES, AlertQueue, AlertSender, Webhook
+from cluster_tasks.clock import ManualClock, SystemClock
+from cluster_tasks.failover.alerts import ALERTS, OLDEST_S, REFUSED_TRIES, AlertQueue, AlertSender, Webhook
 from cluster_tasks.failover.events import EventLog
 from cluster_tasks.keys import Keys
 from cluster_tasks.redis_store import connect
@@ -55,7 +56,8 @@ def new_sender(client: redis.Redis, hook: Hook) -> Iterator[NewSender]:
         queue = AlertQueue(client, Keys(), claim_after_s)
         queue.next(0.001)
         webhook = Webhook(url or hook.url, SECRET, timeout_s)
-        senders.append(AlertSender(queue, webhook, "cluster", SystemClock(), first_wait_s=0.05, **options))  # type: ignore[arg-type]
+        given: Any = {"clock": SystemClock(), "first_wait_s": 0.05, **options}
+        senders.append(AlertSender(queue, webhook, "cluster", **given))
         senders[-1].start()
         return senders[-1]
 
@@ -163,6 +165,52 @@ def test_a_redirect_is_not_followed_and_a_refusal_does_not_hold_up_the_others(
     wait_until(lambda: hook.taken and nothing_is_pending(client), message="the second arrives")
     assert [event["facts"]["node"] for event in hook.taken] == ["taken"]
     assert all("method" not in headers for headers, _ in hook.requests)
+
+
+class CannotTake:
+    """A webhook that answers 500 to alerts of this node, and takes all others."""
+
+    def __init__(self, hook: Hook, node: str) -> None:
+        self._hook, self._node, self.refused = hook, node, 0
+        hook.behave = self
+
+    def __call__(self, handler: BaseHTTPRequestHandler) -> None:
+        event = json.loads(self._hook.requests[-1][1])
+        is_taken = event["facts"]["node"] != self._node
+        if is_taken:
+            self._hook.taken.append(event)
+        else:
+            self.refused += 1
+        handler.send_response(200 if is_taken else 500)
+        handler.end_headers()
+
+
+def test_an_alert_that_the_webhook_cannot_take_lets_the_others_pass_and_is_tried_again(
+    client: redis.Redis, events: EventLog, hook: Hook, new_sender: NewSender
+) -> None:
+    failing = CannotTake(hook, "bad")
+    new_sender(claim_after_s=0.5, longest_wait_s=0.1, put_off_after_s=0.3)
+    events.add("node lost", node="bad")
+    for number in range(3):
+        events.add("node lost", node=str(number))
+    wait_until(lambda: len(hook.taken) == 3, message="the others arrive")
+    seen = failing.refused
+    wait_until(lambda: failing.refused > seen + 1, message="it is tried again")
+    hook.behave = None
+    wait_until(lambda: len(hook.taken) == 4 and nothing_is_pending(client), message="it arrives")
+    assert [event["facts"]["node"] for event in hook.taken] == ["0", "1", "2", "bad"]
+
+
+def test_an_alert_that_has_become_too_old_while_it_was_tried_is_given_up(
+    client: redis.Redis, events: EventLog, hook: Hook, new_sender: NewSender
+) -> None:
+    failing, clock = CannotTake(hook, "bad"), ManualClock(time.time())
+    new_sender(clock=clock, longest_wait_s=0.1)
+    events.add("node lost", node="bad")
+    wait_until(lambda: failing.refused > 1, message="it is tried")
+    clock.advance(OLDEST_S + 60)
+    wait_until(lambda: nothing_is_pending(client), message="it is given up")
+    assert not hook.taken
 
 
 def test_what_a_killed_sender_was_at_is_sent_by_another(
