@@ -32,7 +32,12 @@ class Keys:
 
     def node_queue(self, node_id: str) -> str:
         """The list of a node. Raises ValueError for an id that could escape its name space."""
-        return f"{self._queue_prefix}node.{check_node_id(node_id)}"
+        return self.node_prefix + check_node_id(node_id)
+
+    @property
+    def node_prefix(self) -> str:
+        """What precedes the id of a node in the name of its list."""
+        return f"{self._queue_prefix}node."
 
     def waiting_queue(self, request_type: str) -> str:
         """The list of jobs of one type that have no node."""
@@ -54,7 +59,7 @@ class Keys:
 
     def node_of(self, queue: str) -> str | None:
         """The id of the node one of whose lists ``queue`` is, or None."""
-        prefix = f"{self._queue_prefix}node."
+        prefix = self.node_prefix
         return queue[len(prefix) :].removesuffix(BOUND) if queue.startswith(prefix) else None
 
     def owns(self, queue: str) -> bool:
@@ -150,7 +155,12 @@ class Keys:
 
     def unacked(self, node_id: str, epoch: str) -> str:
         """Hash tag → message of what one epoch of a node holds."""
-        return f"{self.name}:unacked:{check_node_id(node_id)}/{epoch}"
+        return f"{self.unacked_prefix}{check_node_id(node_id)}/{epoch}"
+
+    @property
+    def unacked_prefix(self) -> str:
+        """What precedes node and epoch in the names of these hashes."""
+        return f"{self.name}:unacked:"
 
     def not_started(self, node_id: str, epoch: str) -> str:
         """Set of the tags that an epoch holds and has not begun to work on. All others it is at work on."""

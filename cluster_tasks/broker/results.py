@@ -6,6 +6,7 @@ whatever database of it: a script cannot span two servers.
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from celery.exceptions import TaskRevokedError
 from kombu.exceptions import OperationalError
 from kombu.utils.encoding import bytes_to_str
 
+from cluster_tasks.broker import deliveries
 from cluster_tasks.broker.message import Delivery
 from cluster_tasks.broker.sequels import being_ended, ending
 from cluster_tasks.errors import EndNotStored, StaleCommit
@@ -46,7 +48,7 @@ ENDED_LIVES_S = 300
 SEQUELS_LIVE_S = 3600
 """How long it is remembered what has followed an end that is committed: a crash makes others look at it again."""
 REVOKED_UNHELD = "revoked"
-"""The marker of a job that was revoked while no node held it."""
+"""The marker of a job that was revoked while no node held it, or one that had not begun it."""
 _error_before: ContextVar[BaseException | None] = ContextVar("error_before", default=None)
 _NOT_OF_THE_CHORD = (redis.ConnectionError, redis.TimeoutError, OperationalError, EndNotStored, StaleCommit)
 """What keeps a node from publishing the body of a chord, and is no failure of the chord."""
@@ -264,8 +266,12 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
             return run_script(self.client, self._commit_script, names, arguments)
 
     def _end_unheld(self, task_id: str, encoded: Any) -> None:
-        names = [self._keys.terminal(task_id), bytes_to_str(self.get_key_for_task(task_id))]
-        self._end_unheld_script(names, [REVOKED_UNHELD, encoded, int(self.expires or 0)])
+        keys, node = self._keys, deliveries.current()
+        names = [keys.terminal(task_id), bytes_to_str(self.get_key_for_task(task_id)), keys.epochs]
+        own = node.unacked_key if node is not None and node.epoch else ""
+        named = json.dumps(bytes_to_str(task_id))
+        arguments = [REVOKED_UNHELD, encoded, int(self.expires or 0), keys.node_prefix, keys.unacked_prefix, own]
+        self._end_unheld_script(names, [*arguments, f'"id": {named}', f'"id":{named}'])
 
     def _job_keys(self, delivery: Delivery, task_id: str) -> tuple[str, str, str]:
         keys, result = self._keys, bytes_to_str(self.get_key_for_task(task_id))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,10 +11,12 @@ from celery import Celery
 from celery.app.task import Context
 
 from cluster_tasks import Cluster
+from cluster_tasks.broker.deliveries import Deliveries, install
 from cluster_tasks.broker.message import DELIVERY_PROPERTY, Delivery
 from cluster_tasks.broker.sequels import complete
+from cluster_tasks.clock import ManualClock
 from cluster_tasks.errors import EndNotStored, StaleCommit
-from tests.broker import Broker
+from tests.broker import Broker, make_message
 from tests.waiting import wait_until
 
 
@@ -31,11 +34,11 @@ def epoch(broker: Broker) -> str:
     return broker.open("a")
 
 
-def take(broker: Broker, epoch: str, job_id: str, **embedded: Any) -> Context:
-    """Let the node ``a`` fetch a job; return the request that its task has."""
+def take(broker: Broker, epoch: str, job_id: str, node_id: str = "a", **embedded: Any) -> Context:
+    """Let a node fetch a job; return the request that its task has."""
     broker.publish(job_id)
-    (tag,) = broker.fetch("a", epoch).messages
-    return Context({"id": job_id, "properties": {DELIVERY_PROPERTY: ["a", epoch, tag]}, **embedded})
+    (tag,) = broker.fetch(node_id, epoch).messages
+    return Context({"id": job_id, "properties": {DELIVERY_PROPERTY: [node_id, epoch, tag]}, **embedded})
 
 
 def stale(broker: Broker) -> int:
@@ -164,14 +167,55 @@ def test_what_follows_an_end_can_be_done_later_though_nobody_wanted_the_result(
 
 
 def test_a_job_that_was_revoked_in_its_list_cannot_succeed_any_more(broker: Broker, app: Celery, epoch: str) -> None:
-    request = take(broker, epoch, "job")
+    broker.publish("job")
     app.backend.mark_as_revoked("job", "revoked")
     assert app.AsyncResult("job").state == "REVOKED"
+    (tag,) = broker.fetch("a", epoch).messages
+    request = Context({"id": "job", "properties": {DELIVERY_PROPERTY: ["a", epoch, tag]}})
     with pytest.raises(StaleCommit):
         app.backend.mark_as_done("job", 42, request=request)
     # Who finds it so in its list has nothing to object.
     app.backend.mark_as_revoked("job", "revoked", request=request)
     assert not broker.held("a", epoch)
+
+
+def test_what_another_node_holds_may_run_and_is_not_ended_by_a_revocation(
+    broker: Broker, app: Celery, epoch: str
+) -> None:
+    request = take(broker, epoch, "job")
+    take(broker, broker.open("b"), "other", node_id="b")
+    app.backend.mark_as_revoked("job", "revoked")
+    assert app.AsyncResult("job").state == "PENDING"
+    app.backend.mark_as_done("job", 42, request=request)
+    assert app.AsyncResult("job").result == 42
+    assert stale(broker) == 0
+
+
+def test_a_node_that_holds_a_job_and_does_not_run_it_ends_it_at_its_revocation(
+    broker: Broker, app: Celery, epoch: str
+) -> None:
+    request = take(broker, epoch, "job")
+    register = Deliveries("a", (), broker.keys, broker.client, ManualClock(), lambda: 1)
+    register.begin(epoch)
+    install(register)
+    try:
+        app.backend.mark_as_revoked("job", "revoked")
+    finally:
+        install(None)
+    assert app.AsyncResult("job").state == "REVOKED"
+    app.backend.mark_as_revoked("job", "revoked", request=request)
+    assert not broker.held("a", epoch)
+
+
+def test_a_job_that_comes_of_one_that_is_held_is_ended_by_its_revocation(
+    broker: Broker, app: Celery, epoch: str
+) -> None:
+    message = json.loads(make_message("held"))
+    message["headers"].update(root_id="job", parent_id="job")
+    broker.put(json.dumps(message).encode())
+    broker.fetch("a", epoch)
+    app.backend.mark_as_revoked("job", "revoked")
+    assert app.AsyncResult("job").state == "REVOKED"
 
 
 def test_a_revocation_that_comes_too_late_changes_nothing(broker: Broker, app: Celery, epoch: str) -> None:

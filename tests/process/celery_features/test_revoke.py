@@ -72,6 +72,16 @@ def test_a_step_of_a_chain_can_be_revoked_before_its_turn(jobs: Jobs, gate: Gate
     assert jobs.notes("revoked step") == []
 
 
+def test_a_running_job_that_is_revoked_without_force_goes_on(jobs: Jobs, gate: Gate) -> None:
+    result = jobs.hold.delay(gate.name)
+    jobs.wait_started(result)
+    jobs.command("revoke", task_id=result.id)
+    assert result.state == states.PENDING
+    gate.open()
+    assert result.get(timeout=END_S) in jobs.node_ids
+    assert result.state == states.SUCCESS
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL", "SIGUSR1"])
 def test_a_running_job_is_ended_by_force_and_not_run_again(jobs: Jobs, name: str) -> None:
     result = jobs.hold.delay("nothing")
