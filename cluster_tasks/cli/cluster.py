@@ -176,7 +176,7 @@ def _counts(counts: Mapping[str, int]) -> str:
 
 @cluster.command()
 @click.argument("node")
-@click.option("--wait", is_flag=True, help="Wait until it runs nothing any more.")
+@click.option("--wait", is_flag=True, help="Wait until it holds nothing any more.")
 @click.option("--timeout", type=click.FloatRange(min=0), metavar="SECONDS",
               help="Wait so long; then others run what it still runs.")  # fmt: skip
 @json_option
@@ -199,7 +199,12 @@ def drain(cluster: Cluster, node: str, wait: bool, timeout: float | None, as_jso
         told = {"node": node_id, "status": NodeStatus.DRAINING, "handed_over": moved.listed}
         print_json(told | ({"handed_back": moved.held} if waited else {}))
     else:
-        ended = f"; it runs nothing any more; jobs handed back: {moved.held}" if waited else ""
+        ended = "; it holds nothing any more" if waited else ""
+        if moved.held:
+            # Threads go on to their end, and so do processes where on_fenced is "abandon".
+            ended = (
+                f"; jobs handed back: {moved.held}; others run them, and what {node_id} goes on with is not committed"
+            )
         click.echo(f"{node_id} is draining; jobs handed over: {moved.listed}{ended}")
 
 

@@ -301,6 +301,17 @@ def test_jobs_go_to_others_while_a_node_drains(jobs: Jobs, new_worker: Callable[
         assert {result.get(timeout=END_S) for result in results} == {"b@test"}
 
 
+def test_a_node_that_was_drained_in_vain_is_not_said_to_run_nothing(jobs: Jobs) -> None:
+    joined = join(jobs, node_of("a"))
+    jobs.cluster.client.hset(jobs.cluster.keys.unacked(joined.id, joined.epoch), "1.1.1", make_message("held", "llm"))
+    assert ask(jobs.app, "drain", "a", "--timeout", "0").output == (
+        "a@host is draining; jobs handed over: 0; jobs handed back: 1; "
+        "others run them, and what a@host goes on with is not committed\n"
+    )
+    again = ask(jobs.app, "drain", "a", "--timeout", "0").output
+    assert again == "a@host is draining; jobs handed over: 0; it holds nothing any more\n"
+
+
 @pytest.mark.parametrize("command", ["drain", "resume"])
 def test_the_nearest_name_is_told_for_an_unknown_node(command: str, jobs: Jobs) -> None:
     join(jobs, node_of("gpu1"))
