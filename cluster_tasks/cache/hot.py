@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 
+from cluster_tasks.cache.base import check_keys, check_namespace
 from cluster_tasks.cache.connection import CacheConnection, Command
 from cluster_tasks.cache.local import Memory, Place
 from cluster_tasks.clock import Clock
@@ -73,5 +74,9 @@ class HotKeys:
 
 def _places(members: list[bytes]) -> Iterator[Place]:
     for member in members:
-        namespace, _, key = text(member).partition("\0")
-        yield namespace, key
+        try:
+            namespace, _, key = text(member).partition("\0")
+            check_keys([key])
+            yield check_namespace(namespace), key
+        except ValueError:  # Somebody else wrote it; a node begins without.
+            continue
