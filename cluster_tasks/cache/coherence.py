@@ -20,6 +20,7 @@ from secrets import token_hex
 
 import redis
 
+from cluster_tasks.cache.base import check_keys, check_namespace
 from cluster_tasks.cache.connection import CacheConnection, Call
 from cluster_tasks.cache.forks import renewed_after_fork
 from cluster_tasks.clock import Clock
@@ -84,11 +85,11 @@ class Coherence:
                 # The first state, too: in a Redis Cluster it may be younger than a value that was asked for with it.
                 self._drop(namespace, None)
             self._states[namespace] = state
-        if self._drops and self._listener is None:
+        if self._drops and (self._listener is None or not self._listener.is_alive()):
             self._listen()
         return state
 
-    def announce(self, namespace: str, keys: Sequence[str] | None, *, new_generation: bool = False) -> str:
+    def announce(self, namespace: str, keys: Sequence[str] | None, *, new_generation: bool = False) -> str | None:
         """Tell all processes that keys, or all keys, have changed; return the present generation.
 
         Raises CacheUnavailable: then some may not know.
@@ -115,10 +116,12 @@ class Coherence:
         self._lock, self._listener = threading.Lock(), None
         self._states = {}
 
-    def hear(self, message: bytes | str) -> str:
-        """Take in what was told; return the generation of which it tells."""
-        before, change, generation, said = text(message).split(" ", 3)
-        namespace, keys = json.loads(said)
+    def hear(self, message: bytes | str) -> str | None:
+        """Take in what was told; return the generation of which it tells, None if it is no message of ours."""
+        read = _read(message)
+        if read is None:
+            return None
+        before, change, generation, namespace, keys = read
         now_s = self._clock.monotonic()
         with self._lock:
             state = self._states.get(namespace)
@@ -156,3 +159,14 @@ class Coherence:
             except (CacheUnavailable, redis.RedisError, OSError, ValueError) as exc:
                 logger.debug("changes of the cache are not heard for now: %s", exc)
                 time.sleep(AGAIN_S)
+
+
+def _read(message: bytes | str) -> tuple[str, str, str, str, list[str] | None] | None:
+    """Return the change before, the change, the generation, the namespace and its keys; None: somebody else spoke."""
+    try:
+        before, change, generation, said = text(message).split(" ", 3)
+        namespace, keys = json.loads(said)
+        return before, change, generation, check_namespace(namespace), None if keys is None else check_keys(keys)
+    except (ValueError, TypeError, RecursionError) as exc:
+        logger.debug("not a change of the cache: %r", exc)
+        return None
