@@ -15,28 +15,39 @@ def escape(text: str) -> str:
 
 def compile_pattern(pattern: str) -> re.Pattern[str]:
     """Return what matches the whole of a key that ``pattern`` describes. Raises ValueError if it ends too early."""
-    expression, position = "", 0
+    pieces, position = [""], 0
     while position < len(pattern):
         character, position = pattern[position], position + 1
         if character == "*":
-            expression += ".*"
+            pieces.append("")
         elif character == "?":
-            expression += "."
+            pieces[-1] += "."
         elif character == "[":
             characters, position = _characters(pattern, position)
-            expression += characters
+            pieces[-1] += characters
         elif character == "\\":
             if position == len(pattern):
                 raise ValueError(f"pattern {pattern!r} ends with a backslash: write two for one")
-            expression, position = expression + re.escape(pattern[position]), position + 1
+            pieces[-1] += re.escape(pattern[position])
+            position += 1
         else:
-            expression += re.escape(character)
-    return re.compile(expression, re.DOTALL)
+            pieces[-1] += re.escape(character)
+    return re.compile(_joined(pieces), re.DOTALL)
 
 
 def beginning(pattern: str) -> str:
     """Return with what every key begins that ``pattern`` matches."""
     return re.split(r"[*?\[\\]", pattern, maxsplit=1)[0]
+
+
+def _joined(pieces: list[str]) -> str:
+    """Return the expression of pieces with stars between them, which takes no longer the more there are."""
+    first, *others = pieces
+    if not others:
+        return first
+    # Where a piece fits first is as good as any later place, for all pieces are of a fixed length: (?>) tries no other.
+    between = "".join(f"(?>.*?{piece})" for piece in others[:-1] if piece)
+    return f"{first}{between}.*{others[-1]}"
 
 
 def _characters(pattern: str, position: int) -> tuple[str, int]:

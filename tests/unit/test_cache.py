@@ -119,6 +119,28 @@ def test_a_pattern_matches_as_in_redis(pattern: str, matching: list[str], others
     assert all(text.startswith(beginning(pattern)) for text in matching)
 
 
+def reference(pattern: str, text: str) -> bool:
+    """Whether a pattern of stars, question marks and letters matches, by what the words say."""
+    if not pattern:
+        return not text
+    if pattern[0] == "*":
+        return any(reference(pattern[1:], text[start:]) for start in range(len(text) + 1))
+    return bool(text) and pattern[0] in ("?", text[0]) and reference(pattern[1:], text[1:])
+
+
+@given(st.text("ab*?", max_size=7), st.text("ab", max_size=7))
+def test_stars_match_as_their_words_say(pattern: str, text: str) -> None:
+    assert bool(compile_pattern(pattern).fullmatch(text)) == reference(pattern, text)
+
+
+def test_many_stars_take_no_longer_than_a_look_at_the_key() -> None:
+    # One that tries again what cannot fit would not end within the life of the machine.
+    for pattern in ("*a" * 20 + "*b", "*" * 500 + "b", "*[a-z]?" * 20 + "b"):
+        matches = compile_pattern(pattern).fullmatch
+        assert not matches("a" * 1_024)
+        assert matches("a" * 1_024 + "b")
+
+
 @pytest.mark.parametrize("pattern", ["[", "[a", "[^", r"[a\]", "a\\"])
 def test_a_pattern_that_ends_too_early_is_refused(pattern: str) -> None:
     with pytest.raises(ValueError, match="pattern"):
