@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import atexit
 import logging
+from collections.abc import Iterator, Mapping
 from threading import Lock
 from weakref import WeakSet
 
 from cluster_tasks.cache.base import Cache, check_namespace
-from cluster_tasks.cache.connection import CacheConnection, Command
+from cluster_tasks.cache.connection import CacheConnection, Command, refused
 from cluster_tasks.cache.counters import Counters
 from cluster_tasks.cache.forks import renewed_after_fork
 from cluster_tasks.cache.hot import HotKeys
@@ -85,7 +86,7 @@ class Caches:
         if self.shared is None:
             return {}
         (counted,) = self.shared.connection.pipeline([("HGETALL", self.shared.keys.cache_counters)], "reading counters")
-        return {text(name): float(number) for name, number in counted.items()}
+        return dict(_numbers(counted))
 
     def flush(self) -> None:
         """Add what this process has counted to the sums; that is done with every reading of a state, too."""
@@ -98,7 +99,8 @@ class Caches:
         if not commands:
             return
         try:
-            self.shared.connection.pipeline(commands, "counting")
+            replies = self.shared.connection.pipeline(commands, "counting", may_refuse=True)
+            self.counters.give_back(refused(taken, replies))
         except CacheUnavailable as exc:
             self.counters.give_back(taken)
             logger.debug("not counted yet: %s", exc)
@@ -115,6 +117,14 @@ class Caches:
             return LocalCache(self.memory, name, self._ttl_s)
         remote = RedisCache(self.shared, name, self._ttl_s, staleness_s)
         return TieredCache(self.memory, remote) if staleness_s else remote
+
+
+def _numbers(counted: Mapping[bytes, bytes]) -> Iterator[tuple[str, float]]:
+    for name, number in counted.items():
+        try:
+            yield text(name), float(number)
+        except ValueError:  # Somebody else wrote it.
+            continue
 
 
 def create_caches(settings: ClusterSettings, keys: Keys, clock: Clock) -> Caches:

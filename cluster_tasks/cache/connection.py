@@ -1,13 +1,15 @@
 """The Redis that a cache lives in: one server, one behind Sentinel, or a Redis Cluster.
 
-A cache that is away must cost nothing: after one short time-out it is left alone for a while.
+A cache that is away must cost nothing: after one short time-out it is left alone for a while. That it refuses a
+command, as the key is of another type, or there is no room, or it is a replica, says nothing of the others.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from threading import Lock
 from typing import Any
@@ -33,6 +35,9 @@ SCRIPTS = ("announce", "hold", "lease", "put", "remove", "store")
 ATTEMPTS_MORE = 1
 """How often a command is sent again when a Redis Cluster has lost a master, to whoever took its place."""
 
+OUTAGES = (redis.exceptions.ClusterDownError, redis.exceptions.AuthenticationWrongNumberOfArgsError)
+"""Replies of a server that does nothing for us; redis-py makes others of them errors of the connection."""
+
 Command = tuple[Any, ...]
 Call = tuple[str, Sequence[str], Sequence[Any]]
 """A script of this package, its keys, which are all in one slot, and its arguments."""
@@ -42,10 +47,30 @@ _POLICY = BreakerPolicy(
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Stands for the reply to a command that Redis refused."""
+
+    reason: str
+
+    @property
+    def is_for_type(self) -> bool:
+        """Whether what is under the key is of another type: somebody else wrote it."""
+        return self.reason.startswith("WRONGTYPE")
+
+
+def refused(sent: Mapping[str, float], replies: Sequence[Any]) -> dict[str, float]:
+    """Return what of ``sent`` was refused, by the replies to its commands and any that follow."""
+    return {
+        name: number for (name, number), reply in zip(sent.items(), replies, strict=False) if isinstance(reply, Refusal)
+    }
+
+
 class CacheConnection:
     """Sends commands to the Redis of a cache. Safe to share between threads, and in forked children.
 
-    Every method raises CacheUnavailable: after one time-out, and at once while the cache is left alone.
+    Every method raises CacheUnavailable: after one time-out, at once while the cache is left alone, and for what Redis
+    refuses.
     """
 
     def __init__(self, url: str, clock: Clock, *, timeout_s: float = 0.5, sentinel_master: str = "mymaster") -> None:
@@ -55,16 +80,26 @@ class CacheConnection:
         self._clock, self._timeout_s = clock, timeout_s
         self._lock = Lock()
         self._breaker = Breaker(_POLICY, clock)
+        self._told: set[tuple[type, str]] = set()
+        """The kinds of refusals that are in the log."""
         renewed_after_fork(self)
 
-    def pipeline(self, commands: Sequence[Command], doing: str) -> list[Any]:
-        """Send commands in one round trip, in a Redis Cluster one to each master concerned; return their replies."""
+    def pipeline(self, commands: Sequence[Command], doing: str, *, may_refuse: bool = False) -> list[Any]:
+        """Send commands in one round trip, in a Redis Cluster one to each master concerned; return their replies.
+
+        ``may_refuse``: in the place of the reply to a command that is refused is a Refusal.
+        """
         with self._asking(doing):
             pipe = self.client.pipeline(transaction=False) if not self.is_cluster else self.client.pipeline()
             for command in commands:
                 pipe.execute_command(*command)
-            replies: list[Any] = pipe.execute()
-            return replies
+            replies: list[Any] = pipe.execute(raise_on_error=False)
+            errors = [reply for reply in replies if isinstance(reply, Exception)]
+            if outages := [error for error in errors if _is_outage(error)]:
+                raise outages[0]
+            if errors and not may_refuse:
+                raise errors[0]
+        return [self._refusal(reply, doing) if isinstance(reply, Exception) else reply for reply in replies]
 
     def run(self, script: str, keys: Sequence[str], arguments: Sequence[Any], *, insist: bool = False) -> Any:
         """Run a script of this package, all of whose keys are in one slot; with ``insist`` never without an attempt."""
@@ -142,6 +177,9 @@ class CacheConnection:
             outcome = Outcome.SUCCESS
         except (redis.RedisError, RedisClusterException, OSError) as exc:
             outcome = Outcome.FAILURE
+            if not _is_outage(exc):
+                outcome = Outcome.SUCCESS
+                self._refusal(exc, doing)
             raise CacheUnavailable(f"{doing}: {type(exc).__name__}: {exc}") from exc
         finally:
             news = self._breaker.record(permit, outcome) if permit is not None else None
@@ -149,6 +187,23 @@ class CacheConnection:
                 logger.warning("cache unavailable, jobs run without it: %s", doing)
             elif news is Phase.CLOSED:
                 logger.info("cache available again")
+
+    def _refusal(self, error: Exception, doing: str) -> Refusal:
+        kind = type(error), str(error).partition(" ")[0]
+        if kind not in self._told:
+            self._told.add(kind)
+            logger.warning("the cache refused a command, jobs run on: %s: %s", doing, error)
+        return Refusal(str(error))
+
+
+def _is_outage(error: Exception) -> bool:
+    """Whether an error says that nothing can be asked of the cache; if not, it is about one command."""
+    return (
+        not isinstance(error, redis.ResponseError)
+        or isinstance(error, OUTAGES)
+        # A script of somebody else does not end.
+        or str(error).startswith("BUSY ")
+    )
 
 
 def _maker(url: str, timeout_s: float, sentinel_master: str) -> Callable[[], Client]:

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterator
 
 from cluster_tasks.cache.base import check_keys, check_namespace
-from cluster_tasks.cache.connection import CacheConnection, Command
+from cluster_tasks.cache.connection import CacheConnection, Command, Refusal
 from cluster_tasks.cache.local import Memory, Place
 from cluster_tasks.clock import Clock
 from cluster_tasks.errors import CacheUnavailable
@@ -64,8 +64,9 @@ class HotKeys:
 
     def _hottest_of(self, node_id: str) -> list[Place]:
         commands = [("ZREVRANGE", self._sums(node_id, ago), 0, WARMED - 1) for ago in (0, 1)]
-        replies = self._connection.pipeline(commands, "reading hot keys")
-        found = dict.fromkeys(place for members in replies for place in _places(members))
+        replies = self._connection.pipeline(commands, "reading hot keys", may_refuse=True)
+        known = [members for members in replies if not isinstance(members, Refusal)]
+        found = dict.fromkeys(place for members in known for place in _places(members))
         return list(found)[:WARMED]
 
     def _sums(self, node_id: str, ago: int) -> str:

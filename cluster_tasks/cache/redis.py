@@ -14,7 +14,7 @@ from typing import Any
 
 from cluster_tasks.cache.base import Cache, Reading, check_kept, check_keys, check_ttl
 from cluster_tasks.cache.coherence import Coherence, State
-from cluster_tasks.cache.connection import CacheConnection, Call, Command
+from cluster_tasks.cache.connection import CacheConnection, Call, Command, Refusal, refused
 from cluster_tasks.cache.counters import Counters, count_found
 from cluster_tasks.cache.entry import Entry, pack, unpack
 from cluster_tasks.cache.hot import HotKeys
@@ -225,24 +225,34 @@ class RedisCache(Cache):
             # In this order: a value that is replaced in between gets what was left of the one before, never more.
             commands += [("PTTL", self._entry(key)), ("GET", self._entry(key))]
         try:
-            replies = self._send(commands, "reading the cache")
+            replies = self._send(commands, "reading the cache", may_refuse=True)
         except CacheUnavailable:
             self.counters.give_back(counted)
             raise
         if state is None:
+            self.counters.give_back(refused(counted, replies[1:]))
+            if isinstance(replies[0], Refusal):
+                raise CacheUnavailable(f"reading the state of {self.namespace}: {replies[0].reason}")
             generation, change = replies[0]
             if generation is None or change is None:
                 # Nobody has used the namespace yet, or Redis needed the room.
                 coherence.announce(self.namespace, None)
                 return self._fetch(keys)
             state = coherence.learn(self.namespace, generation, change, asked_at_s)
-        found = zip(keys, replies[ahead::2], replies[ahead + 1 :: 2], strict=True)
-        return state, {key: (value, lives_ms) for key, lives_ms, value in found if value is not None}
+        packed = {}
+        for key, lives_ms, value in zip(keys, replies[ahead::2], replies[ahead + 1 :: 2], strict=True):
+            refusal = next((reply for reply in (value, lives_ms) if isinstance(reply, Refusal)), None)
+            if refusal is not None and not refusal.is_for_type:
+                raise CacheUnavailable(f"reading {self.namespace}: {refusal.reason}")
+            if value is not None:
+                packed[key] = (value, lives_ms) if refusal is None else (b"", 0)
+        return state, packed
 
-    def _send(self, commands: Sequence[Command], doing: str) -> list[Any]:
+    def _send(self, commands: Sequence[Command], doing: str, *, may_refuse: bool = False) -> list[Any]:
         replies: list[Any] = []
         for start in range(0, len(commands), 2 * AT_ONCE):
-            replies += self._connection.pipeline(commands[start : start + 2 * AT_ONCE], doing)
+            some = commands[start : start + 2 * AT_ONCE]
+            replies += self._connection.pipeline(some, doing, may_refuse=may_refuse)
         return replies
 
     def _pack(self, key: str, entry: Entry) -> bytes:
