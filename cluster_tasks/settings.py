@@ -37,6 +37,8 @@ CONF_PREFIX = "cluster_"
 ENV_PREFIX = "CLUSTER_"
 MISSPELT = 0.8
 """From this similarity of names on, 0 to 1, an unknown variable is taken for a misspelt setting."""
+LONGEST_TTL_S = 10 * 365 * 86_400.0
+"""Of what is cached."""
 LEASES: Mapping[str, Callable[[str], ConsulUrl | EtcdUrl]] = {
     CONSUL_SCHEME: parse_consul_url,
     ETCD_SCHEME: parse_etcd_url,
@@ -101,6 +103,7 @@ Roles = Annotated[frozenset[NodeRole], NoDecode, BeforeValidator(_split)]
 Pairs = Annotated[dict[str, str], NoDecode, BeforeValidator(_pairs)]
 Fallbacks = Annotated[tuple[Fallback, ...], NoDecode, BeforeValidator(_parsed)]
 Seconds = Annotated[float, Field(gt=0)]
+CacheTime = Annotated[float, Field(ge=0.001, le=LONGEST_TTL_S)]
 
 
 class ClusterSettings(BaseSettings):
@@ -218,15 +221,15 @@ class ClusterSettings(BaseSettings):
     cache_url: SecretUrl | None = None
     """Where jobs keep what they computed, in a Redis that may forget it, or a Redis Cluster
     (``redis+cluster://HOST:PORT,HOST:PORT``); None: jobs keep nothing, and ``cluster.cache`` is of each process."""
-    cache_ttl_s: Annotated[float, Field(ge=0.001)] = 24 * 3600.0
+    cache_ttl_s: CacheTime = 24 * 3600.0
     """How long embeddings and answers are fresh, and what tasks store without a TTL of its own."""
-    cache_search_ttl_s: Annotated[float, Field(ge=0.001)] = 300.0
+    cache_search_ttl_s: CacheTime = 300.0
     """How long searches are fresh in a collection that does not change."""
-    cache_kept_s: Annotated[float, Field(ge=0)] = 24 * 3600.0
+    cache_kept_s: Annotated[float, Field(ge=0, le=LONGEST_TTL_S)] = 24 * 3600.0
     """How long answers are kept when they are not fresh any more, for when no provider answers."""
     cache_staleness_s: Annotated[float, Field(ge=0, le=3600)] = 1.0
     """How long a process may serve what another has replaced, deleted or invalidated."""
-    cache_timeout_s: Seconds = 0.5
+    cache_timeout_s: CacheTime = 0.5
     """How long a cache that does not answer is waited for, before it is left alone for two seconds."""
     cache_local_entries: Annotated[int, Field(ge=1)] = 10_000
     """Of each process."""

@@ -18,6 +18,7 @@ from cluster_tasks.cache.entry import Entry
 from cluster_tasks.cache.flight import Flights, Refresh, compute_missing
 from cluster_tasks.cache.leases import Leases, Values
 from cluster_tasks.cache.warming import BATCH, Loader, Warmed, warm
+from cluster_tasks.settings import LONGEST_TTL_S
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,7 +28,6 @@ NAMESPACE = re.compile(r"[A-Za-z0-9_.-]{1,128}(/[A-Za-z0-9_.-]{1,128})?")
 """With a tenant before the slash, if any."""
 LONGEST_KEY = 1024
 """Bytes."""
-LONGEST_TTL_S = 10 * 365 * 86_400.0
 T = TypeVar("T")
 
 

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import pickle
+import re
 import traceback
 from typing import Any
 
@@ -18,7 +19,7 @@ from cluster_tasks.addresses.secret import SecretUrl
 from cluster_tasks.errors import ClusterError, ConfigurationError
 from cluster_tasks.model import NodeRole
 from cluster_tasks.redis_store import database_of, is_same_server
-from cluster_tasks.settings import ClusterSettings, load_settings
+from cluster_tasks.settings import LONGEST_TTL_S, ClusterSettings, load_settings
 
 SECRET = "s3cret"
 URL_SETTINGS = [name for name, field in ClusterSettings.model_fields.items() if "SecretUrl" in str(field.annotation)]
@@ -117,6 +118,15 @@ def test_a_refusal_is_an_error_of_this_package_and_a_value_error() -> None:
         load({"cluster_port": -1})
     with pytest.raises(ValueError, match="cluster_port"):
         load({"cluster_port": -1})
+
+
+@pytest.mark.parametrize("name", ["ttl_s", "search_ttl_s", "kept_s", "staleness_s", "timeout_s"])
+@pytest.mark.parametrize("value", ["inf", "nan", "-1", str(LONGEST_TTL_S + 1)])
+def test_times_of_the_cache_that_cannot_be_are_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    variable = f"CLUSTER_CACHE_{name.upper()}"
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ConfigurationError, match=re.escape(f"{variable}={value!r}: ")):
+        load_settings({}, os.environ)
 
 
 @pytest.mark.parametrize(
