@@ -231,6 +231,8 @@ class ClusterSettings(BaseSettings):
     """How long a process may serve what another has replaced, deleted or invalidated."""
     cache_timeout_s: CacheTime = 0.5
     """How long a cache that does not answer is waited for, before it is left alone for two seconds."""
+    cache_max_value_mb: Annotated[int, Field(ge=1, le=512)] = 16
+    """Larger values are not stored: one could drive all others out of Redis."""
     cache_local_entries: Annotated[int, Field(ge=1)] = 10_000
     """Of each process."""
     cache_local_mb: Annotated[int, Field(ge=1)] = 64

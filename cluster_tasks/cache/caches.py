@@ -137,7 +137,8 @@ def create_caches(settings: ClusterSettings, keys: Keys, clock: Clock) -> Caches
             settings.cache_url.get_secret_value(), clock, timeout_s=settings.cache_timeout_s,
             sentinel_master=settings.sentinel_master,
         )  # fmt: skip
-        shared = share(connection, keys, clock, counters, HotKeys(memory, connection, keys, clock))
+        hot = HotKeys(memory, connection, keys, clock)
+        shared = share(connection, keys, clock, counters, hot, settings.cache_max_value_mb << 20)
     caches = Caches(memory, shared, counters, settings.cache_ttl_s, settings.cache_staleness_s)
     if shared is not None:
         _open.add(caches)

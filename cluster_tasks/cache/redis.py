@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 AT_ONCE = 500
 """Keys of one pipeline."""
+MAX_VALUE_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +43,17 @@ class Shared:
     clock: Clock
     hot: HotKeys | None = None
     """None: nobody is told what is asked for most."""
+    max_value_bytes: int = MAX_VALUE_BYTES
+    """Of a value that is stored."""
 
 
 def share(
-    connection: CacheConnection, keys: Keys, clock: Clock, counters: Counters | None = None, hot: HotKeys | None = None
-) -> Shared:
+    connection: CacheConnection, keys: Keys, clock: Clock, counters: Counters | None = None, hot: HotKeys | None = None,
+    max_value_bytes: int = MAX_VALUE_BYTES,
+) -> Shared:  # fmt: skip
     """Return what the namespaces on a connection share."""
-    return Shared(connection, Coherence(connection, keys, clock), counters or Counters(), keys, clock, hot)
+    coherence = Coherence(connection, keys, clock)
+    return Shared(connection, coherence, counters or Counters(), keys, clock, hot, max_value_bytes)
 
 
 class RedisCache(Cache):
@@ -98,6 +103,7 @@ class RedisCache(Cache):
         keys, ttl_s, kept_s = check_keys(values), self._ttl(ttl_s), check_kept(kept_s)
         if not keys:
             return True
+        too_large = self._too_large(values)
         entries = {key: Entry(values[key], ttl_s, ttl_s, kept_s, cost_s, generation or "") for key in keys}
         try:
             if generation is not None:
@@ -112,12 +118,15 @@ class RedisCache(Cache):
             logger.debug("not written: %s", exc)
             self.counters.add(redis_errors=1)
             return False
-        self.counters.add(redis_writes=len(keys))
-        return True
+        self.counters.add(redis_writes=len(keys) - len(too_large))
+        return not too_large
 
     def _put(self, entries: Mapping[str, Entry], generation: str, replaces: bool) -> str | None:
         """Write entries as of a generation; return the present one, as far as that was told."""
-        calls = [
+        # In the place of one that is too large nothing is there: the older one is void.
+        too_large = self._too_large({key: entry.value for key, entry in entries.items()})
+        calls: list[Call] = [
+            ("remove", self._places(key), []) if key in too_large else
             ("put", self._places(key),
              [self._pack(key, replace(entry, generation=generation)), _milliseconds(entry.ttl_s + entry.kept_s)])
             for key, entry in entries.items()
@@ -173,10 +182,13 @@ class RedisCache(Cache):
         return int(sum(self._run(calls)))
 
     def commit(self, leases: Leases, entries: Mapping[str, Entry], *, replaces: bool = False) -> int:
+        too_large = self._too_large({key: entry.value for key, entry in entries.items()})
+        if too_large:
+            self.hold({key: leases[key] for key in too_large}, 0)
         calls = [
             ("store", self._places(key),
              [leases[key], self._pack(key, entry), _milliseconds(entry.ttl_s + entry.kept_s)])
-            for key, entry in entries.items()
+            for key, entry in entries.items() if key not in too_large
         ]  # fmt: skip
         stored, _ = self._change(calls, list(entries) if replaces else [])
         self.counters.add(redis_writes=stored, redis_refused=len(calls) - stored)
@@ -254,6 +266,12 @@ class RedisCache(Cache):
             some = commands[start : start + 2 * AT_ONCE]
             replies += self._connection.pipeline(some, doing, may_refuse=may_refuse)
         return replies
+
+    def _too_large(self, values: Mapping[str, bytes | None]) -> set[str]:
+        """Return the keys of what must not be stored, and count them: it would drive out all others."""
+        keys = {key for key, value in values.items() if len(value or b"") > self.shared.max_value_bytes}
+        self.counters.add(redis_too_large=len(keys))
+        return keys
 
     def _pack(self, key: str, entry: Entry) -> bytes:
         return pack(self._entry(key).encode(), entry)

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cluster_tasks.cache import Cache, LocalCache, Memory, RedisCache, Refresh, TieredCache, share
+from cluster_tasks.cache import Cache, LocalCache, Memory, RedisCache, Refresh, TieredCache, create_caches, share
 from cluster_tasks.cache.connection import CacheConnection
 from cluster_tasks.cache.counters import Counters
 from cluster_tasks.cache.patterns import escape
 from cluster_tasks.clock import SystemClock
 from cluster_tasks.errors import CacheUnavailable, ConfigurationError
 from cluster_tasks.keys import Keys
-from cluster_tasks.settings import load_settings
+from cluster_tasks.settings import ClusterSettings, load_settings
 from tests.certificates import make_certificate
 from tests.redis_cluster import RedisCluster
 from tests.waiting import wait_until
@@ -423,6 +423,25 @@ def test_values_that_are_damaged_or_of_another_key_are_misses(redis_server: Redi
     time.sleep(1.1)  # As long as a state is believed.
     assert cache.get("other") is None, "what is stored under a state that Redis has dropped is void"
     connection.close()
+
+
+@pytest.mark.parametrize("staleness_s", [0.0, 1.0])
+def test_a_value_that_would_drive_out_all_others_is_not_stored(redis_server: RedisServer, staleness_s: float) -> None:
+    settings = ClusterSettings(cache_url=redis_server.url, cache_max_value_mb=1, cache_staleness_s=staleness_s)
+    caches = create_caches(settings, Keys(), SystemClock())
+    cache, large = caches.namespace("x"), b"x" * ((1 << 20) + 1)
+    assert cache.set("k", large[:-1])
+    assert not cache.set_many({"k": large, "l": b"small"})
+    assert cache.get_many(["k", "l"]) == {"l": b"small"}, "the older value is gone as well"
+    for _ in range(2):
+        assert cache.get_or_compute("k", lambda: large) == large
+    assert cache.get_or_compute_many(["k", "m"], lambda keys: {key: large if key == "k" else b"1" for key in keys}) == {
+        "k": large, "m": b"1"
+    }  # fmt: skip
+    assert cache.get_many(["k", "m"]) == {"m": b"1"}
+    assert cache.get_or_compute("k", lambda: b"not large any more") == cache.get("k")
+    assert caches.sums()["redis.too_large"] == 4
+    caches.close()
 
 
 def test_a_redis_cluster_wants_a_password_and_speaks_tls(redis_binary: str, tmp_path: Path) -> None:
