@@ -44,9 +44,10 @@ class Reading:
 class Cache(ABC):
     """One namespace of a cache. Safe to share between threads, and in forked children.
 
-    Keys are text of 1 to 1,024 bytes, with any characters; TTLs are seconds, None stands for ``default_ttl_s``. Bad
-    keys and TTLs raise ValueError. A cache that is away is a miss for whoever reads or writes. Only what promises that
-    an old value is gone (``delete``, ``expire``, ``clear``, ``invalidate``) raises CacheUnavailable.
+    Keys are text of 1 to 1,024 bytes, with any characters; values are bytes, and a bytearray or memoryview is copied;
+    TTLs are seconds, None stands for ``default_ttl_s``. Bad keys and TTLs raise ValueError, other values TypeError. A
+    cache that is away is a miss for whoever reads or writes. Only what promises that an old value is gone (``delete``,
+    ``expire``, ``clear``, ``invalidate``) raises CacheUnavailable.
     """
 
     def __init__(self, namespace: str, default_ttl_s: float, counters: Counters) -> None:
@@ -68,7 +69,7 @@ class Cache(ABC):
         generation: str | None = None,
         replaces: bool = True,
     ) -> bool:
-        """Store values; return whether that was done.
+        """Store values; return whether that was done. Raises TypeError for what is like no bytes.
 
         They are fresh for ``ttl_s`` and kept for ``kept_s`` more; None says that there is no such thing. ``generation``
         is that of the reading that was computed from; None: the present one. ``replaces``: other values may be there,

@@ -49,6 +49,18 @@ class Entry:
         return replace(self, left_s=self.left_s - passed_s)
 
 
+def as_bytes(key: str, value: object) -> bytes | None:
+    """Return the value of a key as it is kept: of what may be changed later, a copy.
+
+    Raises TypeError for anything but bytes, bytearray, memoryview and None.
+    """
+    if value is None or isinstance(value, bytes):
+        return value
+    if isinstance(value, bytearray | memoryview):
+        return bytes(value)
+    raise TypeError(f"key={key[:60]!r} of a cache: expected bytes as its value, not {type(value).__name__}")
+
+
 def pack(key: bytes, entry: Entry) -> bytes:
     """Write an entry down as the value of ``key``."""
     value = entry.value or b""

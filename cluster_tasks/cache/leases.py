@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from cluster_tasks.cache.entry import Entry
+from cluster_tasks.cache.entry import Entry, as_bytes
 from cluster_tasks.errors import CacheUnavailable
 
 if TYPE_CHECKING:
@@ -69,10 +69,7 @@ def computed(cache: Cache, compute: ComputeMany, keys: list[str]) -> tuple[Value
     began_s = time.perf_counter()
     made = compute(keys)
     cost_s = time.perf_counter() - began_s
-    values = {key: made[key] for key in keys if key in made}
-    for key, value in values.items():
-        if not isinstance(value, bytes | None):
-            raise TypeError(f"the value of {key!r} in a cache: expected bytes or None, not {type(value).__name__}")
+    values = {key: as_bytes(key, made[key]) for key in keys if key in made}
     cache.counters.add(values_computed=len(values), values_computed_s=cost_s)
     return values, cost_s / max(1, len(values))
 

@@ -13,14 +13,16 @@ from threading import RLock
 
 from cluster_tasks.cache.base import Cache, Reading, check_kept, check_keys, check_ttl
 from cluster_tasks.cache.counters import Counters, count_found
-from cluster_tasks.cache.entry import Entry
+from cluster_tasks.cache.entry import Entry, as_bytes
 from cluster_tasks.cache.forks import renewed_after_fork
 from cluster_tasks.cache.leases import SHARED, Leases
 from cluster_tasks.cache.patterns import compile_pattern
 from cluster_tasks.clock import Clock
 
-OVERHEAD_BYTES = 300
+OVERHEAD_BYTES = 600
 """About what an entry takes besides its key and value."""
+ERAS = 1024
+"""Namespaces share them: who has heard of ever more of them does not take ever more room."""
 Place = tuple[str, str]
 """Namespace and key."""
 
@@ -52,8 +54,10 @@ class Memory:
     def after_fork(self) -> None:
         self._lock = RLock()
         self._entries: OrderedDict[Place, _Held] = OrderedDict()
+        self._keys: dict[str, set[str]] = {}
+        """Of each namespace of which there is an entry."""
         self._bytes = 0
-        self._eras: dict[str, int] = {}
+        self._eras = [0] * ERAS
 
     @property
     def bytes(self) -> int:
@@ -79,8 +83,8 @@ class Memory:
             return entry
 
     def era(self, namespace: str) -> int:
-        """A number that grows whenever something of the namespace is forgotten on demand."""
-        return self._eras.get(namespace, 0)
+        """A number that grows whenever something of the namespace is forgotten on demand, and maybe more often."""
+        return self._eras[hash(namespace) % ERAS]
 
     def put(
         self, namespace: str, key: str, entry: Entry, era: int | None = None, *, as_of_s: float | None = None,
@@ -99,6 +103,7 @@ class Memory:
             if size > self._max_bytes:
                 return False
             self._entries[place] = _Held(entry, since_s, since_s + for_s)
+            self._keys.setdefault(namespace, set()).add(key)
             self._bytes += size
             evicted = 0
             while len(self._entries) > self._max_entries or self._bytes > self._max_bytes:
@@ -110,9 +115,8 @@ class Memory:
     def forget(self, namespace: str, keys: Iterable[str] | None) -> int:
         """Forget keys, or a whole namespace, or with "" all; return how many there were."""
         with self._lock:
-            names = [namespace] if namespace else list(self._eras)
-            for name in names:
-                self._eras[name] = self.era(name) + 1
+            for number in [hash(namespace) % ERAS] if namespace else range(ERAS):
+                self._eras[number] += 1
             places = self.places(namespace) if keys is None else [(namespace, key) for key in keys]
             return sum(self._remove(place) for place in places)
 
@@ -127,13 +131,18 @@ class Memory:
     def places(self, namespace: str) -> list[Place]:
         """Where entries of a namespace are, or with "" of all."""
         with self._lock:
-            return [place for place in self._entries if namespace in ("", place[0])]
+            return [(namespace, key) for key in self._keys.get(namespace, ())] if namespace else list(self._entries)
 
     def _remove(self, place: Place) -> bool:
         found = self._entries.pop(place, None)
         if found is None:
             return False
         self._bytes -= _size(*place, found.entry)
+        namespace, key = place
+        keys = self._keys[namespace]
+        keys.discard(key)
+        if not keys:
+            del self._keys[namespace]
         return True
 
 
@@ -166,7 +175,7 @@ class LocalCache(Cache):
         generation: str | None = None,
         replaces: bool = True,
     ) -> bool:
-        check_keys(values)
+        values = {key: as_bytes(key, values[key]) for key in check_keys(values)}
         ttl_s, kept_s = self._ttl(ttl_s), check_kept(kept_s)
         with self._lock:
             if generation not in (None, self._generation):

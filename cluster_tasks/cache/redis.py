@@ -16,7 +16,7 @@ from cluster_tasks.cache.base import Cache, Reading, check_kept, check_keys, che
 from cluster_tasks.cache.coherence import Coherence, State
 from cluster_tasks.cache.connection import CacheConnection, Call, Command, Refusal, refused
 from cluster_tasks.cache.counters import Counters, count_found
-from cluster_tasks.cache.entry import Entry, pack, unpack
+from cluster_tasks.cache.entry import Entry, as_bytes, pack, unpack
 from cluster_tasks.cache.hot import HotKeys
 from cluster_tasks.cache.leases import SHARED, Leases
 from cluster_tasks.cache.patterns import beginning, compile_pattern, escape
@@ -103,6 +103,7 @@ class RedisCache(Cache):
         keys, ttl_s, kept_s = check_keys(values), self._ttl(ttl_s), check_kept(kept_s)
         if not keys:
             return True
+        values = {key: as_bytes(key, values[key]) for key in keys}
         too_large = self._too_large(values)
         entries = {key: Entry(values[key], ttl_s, ttl_s, kept_s, cost_s, generation or "") for key in keys}
         try:

@@ -382,6 +382,28 @@ def test_json_and_vectors_come_back_as_they_went(cache: Cache) -> None:
         cache.set_json("j", float("nan"))
 
 
+@pytest.mark.parametrize("kind", [bytearray, memoryview])
+def test_bytes_of_another_kind_are_copied(cache: Cache, kind: Callable[[Any], Any]) -> None:
+    buffer = bytearray(b"v")
+    assert cache.set("k", kind(buffer))
+    buffer[:] = b"w"
+    assert cache.get_or_compute("l", lambda: kind(buffer)) == b"w"
+    buffer[:] = b"x"
+    assert cache.get_many(["k", "l"]) == {"k": b"v", "l": b"w"}
+    assert isinstance(cache.get("k"), bytes)
+
+
+@pytest.mark.parametrize("value", ["text", 5, [1], 0, ""])
+def test_what_is_no_bytes_is_refused(cache: Cache, value: Any) -> None:
+    cache.set("k", b"v")
+    for use in (lambda: cache.set("k", value), lambda: cache.set_many({"k": b"w", "l": value})):
+        with pytest.raises(TypeError, match="of a cache: expected bytes"):
+            use()
+    with pytest.raises(TypeError, match="of a cache: expected bytes"):
+        cache.get_or_compute("m", lambda: value)
+    assert cache.get_many(["k", "l", "m"]) == {"k": b"v"}
+
+
 @pytest.mark.parametrize("key", ["", "k" * 1025, "\ud800", 5])
 def test_what_cannot_be_a_key_is_refused(cache: Cache, key: Any) -> None:
     for use in (lambda: cache.get(key), lambda: cache.set(key, b""), lambda: cache.delete(key)):

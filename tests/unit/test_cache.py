@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 
 import pytest
 from hypothesis import given
@@ -184,7 +185,37 @@ def test_the_books_of_a_memory_are_right(steps: list[tuple[str, str, int, bool]]
             memory.put(name, key, an_entry(b"x" * size))
         sizes = [OVERHEAD_BYTES + 2 + len(memory.get(*place).value or b"") for place in memory.places("")]  # type: ignore[union-attr]
         assert memory.bytes == sum(sizes) <= 2_000
+        assert sorted(place for name in "abc" for place in memory.places(name)) == sorted(memory.places(""))
         assert len(memory) == len(sizes) <= 4
+
+
+@pytest.mark.parametrize("size", [10, 1_000, 6_200])
+def test_a_memory_takes_about_as_much_as_it_counts(size: int) -> None:
+    memory, _ = memory_of(max_entries=100_000)
+    tracemalloc.start()
+    try:
+        for number in range(5_000):
+            # Nothing of an entry is shared with others, as of one that was read.
+            entry = Entry(bytes(size), number + 0.5, number + 0.25, number + 0.75, number + 0.125, f"{number:016x}")
+            memory.put("embeddings", f"{number:064d}", entry)
+        taken = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert len(memory) == 5_000
+    assert memory.bytes == pytest.approx(taken, rel=0.15)
+
+
+def test_what_others_do_with_their_namespaces_takes_no_memory() -> None:
+    memory, _ = memory_of()
+    tracemalloc.start()
+    try:
+        for number in range(5_000):
+            memory.forget(f"tenant{number}/reports", ["k"])
+            memory.forget(f"search.{number}", None)
+        taken = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert taken < 50_000
 
 
 def test_what_takes_the_place_of_a_larger_value_gives_room_back() -> None:
