@@ -81,12 +81,13 @@ class Caches:
         return warmed
 
     def sums(self) -> dict[str, float]:
-        """What all processes have counted, as far as they have told. Raises CacheUnavailable."""
+        """What all processes have counted, as far as they have told, and Redis. Raises CacheUnavailable."""
         self.flush()
         if self.shared is None:
             return {}
         (counted,) = self.shared.connection.pipeline([("HGETALL", self.shared.keys.cache_counters)], "reading counters")
-        return dict(_numbers(counted))
+        sums, evictions = dict(_numbers(counted)), self.shared.connection.evictions()
+        return sums if evictions is None else {**sums, "redis.evictions": float(evictions)}
 
     def flush(self) -> None:
         """Add what this process has counted to the sums; that is done with every reading of a state, too."""

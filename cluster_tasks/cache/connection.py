@@ -117,6 +117,15 @@ class CacheConnection:
                     cursor, keys = master.scan(cursor or 0, match=pattern, count=1000)
                 yield [key.decode(errors="replace") for key in keys]
 
+    def evictions(self) -> int | None:
+        """Return how many keys the masters have evicted since they began; None: this user may not ask."""
+        with self._asking("reading statistics of the cache"):
+            masters = [self.client.get_redis_connection(node) for node in self._masters()] or [self.client]
+            try:
+                return sum(int(master.info("stats")["evicted_keys"]) for master in masters)
+            except redis.exceptions.NoPermissionError:
+                return None
+
     def subscribe(self, channel: str) -> redis.client.PubSub:
         """Return a subscription to a channel; it has a connection of its own. Raises redis.RedisError as well."""
         with self._asking("subscribing to the cache"):

@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import sys
+from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TextIO
 
 import click
 from rich.progress import Progress
 
+from cluster_tasks.cache.base import check_keys, check_namespace
 from cluster_tasks.cache.caches import DEFAULT_NAMESPACE
+from cluster_tasks.cache.patterns import compile_pattern
 from cluster_tasks.cli.group import ClusterGroup, json_option, pass_cluster
 from cluster_tasks.cli.tables import Column, print_json, print_rows, printable
 from cluster_tasks.cluster import Cluster
 from cluster_tasks.errors import ConfigurationError, InvalidArguments
 
-NUMBERS = ("hits", "misses", "hit_percent", "bytes", "saved_s", "warmed", "evictions", "corrupt", "errors")
+NUMBERS = (
+    "hits", "misses", "hit_percent", "bytes", "saved_s", "warmed", "evictions", "corrupt", "too_large", "errors"
+)  # fmt: skip
+MAY_BE_UNKNOWN = {"redis.evictions", "local.too_large"}
+"""A user of Redis may be kept from asking for them; memory has no bound for one value."""
 COLUMNS = (Column("tier", whole=True), *(Column(name, number=True) for name in NUMBERS))
 TIERS = ("local", "redis")
 TEXTS_A_JOB = 64
+JOBS_AT_ONCE = 8
+"""Of which the results are awaited."""
+EMBEDDINGS = "embeddings"
+"""The namespace in which vectors are kept."""
 SHOWN = 500
 """Characters of a value."""
 namespace_option = click.option(
@@ -41,7 +54,7 @@ def stats(cluster: Cluster, as_json: bool) -> None:
     """Show what all processes have counted, in the processes' own memory (local) and in Redis.
 
     bytes are those of hits, saved_s the seconds that it took to compute them; warmed is what processes of nodes began
-    with.
+    with. evictions of Redis are those of all that it holds, since it began.
 
     \b
     Example: celery -A cluster_tasks cluster cache stats --json
@@ -52,9 +65,8 @@ def stats(cluster: Cluster, as_json: bool) -> None:
     if as_json:
         print_json({**tiers, "values": values})
         return
-    print_rows(
-        COLUMNS, [(tier, *(f"{facts[column.name]:g}" for column in COLUMNS[1:])) for tier, facts in tiers.items()]
-    )
+    shown = lambda number: "" if number is None else f"{number:g}"  # noqa: E731
+    print_rows(COLUMNS, [(tier, *map(shown, facts.values())) for tier, facts in tiers.items()])
     click.echo(f"{values.get('computed', 0):g} values were computed, in {values.get('computed_s', 0):.1f} s")
 
 
@@ -69,7 +81,12 @@ def get(cluster: Cluster, key: str, namespace: str, as_json: bool) -> None:
     \b
     Example: celery -A cluster_tasks cluster cache get report:7 --namespace reports
     """
-    entry = _namespace(cluster, namespace).read([key]).entries.get(key)
+    chosen = _namespace(cluster, namespace)
+    with _arguments():
+        check_keys([key])
+    # A cache that is away is no miss here.
+    chosen.state()
+    entry = chosen.read([key]).entries.get(key)
     if entry is None:
         click.echo(f"there is no {printable(key)!r} in {namespace}", err=True)
         raise SystemExit(1)
@@ -95,7 +112,10 @@ def delete(cluster: Cluster, keys: tuple[str, ...], namespace: str, as_json: boo
     \b
     Example: celery -A cluster_tasks cluster cache delete report:7 --namespace reports
     """
-    _tell("deleted", _namespace(cluster, namespace).delete(*keys), as_json)
+    chosen = _namespace(cluster, namespace)
+    with _arguments():
+        check_keys(keys)
+    _tell("deleted", chosen.delete(*keys), as_json)
 
 
 @cache.command()
@@ -111,8 +131,10 @@ def clear(cluster: Cluster, pattern: str, namespace: str, yes: bool, as_json: bo
     Example: celery -A cluster_tasks cluster cache clear 'report:*' --namespace reports
     """
     chosen = _namespace(cluster, namespace)
+    with _arguments():
+        compile_pattern(pattern)
     if not yes:
-        click.confirm(f"Forget what matches {pattern} in {namespace}?", abort=True, err=True)
+        _confirm(f"Forget what matches {printable(pattern)} in {namespace}?")
     _tell("cleared", chosen.clear(pattern), as_json)
 
 
@@ -128,24 +150,41 @@ def warm(cluster: Cluster, file: TextIO, as_json: bool) -> None:
     """
     # Every app knows the job once its module is there.
     from cluster_tasks.tasks.embedding import EMBED
+    from cluster_tasks.tasks.kept import kept_of
 
-    embed = _configured(cluster).app.tasks[EMBED]
+    app, chosen = _configured(cluster).app, _namespace(cluster, EMBEDDINGS)
+    embed, kept = app.tasks[EMBED], kept_of(app)
+    assert kept is not None
+    chosen.state()
     texts = list(dict.fromkeys(_lines(file)))
-    known = embedded = 0
+    embedded, under_way = 0, deque[tuple[int, Any]]()
     with Progress(disable=as_json) as progress:
-        under_way = []
         task = progress.add_task("Embedding", total=len(texts))
         for start in range(0, len(texts), TEXTS_A_JOB):
             some = texts[start : start + TEXTS_A_JOB]
-            under_way.append((len(some), embed.delay(some)))
+            known = kept.find_vectors(some, None)
+            progress.advance(task, len(known))
+            if missing := [text for text in some if text not in known]:
+                under_way.append((len(missing), embed.delay(missing)))
+                embedded += len(missing)
+            if len(under_way) == JOBS_AT_ONCE:
+                progress.advance(task, _await(*under_way.popleft()))
         for count, result in under_way:
-            is_known = result.get()["cached"]
-            known, embedded = known + count * is_known, embedded + count * (not is_known)
-            progress.advance(task, count)
+            progress.advance(task, _await(count, result))
+    # What was embedded while the cache was away is not in it.
+    chosen.state()
     if as_json:
-        print_json({"texts": len(texts), "known": known, "embedded": embedded})
+        print_json({"texts": len(texts), "known": len(texts) - embedded, "embedded": embedded})
     else:
-        click.echo(f"{len(texts)} texts: {known} were known, of {embedded} in jobs the others were embedded")
+        click.echo(f"{len(texts)} texts: {len(texts) - embedded} were known, {embedded} were embedded")
+
+
+def _await(count: int, result: Any) -> int:
+    """Return the number of texts of a job when it has ended. Raises ClickException if it failed."""
+    ended = result.get(propagate=False)
+    if isinstance(ended, BaseException):
+        raise click.ClickException(f"job {result.id} with {count} texts failed: {type(ended).__name__}: {ended}")
+    return count
 
 
 def _lines(file: TextIO) -> Iterator[str]:
@@ -164,19 +203,38 @@ def _configured(cluster: Cluster) -> Cluster:
 
 
 def _namespace(cluster: Cluster, name: str) -> Any:
-    tenant, _, own = name.rpartition("/")
+    with _arguments():
+        tenant, _, own = check_namespace(name).rpartition("/")
+    # The state is read with the first use, so that nothing is shown that is void.
+    return _configured(cluster).caches.namespace(own, tenant=tenant, staleness_s=0.0)
+
+
+@contextmanager
+def _arguments() -> Iterator[None]:
+    """Refuse in one line what cannot be a namespace, a key or a pattern."""
     try:
-        # The state is read with the first use, so that nothing is shown that is void.
-        return _configured(cluster).caches.namespace(own, tenant=tenant, staleness_s=0.0)
+        yield
     except ValueError as exc:
         raise InvalidArguments(str(exc)) from None
 
 
-def _of_tier(counted: dict[str, float], tier: str) -> dict[str, float]:
-    facts = {column.name: counted.get(f"{tier}.{column.name}", 0.0) for column in COLUMNS[1:]}
+def _confirm(question: str) -> None:
+    """Go on if the answer is yes."""
+    try:
+        click.confirm(question, abort=True, err=True)
+    finally:
+        # In a pipe no Return key has ended the line of the question.
+        if not sys.stdin.isatty():
+            click.echo(err=True)
+
+
+def _of_tier(counted: dict[str, float], tier: str) -> dict[str, float | None]:
+    """Return the numbers of a tier; None: they are not known."""
+    facts = {name: counted.get(f"{tier}.{name}", 0.0) for name in NUMBERS}
     asked = facts["hits"] + facts["misses"]
+    unknown = dict.fromkeys(name for name in NUMBERS if f"{tier}.{name}" in MAY_BE_UNKNOWN - counted.keys())
     return {**facts, "hit_percent": round(100 * facts["hits"] / asked, 1) if asked else 0.0,
-            "saved_s": round(facts["saved_s"], 1)}  # fmt: skip
+            "saved_s": round(facts["saved_s"], 1), **unknown}  # fmt: skip
 
 
 def _tell(what: str, count: int, as_json: bool) -> None:

@@ -1,6 +1,6 @@
 """What all commands share: the cluster they speak of, how errors end them, ``--json``.
 
-Exit codes: 0 done, 1 refused or degraded, 2 wrong usage, 69 Redis or the registry does not answer.
+Exit codes: 0 done, 1 refused or degraded, 2 wrong usage, 69 Redis, the registry or the cache does not answer.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import click
 from celery.platforms import EX_UNAVAILABLE
 
 from cluster_tasks.cluster import Cluster, cluster_of
-from cluster_tasks.errors import ClusterError, RegistryUnavailable, UnavailableError
+from cluster_tasks.errors import CacheUnavailable, ClusterError, RegistryUnavailable, UnavailableError
 
 P = ParamSpec("P")
 
 
 class ServiceUnavailable(click.ClickException):
-    """Redis or the registry does not answer."""
+    """Redis, the registry or the cache does not answer."""
 
     exit_code = EX_UNAVAILABLE
 
@@ -45,6 +45,8 @@ def _remedy(cluster: Cluster, exc: UnavailableError) -> str:
     settings = cluster.settings
     if isinstance(exc, RegistryUnavailable) and settings.registry_url:
         return f"(is the registry up at {settings.registry_url}? CLUSTER_REGISTRY_URL names another)"
+    if isinstance(exc, CacheUnavailable):
+        return f"(is the cache up at {settings.cache_url}? CLUSTER_CACHE_URL names another)"
     return f"(is Redis up at {settings.broker_url}? CLUSTER_BROKER_URL names another)"
 
 

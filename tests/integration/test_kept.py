@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+import re
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 from celery import Celery, chain, group, signals
+from celery.bin.base import CLIContext
+from click.testing import CliRunner, Result
 
 from cluster_tasks import Cluster
+from cluster_tasks.cli.cache import JOBS_AT_ONCE
+from cluster_tasks.cli.cluster import cluster as cluster_commands
 from cluster_tasks.cluster import cluster_of
 from cluster_tasks.errors import InvalidArguments, ProviderUnavailable
 from cluster_tasks.tasks import embedding, llm, rag, retrieval
@@ -253,14 +257,51 @@ def test_nothing_is_kept_without_the_url_of_a_cache(redis_url: str, tmp_path: Pa
     app.close()
 
 
-def test_texts_of_a_file_are_embedded_before_somebody_asks(site: Site, tmp_path: Path) -> None:
-    file = tmp_path / "texts"
-    file.write_text("\n".join(["one", "", *(f"text {number}" for number in range(99)), "one"]), encoding="utf-8")
-    given = {name: str(value) for name, value in site.app.conf.items() if str(name).startswith("cluster_")}
-    environ = {**os.environ, **{name.upper(): value for name, value in given.items()}}
-    environ |= {"CLUSTER_BROKER_URL": site.app.conf.broker_url, "NO_PROXY": "127.0.0.1"}
-    command = [sys.executable, "-m", "celery", "-A", "cluster_tasks", "cluster", "cache", "warm", str(file), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=WITHIN_S, check=False, env=environ)
-    assert done.returncode == 0, done.stderr
+def warm(site: Site, *texts: str) -> Result:
+    """Have texts embedded from the command line."""
+    lines = "\n".join(texts)
+    return CliRunner().invoke(
+        cluster_commands, ["cache", "warm", "-", "--json"], input=lines, obj=CLIContext(site.app, False, None)
+    )
+
+
+def test_texts_of_a_file_are_embedded_before_somebody_asks(site: Site) -> None:
+    texts = ["one", "", *(f"text {number}" for number in range(99)), "one"]
+    done = warm(site, *texts)
+    assert done.exit_code == 0, done.output
     assert json.loads(done.stdout) == {"texts": 100, "known": 0, "embedded": 100}
     assert site.asked(EMBEDDINGS_PATH) == 2
+
+
+def test_of_the_texts_of_a_file_those_that_are_known_are_told_and_not_embedded(site: Site) -> None:
+    site.get("embedding.embed", ["one", "two"])
+    site.sent.clear()
+    assert json.loads(warm(site, "one", "two", "three").stdout) == {"texts": 3, "known": 2, "embedded": 1}
+    assert site.provider.requests[-1].body["input"] == ["three"]
+    assert json.loads(warm(site, "two").stdout) == {"texts": 1, "known": 1, "embedded": 0}
+    assert len(site.sent) == 1
+
+
+def test_a_job_that_does_not_embed_the_texts_of_a_file_is_named(site: Site) -> None:
+    site.provider.fail(400, times=None)
+    try:
+        done = warm(site, "a text that is refused")
+    finally:
+        site.provider.recover()
+    assert done.exit_code == 1
+    assert re.search(r"Error: job [0-9a-f-]{36} with 1 texts failed: ProviderError", done.stderr)
+
+
+def test_of_a_long_file_few_jobs_are_under_way_at_once(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster_tasks.cli.cache.TEXTS_A_JOB", 1)
+    site.provider.hang(times=None)
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(warm, site, *(f"long {number}" for number in range(3 * JOBS_AT_ONCE)))
+        try:
+            wait_until(lambda: len(site.sent) >= JOBS_AT_ONCE, WITHIN_S)
+            time.sleep(0.5)  # For those that must not follow.
+            under_way = len(site.sent)
+        finally:
+            site.provider.recover()
+        assert done.result().exit_code == 0, done.result().output
+    assert (under_way, len(site.sent)) == (JOBS_AT_ONCE, 3 * JOBS_AT_ONCE)

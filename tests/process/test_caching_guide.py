@@ -63,6 +63,6 @@ def test_the_commands_of_the_guide_do_what_they_say(new_worker: NewWorker, tmp_p
     assert (tier, numbers[:2]) == ("redis", ["0", "0"]), "written, not read"
     assert re.fullmatch(r"9 bytes, \d+ s old, fresh for \d+ s\nits value\n", value)
     assert (deleted, cleared) == ("1 deleted\n", "1 cleared\n")
-    assert warmed.endswith("2 texts: 0 were known, of 2 in jobs the others were embedded\n")
+    assert warmed.endswith("2 texts: 0 were known, 2 were embedded\n")
     caches.close()
     jobs.app.close()
