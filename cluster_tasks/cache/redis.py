@@ -18,7 +18,7 @@ from cluster_tasks.cache.connection import CacheConnection, Call, Command, Refus
 from cluster_tasks.cache.counters import Counters, count_found
 from cluster_tasks.cache.entry import Entry, as_bytes, pack, unpack
 from cluster_tasks.cache.hot import HotKeys
-from cluster_tasks.cache.leases import SHARED, Leases
+from cluster_tasks.cache.leases import SHARED, SHARED_S, Leases
 from cluster_tasks.cache.patterns import beginning, compile_pattern, escape
 from cluster_tasks.clock import Clock
 from cluster_tasks.errors import CacheUnavailable
@@ -108,13 +108,13 @@ class RedisCache(Cache):
         entries = {key: Entry(values[key], ttl_s, ttl_s, kept_s, cost_s, generation or "") for key in keys}
         try:
             if generation is not None:
-                self._put(entries, generation, replaces)
+                self._put(entries, too_large, generation, replaces)
             else:
                 assumed = self.state().generation
-                present = self._put(entries, assumed, replaces)
+                present = self._put(entries, too_large, assumed, replaces)
                 if present not in (None, assumed):
                     # All was made void since the state was read, and with it what was just written.
-                    self._put(entries, present, replaces)
+                    self._put(entries, too_large, present, replaces)
         except CacheUnavailable as exc:
             logger.debug("not written: %s", exc)
             self.counters.add(redis_errors=1)
@@ -122,10 +122,9 @@ class RedisCache(Cache):
         self.counters.add(redis_writes=len(keys) - len(too_large))
         return not too_large
 
-    def _put(self, entries: Mapping[str, Entry], generation: str, replaces: bool) -> str | None:
+    def _put(self, entries: Mapping[str, Entry], too_large: set[str], generation: str, replaces: bool) -> str | None:
         """Write entries as of a generation; return the present one, as far as that was told."""
         # In the place of one that is too large nothing is there: the older one is void.
-        too_large = self._too_large({key: entry.value for key, entry in entries.items()})
         calls: list[Call] = [
             ("remove", self._places(key), []) if key in too_large else
             ("put", self._places(key),
@@ -185,7 +184,7 @@ class RedisCache(Cache):
     def commit(self, leases: Leases, entries: Mapping[str, Entry], *, replaces: bool = False) -> int:
         too_large = self._too_large({key: entry.value for key, entry in entries.items()})
         if too_large:
-            self.hold({key: leases[key] for key in too_large}, 0)
+            self.hold({key: leases[key] for key in too_large}, SHARED_S, shared=True)
         calls = [
             ("store", self._places(key),
              [leases[key], self._pack(key, entry), _milliseconds(entry.ttl_s + entry.kept_s)])

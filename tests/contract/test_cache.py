@@ -333,7 +333,7 @@ def test_who_is_told_to_end_while_he_computes_ends_alone(cache: Cache) -> None:
 
 
 def test_what_is_no_value_is_refused_and_keeps_nobody_waiting(cache: Cache) -> None:
-    with pytest.raises(TypeError, match="value of 'k' in a cache: expected bytes or None, not str"):
+    with pytest.raises(TypeError, match="key='k' of a cache: expected bytes as its value, not str"):
         cache.get_or_compute("k", lambda: "text")  # type: ignore[arg-type, return-value]
     assert cache.lease(["k"], 60), "anybody may compute it"
 
