@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -12,7 +13,8 @@ from cluster_tasks.cluster import Cluster
 from cluster_tasks.errors import ClusterError, NodeNotFound
 from cluster_tasks.model import NodeStatus
 from workers.local import BEYOND_DRAIN_S, COORDINATOR, JOIN_TIMEOUT_S, NODE, last_words, local_node_id
-from workers.supervision import ENDED, RUNNING, SupervisorClient
+from workers.supervision import ENDED, RUNNING, STOPPING, SupervisorClient
+from workers.up import interrupt_on_signals
 
 LOOK_EVERY_S = 0.2
 T = TypeVar("T")
@@ -42,7 +44,8 @@ class RollingRestart:
         """Restart one after the other, the coordinator last, and ``tell`` of each.
 
         Before each all have to be online, so that never more than one is away. Raises ClusterError where one is not, or
-        does not come back: then the rest is left as it is.
+        does not come back: then the rest is left as it is. Interrupted, it lets the node of its turn work on before it
+        ends, or starts it again; interrupted once more, it does not.
         """
         names = [name for name in self._supervisor.states() if name.startswith((NODE, COORDINATOR))]
         for name in sorted(names, key=lambda name: (name == COORDINATOR, len(name), name)):
@@ -66,12 +69,14 @@ class RollingRestart:
 
     def _restart(self, name: str) -> Restarted:
         node_id, before = local_node_id(name), self._epoch_online(name)
-        handed_back = self._drain(node_id)
-        self._supervisor.stop(name)
-        stop_s = self._cluster.settings.drain_timeout_s + 2 * BEYOND_DRAIN_S
-        if not _wait_for(lambda: self._supervisor.states()[name] in ENDED, stop_s):
-            raise ClusterError(f"{name} was told to end {stop_s:g} s ago and has not")
-        self._supervisor.start(name)
+        try:
+            handed_back = self._cluster.drain(node_id, timeout_s=self._drain_timeout_s).held
+            self._supervisor.stop(name)
+            self._wait_for_end(name)
+            self._supervisor.start(name)
+        except BaseException:
+            self._put_back(name, node_id)
+            raise
 
         def is_back() -> bool:
             # The supervisor itself takes a program for started only after a while.
@@ -87,13 +92,19 @@ class RollingRestart:
         self._cluster.events.add("node restarted", node=node_id, epoch=epoch, handed_back=handed_back)
         return Restarted(node_id, epoch, handed_back)
 
-    def _drain(self, node_id: str) -> int:
-        try:
-            return self._cluster.drain(node_id, timeout_s=self._drain_timeout_s).held
-        except BaseException:
-            # Nobody else would know that it is to work on.
+    def _wait_for_end(self, name: str) -> None:
+        stop_s = self._cluster.settings.drain_timeout_s + 2 * BEYOND_DRAIN_S
+        if not _wait_for(lambda: self._supervisor.states()[name] != STOPPING, stop_s):
+            raise ClusterError(f"{name} was told to end {stop_s:g} s ago and has not")
+
+    def _put_back(self, name: str, node_id: str) -> None:
+        """Let a node work whose restart comes to nothing: nobody else would know that it is to."""
+        self._wait_for_end(name)
+        if self._supervisor.states()[name] in ENDED:
+            self._supervisor.start(name)
+            return
+        with suppress(NodeNotFound):
             self._cluster.resume(node_id)
-            raise
 
     def _epoch_online(self, name: str) -> str:
         """The epoch of a node that takes jobs; empty if it does not."""
@@ -112,7 +123,11 @@ class RollingRestart:
 def rolling_restart(
     cluster: Cluster, directory: str, drain_timeout_s: float | None, tell: Callable[[Restarted], None]
 ) -> None:
-    """Restart the nodes of the ``cluster-tasks up`` in ``directory``; see RollingRestart."""
+    """Restart the nodes of the ``cluster-tasks up`` in ``directory``; see RollingRestart.
+
+    SIGTERM and SIGHUP interrupt it as Ctrl-C does.
+    """
+    interrupt_on_signals()
     timeout_s = cluster.settings.drain_timeout_s if drain_timeout_s is None else drain_timeout_s
     RollingRestart(cluster, Path(directory), timeout_s, JOIN_TIMEOUT_S).run(tell)
 

@@ -25,6 +25,7 @@ from workers.tether import tethered, tethering
 NUMBER = "%(process_num)d"
 """In the words of a program: which of its copies runs them, from 1."""
 RUNNING = "RUNNING"
+STOPPING = "STOPPING"
 ENDED = ("STOPPED", "EXITED", "FATAL")
 """What supervisord calls programs that do not run and that it does not start by itself."""
 STEADY_S = 2

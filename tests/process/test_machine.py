@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.error import HTTPError
@@ -28,6 +28,7 @@ from tests.process.jobs import Jobs, make_jobs
 from tests.waiting import wait_until
 from workers.redis_server import free_port
 from workers.rolling import RollingRestart
+from workers.supervision import RUNNING, SupervisorClient
 
 START_S = 90.0
 PASSWORD = "of:Flower%40"
@@ -188,6 +189,38 @@ def test_a_rolling_restart_under_load_loses_and_charges_nothing_and_keeps_all_no
         with pytest.raises(ClusterError, match=r"node1 is not back after 0.1 s.*node1.log"):
             impatient.run(lambda _: None)
         assert cluster.epochs.beats()[next(name for name in now if "node2" in name)].epoch in now.values()
+        jobs.app.close()
+
+
+@pytest.mark.timeout(240)
+def test_a_rolling_restart_that_is_ended_leaves_no_node_drained_or_stopped(
+    redis_binary: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = [*(sys.executable, "-m", "celery", "-A", "tests.process.jobs", "cluster", "restart", "--rolling")]
+    command += ["--data-dir", str(tmp_path)]
+    with up(tmp_path, "--app", "tests.process.jobs", "--pool", "threads", "--nodes", "1"):
+        monkeypatch.setenv("CLUSTER_BROKER_URL", broker_url_of(tmp_path))
+        jobs = make_jobs()
+        cluster, supervisor = jobs.cluster, SupervisorClient(tmp_path)
+
+        def is_at_work() -> bool:
+            nodes = cluster.nodes(NodeFilter(role=NodeRole.WORKER))
+            return [node.status for node in nodes] == [NodeStatus.ONLINE] and not cluster.epochs.lists().draining
+
+        def end(during: Callable[[], object], number: signal.Signals, timeout_s: float) -> None:
+            wait_until(is_at_work, START_S, "the node is at work")
+            with subprocess.Popen([*command, "--timeout", str(timeout_s)], stderr=subprocess.DEVNULL) as restarting:
+                wait_until(during, START_S, "it is at it")
+                restarting.send_signal(number)
+                assert restarting.wait(START_S) == 1
+            wait_until(lambda: {*supervisor.states().values()} == {RUNNING}, START_S, "all run")
+            wait_until(is_at_work, START_S, "the node is at work again")
+
+        job = jobs.work.delay(600)
+        wait_until(lambda: starts_of(jobs, [job])[job.id], START_S, "it runs")
+        end(lambda: cluster.epochs.lists().draining, signal.SIGHUP, 600)
+        assert starts_of(jobs, [job]) == {job.id: 1}, "it was waited for"
+        end(lambda: supervisor.states()["node1"] != RUNNING, signal.SIGTERM, 0)
         jobs.app.close()
 
 
