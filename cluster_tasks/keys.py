@@ -214,7 +214,7 @@ class Keys:
 
     @property
     def revoked(self) -> str:
-        """Sorted set of revoked job ids, by the second since 1970."""
+        """Sorted set of revoked job ids, by the second since 1970, which never goes back."""
         return f"{self.name}:revoked"
 
     @property

@@ -12,7 +12,7 @@ from celery.utils.functional import maybe_list
 
 from cluster_tasks.errors import BrokerUnavailable
 from cluster_tasks.keys import Keys
-from cluster_tasks.redis_store import foreign_errors, text
+from cluster_tasks.redis_store import foreign_errors, load_script, text
 
 REVOKED_LIVES_S = 7 * 24 * 3600
 """A job that is delayed for longer runs, although it was revoked."""
@@ -24,17 +24,12 @@ class Revocations:
 
     def __init__(self, client: redis.Redis, keys: Keys) -> None:
         self._client, self._keys = client, keys
+        self._revoke = load_script(client, __package__, "revoke")
 
     def add(self, job_ids: Iterable[str]) -> None:
         """Revoke jobs by id; of more than a hundred thousand the oldest are forgotten."""
-        revoked = self._keys.revoked
         with foreign_errors(BrokerUnavailable, "revoking jobs"):
-            now_s, _ = self._client.time()
-            with self._client.pipeline() as pipe:
-                pipe.zadd(revoked, dict.fromkeys(job_ids, now_s))
-                pipe.zremrangebyscore(revoked, "-inf", now_s - REVOKED_LIVES_S)
-                pipe.zremrangebyrank(revoked, 0, -REVOKED_AT_MOST - 1)
-                pipe.execute()
+            self._revoke([self._keys.revoked], [REVOKED_LIVES_S, REVOKED_AT_MOST, *job_ids])
 
     def add_stamps(self, stamps: Mapping[str, Any]) -> None:
         """Revoke the jobs that bear one of these stamps: a value, or several, by header."""
@@ -45,7 +40,10 @@ class Revocations:
             pipe.execute()
 
     def since(self, moment: float) -> tuple[dict[str, float], dict[str, list[Any]]]:
-        """Return the ids revoked since ``moment``, with the second of each by Redis' clock, and all stamps."""
+        """Return the ids revoked since ``moment``, the moment of each, and all stamps.
+
+        A moment is a second of Redis' clock that never goes back.
+        """
         with foreign_errors(BrokerUnavailable, "reading revocations"), self._client.pipeline() as pipe:
             pipe.zrangebyscore(self._keys.revoked, moment, "+inf", withscores=True)
             pipe.smembers(self._keys.revoked_stamps)
