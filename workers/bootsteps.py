@@ -35,6 +35,7 @@ from workers.progress import LOOK_EVERY_S, Progress, Pulse, stack_of
 from workers.refusals import Refusals
 from workers.reports import keep_what_was_sent, read_to_the_end, sent_requests
 from workers.request import keeping_errors_in
+from workers.suspects import Suspects
 
 logger = logging.getLogger(__name__)
 
@@ -173,12 +174,13 @@ class ResyncStep(bootsteps.StartStopStep):  # type: ignore[misc]
 
     def __init__(self, consumer: Any, **options: Any) -> None:
         super().__init__(consumer, **options)
-        Refusals(consumer, cluster_of(consumer.app))
+        self._refusals = Refusals(consumer, cluster_of(consumer.app))
 
     def start(self, consumer: Any) -> None:
         node = deliveries.current()
         if node is None:
             return
+        node.admit = Suspects(cluster_of(consumer.app), node, self._refusals).admit
         for task in consumer.app.tasks.values():
             task.__trace__ = keeping_errors_in(task)
         sent = sent_requests(consumer.pool) if isinstance(consumer.pool, PreforkPool) else []

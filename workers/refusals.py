@@ -19,7 +19,7 @@ from cluster_tasks.broker import deliveries
 from cluster_tasks.broker.headers import check_job
 from cluster_tasks.broker.message import Delivery, request_type_of
 from cluster_tasks.cluster import Cluster
-from cluster_tasks.errors import StaleCommit, UnavailableError
+from cluster_tasks.errors import EndNotStored, StaleCommit, UnavailableError
 from cluster_tasks.keys import BOUND
 
 logger = logging.getLogger(__name__)
@@ -109,28 +109,39 @@ class Refusals:
         self._fail(message, exc)
 
     def _fail(self, message: Any, exc: Exception) -> None:
-        job_id, name = message.headers.get("id"), message.headers.get("task")
-        logger.error("job %s of task %s cannot be run: %r", job_id, name, exc)
-        if not job_id:
-            self._set_aside(message)
-        else:
-            told = {"properties": message.properties, "delivery_info": message.delivery_info or {}}
-            request = Context({**message.headers, **_embedded(message), **told})
-            try:
-                self._cluster.app.backend.mark_as_failure(job_id, exc, request=request)
-            except StaleCommit as stale:
-                logger.warning("%s", stale)
-            except Exception:
-                # Whatever else is wrong with it: no worker dies of a message, and people can look at it.
-                logger.exception("job %s cannot even be failed, its message is set aside", job_id)
-                self._set_aside(message)
-            if self._consumer.event_dispatcher:
-                self._consumer.event_dispatcher.send("task-failed", uuid=job_id, exception=repr(exc))
+        headers = message.headers
+        logger.error("job %s of task %s cannot be run: %r", headers.get("id"), headers.get("task"), exc)
+        if headers.get("id"):
+            self.end_as_failed(message.delivery_tag, headers, message.properties, _embedded(message), exc)
+        elif (node := deliveries.current()) is not None:
+            node.set_aside(message.delivery_tag)
         message.reject_log_error(logger, self._consumer.connection_errors)
 
-    def _set_aside(self, message: Any) -> None:
-        if (node := deliveries.current()) is not None:
-            node.set_aside(message.delivery_tag)
+    def end_as_failed(
+        self, tag: str, headers: dict[str, Any], properties: dict[str, Any], embedded: dict[str, Any], exc: Exception
+    ) -> None:
+        """End the job of a delivery that is not run, and tell what follows it by ``embedded``, its callbacks.
+
+        The delivery is let go of by the caller. What cannot be told is set aside.
+        """
+        told = {"properties": properties, "delivery_info": properties.get("delivery_info") or {}}
+        job_id, node = headers["id"], deliveries.current()
+        try:
+            self._cluster.app.backend.mark_as_failure(job_id, exc, request=Context({**headers, **embedded, **told}))
+        except StaleCommit as stale:
+            logger.warning("%s", stale)
+        except EndNotStored as unstored:
+            logger.warning("%s", unstored)
+            if node is not None:
+                node.let_lie(tag)
+            return
+        except Exception:
+            # Whatever else is wrong with it: no worker dies of a message, and people can look at it.
+            logger.exception("job %s cannot even be failed, its message is set aside", job_id)
+            if node is not None:
+                node.set_aside(tag)
+        if self._consumer.event_dispatcher:
+            self._consumer.event_dispatcher.send("task-failed", uuid=job_id, exception=repr(exc))
 
 
 def _embedded(message: Any) -> dict[str, Any]:

@@ -106,6 +106,8 @@ class ClusterRequest(Request):  # type: ignore[misc]
             if past.ended or (error := self._verdict(node, tag, past)):
                 self._end_without_running(node, None if past.ended else error)
                 return False
+            if past.crashes:
+                node.note_receipt(self.id, past.crashes, begun=True)
         node.take_up(tag)
         # Each of these may have waited for Redis longer than this node can be sure of its lease.
         return node.may_start(tag) or self._let_lie(node, tag)

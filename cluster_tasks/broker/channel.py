@@ -326,7 +326,8 @@ class ClusterChannel(stock.Channel):
                 logger.error("a message that cannot be decoded is set aside: %r", exc)
                 node.set_aside(delivery.tag)
                 continue
-            self.connection._deliver(payload, node.queue)
+            if not _was_delivered(payload) or node.admit(delivery, payload):
+                self.connection._deliver(payload, node.queue)
         return delivered
 
     def _decode(self, delivery: Delivery, message: bytes, again: bool) -> dict[str, Any]:
@@ -391,6 +392,11 @@ class ClusterSentinelTransport(ClusterTransport, stock.SentinelTransport):
 
     Channel = ClusterSentinelChannel
     default_port = stock.SentinelTransport.default_port
+
+
+def _was_delivered(payload: dict[str, Any]) -> bool:
+    """Whether a message was with a node before; only then its job can have a past."""
+    return bool((payload["properties"].get("delivery_info") or {}).get("redelivered"))
 
 
 def _drain_wake_fd(fd: int) -> None:

@@ -11,7 +11,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
 
@@ -63,6 +63,8 @@ class Deliveries:
         self.loop_thread = 0
         """The thread of the event loop, which looks for work before it sleeps: by itself it need not be woken."""
         self._placer = Placer(client, keys)
+        self.admit: Callable[[Delivery, dict[str, Any]], bool] = lambda delivery, payload: True
+        """Asked before a message is read that was delivered before; False: it is dealt with, and not to be read."""
         self._lock = threading.Lock()
         self._held: dict[str, bytes] = {}
         self._inbox: deque[tuple[str, bytes, bool]] = deque()
@@ -233,16 +235,21 @@ class Deliveries:
             self._held.pop(tag, None)
         self.wake()
 
-    def hold_back(self, tag: str) -> None:
-        """Say that a delivery is not worked on yet, so that the death of this node is not its fault."""
+    def hold_back(self, *tags: str) -> None:
+        """Say that deliveries are not worked on yet, so that the death of this node is not their fault."""
         with self._lock:
-            self._held_back.add(tag)
-            self._taken_up.discard(tag)
+            self._held_back.update(tags)
+            self._taken_up.difference_update(tags)
         try:
-            self._placer.hold_back(self.unacked_key, self._not_started, tag)
+            self._placer.hold_back(self.unacked_key, self._not_started, tags)
         except redis.RedisError as exc:
             # At worst a job is charged with a crash that is not its own; no single one convicts.
             logger.debug("it is not noted what is held back", extra={"error": repr(exc)})
+
+    def hold_back_undelivered(self) -> None:
+        """Hold back what no consumer has seen yet, until each of it begins: what comes now may end this node."""
+        if tags := [tag for tag, *_ in self._inbox]:
+            self.hold_back(*tags)
 
     def take_up(self, tag: str) -> None:
         """Say that work on a delivery begins that may have been held back. Never raises for an outage."""
@@ -273,6 +280,15 @@ class Deliveries:
             ended, records, revoked_at, followed = pipe.execute()
         attempts = [attempt for job, attempt in (parse_attempt(text(each)) for each in followed) if job == job_id]
         return Past(bool(ended), tuple(map(Crash.read, records)), revoked_at is not None, attempts)
+
+    def note_receipt(self, job_id: str, crashes: Sequence[Crash], *, begun: bool) -> None:
+        """Note with the last of the crashes of a job that it was received again, or that it has ``begun`` by now.
+
+        If the next crash finds it received and not begun, its message alone was enough. Raises redis.RedisError.
+        """
+        last = replace(crashes[-1], received_since=not begun)
+        if last != crashes[-1]:
+            self._client.lset(self._keys.crashes(job_id), len(crashes) - 1, str(last))
 
     def forget(self, job_id: str) -> None:
         """Forget the crashes of a job that has ended. Raises redis.RedisError."""

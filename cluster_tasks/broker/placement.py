@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -55,6 +55,8 @@ class Crash:
     """Seconds since 1970, by the clock of whoever noticed it."""
     traceback: str = ""
     """Of the error that ended the process, where one is known; its end, if it is long."""
+    received_since: bool = False
+    """Whether a node has taken the job in again after that, and has not begun it."""
 
     @classmethod
     def read(cls, record: bytes | str) -> Crash:
@@ -129,9 +131,9 @@ class Placer:
         """Let go of deliveries of the hash ``source`` that are done: the ids of their jobs by tag, '' for none."""
         self._let_go([source], let_go_arguments(self._keys, done))
 
-    def hold_back(self, source: str, not_started: str, tag: str) -> None:
-        """Note in the set ``not_started`` that a delivery of the hash ``source`` is not worked on yet, if it stands."""
-        self._hold_back([source, not_started], [tag])
+    def hold_back(self, source: str, not_started: str, tags: Collection[str]) -> None:
+        """Note in the set ``not_started`` what of the hash ``source`` is not worked on yet, if it stands there."""
+        self._hold_back([source, not_started], tags)
 
     def unquarantine(self, job_id: str, placement: Placement) -> bool:
         """Place a job that is in quarantine, and forget it there; False if it is not any more."""

@@ -18,7 +18,9 @@ from tests.process.accounts import END_S, finish, held_key, starts_of, wait_unti
 from tests.process.conftest import NewWorker
 from tests.process.jobs import Jobs
 from tests.process.nodes import running
+from tests.process.poisonous import BRITTLE, DEADLY, make_poisonous
 from tests.waiting import wait_until
+from workers.redis_server import RedisServer
 
 
 def crashes_of(jobs: Jobs, job_id: str) -> int:
@@ -66,6 +68,38 @@ def test_a_job_that_kills_its_whole_node_is_quarantined_by_the_fourth(jobs: Jobs
         assert sum(finish(neighbours).values()) == 6
         assert starts_of(jobs, [poison]) == {poison.id: 3}
         assert [kept.id for kept in jobs.cluster.quarantine.jobs()] == [poison.id], "no neighbour was convicted"
+
+
+@pytest.mark.parametrize("dies_in", ["the decoder", "a signal handler"])
+def test_a_message_that_kills_before_it_is_run_is_quarantined_and_what_was_fetched_with_it_is_not_charged(
+    dies_in: str, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch, new_worker: NewWorker
+) -> None:
+    monkeypatch.setenv("CLUSTER_BROKER_URL", redis_server.url)
+    jobs = make_poisonous()
+    told = jobs.plain.si(1).set(task_id="told")
+    if dies_in == "the decoder":
+        poison = jobs.work.apply_async(kwargs={"key": DEADLY}, serializer=BRITTLE)
+    else:
+        poison = jobs.work.apply_async(task_id=DEADLY, link_error=told)
+    neighbours = [jobs.work.delay() for _ in range(6)]
+    options: dict[str, Any] = {"app": "tests.process.poisonous", "environ": {"TEST_DIES": "1"}, "pool": "threads"}
+    for name in "abc":
+        doomed = new_worker(name, **options).start()
+        wait_until(lambda doomed=doomed: doomed.exit_code() is not None, END_S, "the message kills its node")
+        jobs.cluster.health.fail_over(doomed.id, jobs.cluster.epochs.beats()[doomed.id], 0)
+    assert crashes_of(jobs, poison.id) == 3
+    assert not starts_of(jobs, neighbours).total()
+    # One was fetched with it when nobody knew yet.
+    assert sum(crashes_of(jobs, neighbour.id) for neighbour in neighbours) == 1
+    with running(new_worker("d", **options)):
+        with pytest.raises(QuarantinedError):
+            poison.get(timeout=END_S)
+        assert finish(neighbours) == {"d@test": 6}
+        assert [kept.id for kept in jobs.cluster.quarantine.jobs()] == [poison.id]
+        if dies_in == "a signal handler":
+            assert jobs.app.AsyncResult("told").get(timeout=END_S) == 2
+        wait_until_nothing_is_left(jobs)
+    jobs.app.close()
 
 
 @pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])

@@ -1,9 +1,15 @@
--- Note that a delivery is not worked on yet, provided that it stands: of an epoch that has ended nobody clears the notes.
+-- Note that deliveries are not worked on yet, provided that they stand: of an epoch that has ended nobody clears the
+-- notes.
 --
 -- KEYS     1 hash of deliveries, 2 tags of those not started
--- ARGV     1 tag
--- Returns  1 noted, 0 it is gone
+-- ARGV     tags
+-- Returns  how many were noted
 
-if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then return 0 end
-redis.call('SADD', KEYS[2], ARGV[1])
-return 1
+local noted = 0
+for _, tag in ipairs(ARGV) do
+  if redis.call('HEXISTS', KEYS[1], tag) == 1 then
+    redis.call('SADD', KEYS[2], tag)
+    noted = noted + 1
+  end
+end
+return noted
