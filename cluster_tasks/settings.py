@@ -147,7 +147,10 @@ class ClusterSettings(BaseSettings):
     max_memory_mb: Annotated[int, Field(ge=0)] = 0
 
     max_message_bytes: Annotated[int, Field(ge=1_000)] = 16 * 1024 * 1024
-    """A job whose message is larger is refused in its caller with PayloadTooLarge. Arguments grow by a third in it."""
+    """A job whose message is larger is refused in its caller with PayloadTooLarge. Arguments grow by a third in it.
+
+    One that is compressed counts as what it would be otherwise; a node keeps one that is larger as undecodable.
+    """
 
     heartbeat_s: Seconds = 1.0
     lease_s: Seconds = 3.0

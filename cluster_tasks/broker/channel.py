@@ -34,6 +34,7 @@ from cluster_tasks.broker.message import (
 from cluster_tasks.broker.placement import Placer, fetching_script, let_go_arguments, placing_script
 from cluster_tasks.broker.publishing import PUBLISH_PROPERTY, begin_publish, end_publish
 from cluster_tasks.broker.sequels import FOLLOWS_PROPERTY, Sequel
+from cluster_tasks.broker.unpacking import unpacked_size
 from cluster_tasks.errors import ConfigurationError, PayloadTooLarge, StaleCommit
 from cluster_tasks.keys import DEFAULT_NAME, Keys, priority_suffixes
 from cluster_tasks.redis_store import load_script, refusals_as_outages, script_source, text
@@ -168,12 +169,33 @@ class ClusterChannel(stock.Channel):
 
     def _encoded(self, message: dict[str, Any]) -> str:
         encoded: str = dumps(message)
-        if 0 < self.cluster_max_message_bytes < len(encoded):
+        size = self._unpacked(message, len(encoded))
+        if 0 < self.cluster_max_message_bytes < size:
             raise PayloadTooLarge(
-                f"the message of a job of {message['headers'].get('task')} has {len(encoded)} bytes and may have "
+                f"the message of a job of {message['headers'].get('task')} has {size} bytes and may have "
                 f"{self.cluster_max_message_bytes}: store its arguments elsewhere, or raise cluster_max_message_bytes"
             )
         return encoded
+
+    def _unpacked(self, message: dict[str, Any], size: int) -> int:
+        """The bytes of a message of ``size``, or, if its body is compressed, those that it would have if it were not.
+
+        When it is clear that these are too many, they are not counted further.
+        """
+        body, compression = message.get("body"), (message.get("headers") or {}).get("compression")
+        if not body or not compression or not self.cluster_max_message_bytes:
+            return size
+        try:
+            packed = self.decode_body(body, message["properties"].get("body_encoding"))
+            unpacked = unpacked_size(packed, compression, self.cluster_max_message_bytes)
+        except Exception:  # noqa: BLE001 - whatever is wrong with it, who reads it as a job tells that better.
+            return size
+        # In Base64, as Kombu writes it.
+        return max(size, size - len(body) + (unpacked + 2) // 3 * 4)
+
+    def _refuse_bomb(self, message: dict[str, Any], size: int) -> None:
+        if size < (unpacked := self._unpacked(message, size)) and unpacked > self.cluster_max_message_bytes:
+            raise PayloadTooLarge(f"unpacked it would have more than {self.cluster_max_message_bytes} bytes")
 
     def _follow(self, placement: Placement, due: float | None, sequel: Sequel) -> None:
         if not self._placer.follow(placement, sequel, due, BELL_WAIT_S):
@@ -332,6 +354,7 @@ class ClusterChannel(stock.Channel):
 
     def _decode(self, delivery: Delivery, message: bytes, again: bool) -> dict[str, Any]:
         payload = check_payload(loads(text(message)))
+        self._refuse_bomb(payload, len(message))
         properties = payload["properties"]
         if body := payload.get("body"):
             # Kombu decodes it where an error would end the worker.

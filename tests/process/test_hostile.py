@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from celery import states
+from kombu.compression import compress
 
 from cluster_tasks.errors import PayloadTooLarge
 from tests.broker import make_message
@@ -187,6 +188,29 @@ def test_no_message_ends_a_node_or_keeps_it_from_its_work(
     assert [jobs.app.AsyncResult(f"bomb {number}").state for number in (0, 1)] == [failed, failed]
 
 
+def bomb(jobs: Jobs, compression: str) -> dict[str, Any]:
+    """A small message with a body that is too large when it is unpacked."""
+    whole = json.dumps([[0.0, "x" * jobs.cluster.settings.max_message_bytes], {}, {}])
+    packed, content_type = compress(whole, compression)
+    message = sound(f"bomb of {compression}")
+    message["headers"]["compression"] = content_type
+    message["body"] = base64.b64encode(packed).decode()
+    return message
+
+
+def test_what_would_be_too_large_when_it_is_unpacked_is_kept_and_not_unpacked(
+    jobs: Jobs, new_worker: NewWorker
+) -> None:
+    with running(new_worker("a", pool="threads")) as (node,):
+        bombs = [json.dumps(bomb(jobs, compression)) for compression in ("zlib", "bzip2", "lzma")]
+        for each in bombs:
+            push(jobs, node, each)
+        assert jobs.work.apply_async((0.0, "x" * 100_000), compression="zlib").get(timeout=END_S) == node.id
+        wait_until(lambda: len(jobs.cluster.undecodable(10)) == len(bombs), END_S, "all are kept")
+        assert {kept.decode() for kept in jobs.cluster.undecodable(10)} == set(bombs)
+        assert node.exit_code() is None
+
+
 def test_a_job_that_is_too_large_is_refused_in_its_caller(jobs: Jobs) -> None:
     client = jobs.cluster.client
     limit = jobs.cluster.settings.max_message_bytes
@@ -195,4 +219,6 @@ def test_a_job_that_is_too_large_is_refused_in_its_caller(jobs: Jobs) -> None:
         jobs.work.delay(key="x" * limit)
     with pytest.raises(PayloadTooLarge):
         jobs.work.apply_async(kwargs={"key": "x" * limit}, countdown=60)
+    with pytest.raises(PayloadTooLarge):
+        jobs.work.apply_async(kwargs={"key": "x" * limit}, compression="zlib")
     assert client.dbsize() == before
