@@ -181,15 +181,21 @@ class NodeAgent:
 
     def _open(self) -> tuple[str, float]:
         """Return a new epoch, and when it was asked for."""
-        epochs, node = self._cluster.epochs, self._node
+        node = self._node
         while True:
             asked_at_s = self._cluster.clock.monotonic()
-            opened = epochs.open(node.id, node.serves, self._cluster.app.tasks, self._settings.recovery_threshold)
+            opened = self._open_epoch()
             if not isinstance(opened, Predecessor):
                 return opened, asked_at_s
             logger.warning("waiting whether an earlier %s still lives", node.id)
             self._wait_for_silence(opened.beat)
             self._cluster.health.fail_over(node.id, opened.beat, self._settings.lease_s)
+
+    def _open_epoch(self) -> str | Predecessor:
+        # A coordinator runs none of the tasks that it knows.
+        tasks = () if self._deliveries is None else self._cluster.app.tasks
+        node = self._node
+        return self._cluster.epochs.open(node.id, node.serves, tasks, self._settings.recovery_threshold)
 
     def _wait_for_silence(self, seen: Beat) -> None:
         """Wait for a lease without a beat of a predecessor. Raises NodeNameTaken if it beats."""
@@ -267,9 +273,7 @@ class NodeAgent:
     def _rejoin(self) -> None:
         logger.error("this node was fenced: what it runs will not be committed; it joins anew")
         asked_at_s = self._cluster.clock.monotonic()
-        opened = self._cluster.epochs.open(
-            self._node.id, self._node.serves, self._cluster.app.tasks, self._settings.recovery_threshold
-        )
+        opened = self._open_epoch()
         if isinstance(opened, Predecessor):
             logger.error("another worker has taken the name %s: this one takes no more jobs", self._node.id)
             return

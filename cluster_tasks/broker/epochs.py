@@ -215,20 +215,25 @@ class EpochTable:
             return bool(self._forget([keys.fenced, keys.events, keys.opened], arguments))
 
     def knowing(self, task: str, request_type: str) -> list[str]:
-        """Return the ids of the nodes that know a task, serve its type and may be given jobs, sorted."""
+        """Return the ids of the nodes that know a task, serve its type and may be given jobs, sorted.
+
+        Those that have a limit are among them only if there are no others: they will be back.
+        """
         with foreign_errors(BrokerUnavailable, f"looking for who knows {task!r}"), self._client.pipeline() as pipe:
             pipe.hgetall(self._keys.tasks)
             pipe.hgetall(self._keys.serves)
             pipe.smembers(self._keys.draining)
-            known, serves, draining = pipe.execute()
-        able = [
-            self._keys.node_of(text(queue))
+            pipe.hgetall(self._keys.slot_limits)
+            known, serves, draining, limits = pipe.execute()
+        able = {
+            queue: self._keys.node_of(text(queue))
             for queue, names in known.items()
             if task in text(names).split("\n")
             and f",{request_type}," in text(serves.get(queue, ""))
             and queue not in draining
-        ]
-        return sorted(filter(None, able))
+        }
+        out = {queue for queue, limit in limits.items() if Limit.read(limit).phase is not Phase.RAMPING}
+        return sorted(filter(None, [able[queue] for queue in able.keys() - out] or able.values()))
 
     def set_draining(self, node_id: str, draining: bool, epoch: str = "") -> None:
         """Stop or resume placing jobs on a node. Raises NodeNotFound if ``epoch`` ('': any) of it does not stand."""

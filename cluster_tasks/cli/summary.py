@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from cluster_tasks.broker.epochs import MAX_EVENTS
 from cluster_tasks.cluster import Cluster
 from cluster_tasks.failover.events import ClusterEvent
-from cluster_tasks.keys import ANY_TYPE
+from cluster_tasks.keys import ANY_TYPE, BOUND
 from cluster_tasks.model import Node, NodeRole, NodeStatus
 
 WORKING = (NodeStatus.ONLINE, NodeStatus.BUSY)
@@ -55,7 +55,7 @@ def summarize(cluster: Cluster) -> Summary:
     return Summary(
         cluster=cluster.settings.name,
         broker=str(cluster.settings.broker_url),
-        problems=list(_problems(cluster, working, lists)),
+        problems=list(_problems(cluster, working, coordinators, lists)),
         nodes=dict(Counter("silent" if node.id in silent else node.status.value for node in workers)),
         coordinators=[node.id for node in coordinators if node.id not in silent],
         waiting=lists,
@@ -82,7 +82,9 @@ def _silent(cluster: Cluster, nodes: Sequence[Node]) -> Collection[str]:
     return silent
 
 
-def _problems(cluster: Cluster, working: Sequence[Node], lists: Mapping[str, int]) -> Iterator[str]:
+def _problems(
+    cluster: Cluster, working: Sequence[Node], coordinators: Sequence[Node], lists: Mapping[str, int]
+) -> Iterator[str]:
     if not working:
         yield "no worker node is online"
     lists_of = cluster.keys.waiting_queue, cluster.keys.suspect_queue
@@ -90,6 +92,9 @@ def _problems(cluster: Cluster, working: Sequence[Node], lists: Mapping[str, int
     for queue in sorted(lists):
         if cluster.keys.node_of(queue) is None and queue not in served:
             yield f"jobs wait in {queue}, and no node that is online serves them"
+    # From the other list of a coordinator nodes take.
+    for queue in sorted(lists.keys() & {cluster.keys.node_queue(node.id) + BOUND for node in coordinators}):
+        yield f"jobs wait in {queue}, and that node runs none"
 
 
 def _last(events: Sequence[ClusterEvent], kind: str) -> ClusterEvent | None:

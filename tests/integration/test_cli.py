@@ -243,6 +243,17 @@ def test_jobs_that_no_node_serves_degrade_the_cluster(jobs: Jobs) -> None:
     assert told(done)["problems"] == ["jobs wait in waiting.llm, and no node that is online serves them"]
 
 
+def test_jobs_that_are_bound_to_a_coordinator_degrade_the_cluster(jobs: Jobs) -> None:
+    joined, chief = join(jobs, node_of("a")), join(jobs, Node(id="chief@host", roles=MASTER))
+    jobs.work.apply_async(queue="node.chief@host.bound")
+    # From this one others take.
+    jobs.work.apply_async(queue="node.chief@host")
+    with beating(jobs, joined), beating(jobs, chief):
+        done = ask(jobs.app, "status", "--json")
+    assert done.exit_code == 1
+    assert told(done)["problems"] == ["jobs wait in node.chief@host.bound, and that node runs none"]
+
+
 def test_suspects_that_wait_for_a_node_that_serves_them_do_not_degrade_the_cluster(jobs: Jobs) -> None:
     joined = join(jobs, node_of("a"))
     jobs.cluster.client.zadd(jobs.cluster.keys.backlog, {jobs.cluster.keys.suspect_queue("llm"): 1})

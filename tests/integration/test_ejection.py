@@ -124,6 +124,17 @@ def test_a_limit_is_changed_only_if_it_is_what_was_seen(broker: Broker) -> None:
     assert broker.epochs.lists().limits == {}
 
 
+def test_a_node_that_is_out_is_sent_a_job_that_others_do_not_know_only_if_no_other_knows_it(broker: Broker) -> None:
+    for node_id in "abc":
+        broker.epochs.open(node_id, ["llm"], ["new"] if node_id in "ab" else [])
+    set_limit(broker, "a", EJECTED)
+    assert broker.epochs.knowing("new", "llm") == ["b"]
+    set_limit(broker, "b", EJECTED)
+    assert broker.epochs.knowing("new", "llm") == ["a", "b"]
+    set_limit(broker, "a", Limit(1, Phase.RAMPING, "t1"))
+    assert broker.epochs.knowing("new", "llm") == ["a"]
+
+
 @pytest.mark.parametrize(("count", "allowed"), [(1, 0), (2, 1), (3, 1), (4, 2), (5, 2)])
 def test_half_of_the_nodes_stay(count: int, allowed: int, broker: Broker) -> None:
     broker.open("coordinator")

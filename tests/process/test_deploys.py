@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from celery.exceptions import NotRegistered
@@ -60,6 +63,25 @@ def test_a_task_that_no_node_knows_fails_and_its_callbacks_learn_of_it(newer: Jo
             job.get(timeout=END_S)
         assert newer.app.AsyncResult("told").get(timeout=END_S) == 2
         wait_until_nothing_is_left(newer)
+
+
+def test_a_coordinator_is_no_node_that_knows_a_task(newer: Jobs, new_worker: NewWorker, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "celery", "-A", NEWER, "cluster", "coordinator", "-n", "chief@test"]
+    with (
+        running(new_worker("old")),
+        (tmp_path / "chief.log").open("wb") as log,
+        subprocess.Popen(command, stdout=log, stderr=log) as chief,
+    ):
+        try:
+            wait_until(lambda: "chief@test" in newer.cluster.epochs.beats(), END_S, "it has joined")
+            newest = newer.app.tasks["jobs.newest"]
+            # Of the type that a coordinator is said to serve, too.
+            for request_type in ("llm", "any"):
+                with pytest.raises(NotRegistered):
+                    newest.apply_async(request_type=request_type).get(timeout=END_S)
+            wait_until_nothing_is_left(newer)
+        finally:
+            chief.terminate()
 
 
 def test_a_body_that_is_not_allowed_fails_and_harms_no_other(jobs: Jobs, new_worker: NewWorker) -> None:
