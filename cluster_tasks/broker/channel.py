@@ -279,11 +279,7 @@ class ClusterChannel(stock.Channel):
 
     def _brpop_read(self, **options: Any) -> Any:
         command, self._under_way = self._under_way, None
-        if command == "fetch":
-            return self._read_fetch()
-        if command:
-            return self._read_others()
-        return super()._brpop_read(**options)
+        return self._read_fetch() if command == "fetch" else self._read_others()
 
     def _reply(self, command: str) -> Any:
         connection = self.client.connection
@@ -310,8 +306,26 @@ class ClusterChannel(stock.Channel):
             raise Empty
         queue = text(reply[0]).rsplit(self.sep, 1)[0]
         self._queue_cycle.rotate(queue)
-        self.connection._deliver(loads(text(reply[1])), queue)
+        try:
+            payload = self._decode_foreign(reply[1])
+        except Exception as exc:  # noqa: BLE001 - whatever a broken message raises, it must not end its reader.
+            logger.error("a message of %s that cannot be decoded is set aside: %r", queue, exc)
+            with refusals_as_outages(self._placer.client):
+                self._placer.keep_undecodable(reply[1])
+            raise Empty from None
+        self.connection._deliver(payload, queue)
         return True
+
+    def _decode_foreign(self, message: bytes) -> dict[str, Any]:
+        payload = check_payload(loads(text(message)))
+        self._refuse_bomb(payload, len(message))
+        properties = payload["properties"]
+        # Kombu keeps it by these until it is acknowledged, and decodes its body, where an error would end the worker.
+        properties["delivery_tag"].encode()
+        properties["delivery_info"]["exchange"], properties["delivery_info"]["routing_key"]
+        if body := payload.get("body"):
+            self.decode_body(body, properties.get("body_encoding"))
+        return payload
 
     def _read_fetch(self) -> bool:
         status, due_ms, *items = self._reply("EVALSHA")

@@ -154,6 +154,13 @@ class Placer:
         targets: Any = self._move_newest([*self.index, source], [self._keys.bell_prefix, queue, first, *arguments])
         return [text(target) for target in targets]
 
+    def keep_undecodable(self, message: bytes) -> None:
+        """Keep a message that cannot be decoded for inspection; it is in no list any more."""
+        with self.client.pipeline() as pipe:
+            pipe.lpush(self._keys.undecodable, message)
+            pipe.ltrim(self._keys.undecodable, 0, UNDECODABLE_KEPT - 1)
+            pipe.execute()
+
     def set_aside_held(self, source: str, tag: str | bytes, message: bytes) -> None:
         """Keep a message of the hash ``source`` that cannot be decoded for inspection, if it is still there."""
         names = [self._keys.undecodable, source, self._keys.backlog]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -186,6 +188,52 @@ def test_no_message_ends_a_node_or_keeps_it_from_its_work(
     assert {name for name, end in ends.items() if end not in (failed, ran)} == set()
     assert {name for name, end in ends.items() if end == ran} <= harmless
     assert [jobs.app.AsyncResult(f"bomb {number}").state for number in (0, 1)] == [failed, failed]
+
+
+# In other queues Kombu itself keeps what it reads by these.
+FOREIGN: dict[str, Change] = {
+    "no properties": CHANGES["no properties"],
+    "no delivery info": CHANGES["no delivery info"],
+    "a list for a delivery info": properties(delivery_info=[]),
+    "a delivery info without an exchange": properties(delivery_info={"routing_key": "celery"}),
+    "no delivery tag": lambda message: message["properties"].pop("delivery_tag"),
+    "a mapping for a delivery tag": properties(delivery_tag={}),
+    "half a surrogate for a delivery tag": properties(delivery_tag="\ud800"),
+    "a list for headers": CHANGES["a list for headers"],
+    "a body that is no base64": part("body", "a"),
+    "an unknown encoding": properties(body_encoding="rot13"),
+}
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
+def test_no_message_in_another_queue_ends_a_node(pool: str, jobs: Jobs, new_worker: NewWorker) -> None:
+    strangers = [raw for raw in RAW if raw]
+    for change in FOREIGN.values():
+        message = sound("foreign")
+        change(message)
+        strangers.append(json.dumps(message).encode())
+    with running(new_worker("a", pool=pool)) as (node,):
+        for stranger in strangers:
+            jobs.cluster.client.lpush("celery", stranger)
+        assert jobs.plain.delay(1).get(timeout=END_S) == 2
+        assert jobs.work.delay().get(timeout=END_S) == node.id
+        assert set(jobs.cluster.undecodable(1_000)) == set(strangers)
+        assert node.exit_code() is None
+
+
+def test_no_message_ends_a_coordinator(jobs: Jobs, tmp_path: Path) -> None:
+    client, keys = jobs.cluster.client, jobs.cluster.keys
+    command = [sys.executable, "-m", "celery", "-A", "tests.process.jobs", "cluster", "coordinator", "-n", "chief@test"]
+    with (tmp_path / "chief.log").open("wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as chief:
+        try:
+            wait_until(jobs.cluster.checks_done, END_S, "it checks")
+            client.lpush(keys.control_queue, *filter(None, RAW))
+            wait_until(lambda: set(jobs.cluster.undecodable(1_000)) == set(filter(None, RAW)), END_S, "all are kept")
+            done = jobs.cluster.checks_done()
+            wait_until(lambda: jobs.cluster.checks_done() > done, END_S, "it goes on")
+            assert chief.poll() is None
+        finally:
+            chief.terminate()
 
 
 def bomb(jobs: Jobs, compression: str) -> dict[str, Any]:
