@@ -23,9 +23,13 @@ class InvalidArguments(ClusterError, ValueError):
     """The arguments of a job were refused before it was sent; the message names the field."""
 
 
-# A subclass, for Celery fails a job by it whose next step cannot be sent.
+# Subclasses of Kombu's, for Celery fails a job by it whose next step cannot be sent.
 class PayloadTooLarge(ClusterError, EncodeError):
     """A job was refused before it was sent: its message is over the limit; arguments are to be stored elsewhere."""
+
+
+class InvalidQueue(ClusterError, EncodeError):
+    """A job was refused before it was sent: the name of its queue is none that jobs can be in."""
 
 
 class NoNodeAvailable(ClusterError):

@@ -66,6 +66,10 @@ class Keys:
         """Whether ``queue`` is a list that only this package's scripts may fill."""
         return queue.startswith(tuple(f"{self._queue_prefix}{kind}." for kind in ("node", "waiting", "suspect")))
 
+    def reserves(self, queue: str) -> bool:
+        """Whether ``queue`` is the name of a key of the cluster's that is no list of jobs, or can be one's."""
+        return queue == self.delayed or queue.startswith(f"{self.name}:")
+
     # The epoch table. Hashes go from a node's queue name to a value.
 
     @property

@@ -11,9 +11,10 @@ from kombu.connection import Connection, ConnectionPool, PooledConnection
 from kombu.exceptions import OperationalError
 from kombu.transport import redis as stock
 
-from cluster_tasks.broker.channel import ClusterSentinelTransport, ClusterTransport
+from cluster_tasks.broker.channel import ClusterSentinelTransport, ClusterTransport, check_queue
 from cluster_tasks.broker.sequels import FOLLOWS_PROPERTY, announce
 from cluster_tasks.errors import EndNotStored
+from cluster_tasks.keys import DEFAULT_NAME, Keys
 
 SEQUEL_POLICY = {"max_retries": 20, "interval_start": 0, "interval_step": 0.2, "interval_max": 1}
 """How what follows a job is published again: as often as Celery stores a result again."""
@@ -72,8 +73,12 @@ class ClusterAMQP(AMQP):  # type: ignore[misc]
 
     def _create_task_sender(self) -> Callable[..., Any]:
         send, app = super()._create_task_sender(), self.app
+        keys = Keys(app.conf.broker_transport_options.get("cluster_name", DEFAULT_NAME))
 
         def send_task_message(producer: Any, name: str, message: Any, **options: Any) -> Any:
+            if queue := options.get("queue"):
+                # Before Kombu declares it, which leaves a key of its own.
+                check_queue(keys, getattr(queue, "name", queue))
             announce(app, message)
             if FOLLOWS_PROPERTY not in message.properties:
                 return send(producer, name, message, **options)

@@ -35,8 +35,9 @@ from cluster_tasks.broker.placement import Placer, fetching_script, let_go_argum
 from cluster_tasks.broker.publishing import PUBLISH_PROPERTY, begin_publish, end_publish
 from cluster_tasks.broker.sequels import FOLLOWS_PROPERTY, Sequel
 from cluster_tasks.broker.unpacking import unpacked_size
-from cluster_tasks.errors import ConfigurationError, PayloadTooLarge, StaleCommit
+from cluster_tasks.errors import ConfigurationError, InvalidQueue, PayloadTooLarge, StaleCommit
 from cluster_tasks.keys import DEFAULT_NAME, Keys, priority_suffixes
+from cluster_tasks.model import check_node_id
 from cluster_tasks.redis_store import load_script, refusals_as_outages, script_source, text
 
 logger = logging.getLogger(__name__)
@@ -139,6 +140,7 @@ class ClusterChannel(stock.Channel):
     # Publishing.
 
     def _put(self, queue: str, message: dict[str, Any], **kwargs: Any) -> None:
+        check_queue(self.keys, queue)
         properties = message["properties"]
         way = {name: properties.pop(name) for name in (FOLLOWS_PROPERTY, PUBLISH_PROPERTY) if name in properties}
         try:
@@ -429,6 +431,18 @@ class ClusterSentinelTransport(ClusterTransport, stock.SentinelTransport):
 
     Channel = ClusterSentinelChannel
     default_port = stock.SentinelTransport.default_port
+
+
+def check_queue(keys: Keys, queue: str) -> None:
+    """Raise InvalidQueue for a name under which jobs would be lost, or stop the cluster."""
+    node_id = keys.node_of(queue)
+    try:
+        if node_id is not None:
+            check_node_id(node_id)
+    except ValueError as exc:
+        raise InvalidQueue(f"no job can be sent to {queue!r}: {exc}") from None
+    if keys.reserves(queue):
+        raise InvalidQueue(f"no job can be sent to {queue!r}: the cluster keeps something else there")
 
 
 def _was_delivered(payload: dict[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from cluster_tasks import Cluster, ClusterTask
 from cluster_tasks.broker.delays import delayed_jobs
 from cluster_tasks.broker.message import place_message
 from cluster_tasks.broker.publishing import begin_publish, end_publish
+from cluster_tasks.errors import InvalidQueue
 from tests.broker import Broker, make_message
 from tests.process.proxy import Wire, wire_to
 from workers.redis_server import RedisServer
@@ -73,6 +75,41 @@ def test_a_publish_that_begins_while_another_is_under_way_may_be_done_before_it(
     assert broker.placer.publish(second, inner, None, 1.0)
     assert broker.placer.publish(first, outer, None, 1.0)
     assert broker.waiting() == ["second", "first"]
+
+
+@pytest.mark.parametrize(
+    "queue",
+    [
+        *("node.a\nb", "node.a b", "node.", "node.a.bound.bound", "node.a\nb.bound"),
+        *("cluster.delayed", "cluster:epochs", "cluster:bell:node.a", "cluster:anything"),
+    ],
+)
+@pytest.mark.parametrize("options", [{}, {"countdown": 60}])
+def test_no_job_is_sent_to_a_queue_that_can_be_none(
+    queue: str, options: dict[str, int], broker: Broker, redis_server: RedisServer
+) -> None:
+    message: dict[str, Any] = json.loads(make_message("1"))
+    with producer(redis_server.url) as work:
+        with pytest.raises(InvalidQueue, match="no job can be sent to"):
+            work.apply_async(queue=queue, **options)
+        with work.app.connection_for_write() as connection, pytest.raises(InvalidQueue):
+            connection.default_channel.basic_publish(message, exchange="", routing_key=queue)
+        assert list(broker.client.scan_iter()) == []
+        # Queues of the users are theirs to name.
+        for own in ("cluster", "cluster.delayed.2", "my\nqueue", "nodes.a b"):
+            work.apply_async(queue=own)
+            assert broker.client.llen(own) == 1
+
+
+def test_the_names_of_another_cluster_are_not_refused(broker: Broker, redis_server: RedisServer) -> None:
+    with Celery("producer", set_as_current=False, broker=redis_server.url) as app:
+        app.conf.cluster_name = "other"
+        Cluster(app)
+        with pytest.raises(InvalidQueue):
+            app.send_task("jobs.work", queue="other.delayed", ignore_result=True)
+        with pytest.raises(InvalidQueue):
+            app.send_task("jobs.work", queue="other.node.a\nb", ignore_result=True)
+        app.send_task("jobs.work", queue="cluster.delayed.2", ignore_result=True)
 
 
 def test_a_forked_process_is_another_producer() -> None:
