@@ -105,6 +105,8 @@ class ClusterChannel(stock.Channel):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._next: Literal["fetch", "bell", "glance"] = "fetch"
         self._under_way: Literal["fetch", "bell", "glance"] | None = None
+        self._fetching: Deliveries | None = None
+        """Who sent the fetch under way."""
         self._carried: Collection[str] = ()
         """Acknowledged tags that the fetch under way carries."""
         self._asked = 0
@@ -264,7 +266,7 @@ class ClusterChannel(stock.Channel):
         names = [keys.epochs, keys.draining, keys.backlog, keys.idle, keys.serves, keys.slot_limits]
         names += [node.unacked_of(epoch), keys.delayed, keys.suspects_held, keys.fencing_token]
         script = ("EVAL", _FETCH) if self._fetch_by_text else ("EVALSHA", _FETCH_SHA)
-        self._carried, self._asked = acked, self._wanted(node)
+        self._fetching, self._carried, self._asked = node, acked, self._wanted(node)
         self._send(
             *(*script, len(names), *names, keys.bell_prefix, node.queue, epoch, self._asked, first_tag),
             *(len(_SUFFIXES), len(node.waiting), *_SUFFIXES, *node.waiting, *node.suspects),
@@ -336,13 +338,16 @@ class ClusterChannel(stock.Channel):
         if text(status).startswith("limited "):
             # It may be given more as soon as a job ends, and nobody rings it for that.
             self._bell_wait_s = min(self._bell_wait_s, LIMITED_WAIT_S)
-        node = self.node
-        if node is None:
-            # The consumer was cancelled meanwhile: what was given stays recorded, and the end of the epoch moves it.
-            raise Empty
         given = [(text(tag), message) for tag, message in zip(items[::2], items[1::2], strict=True)]
         standing, _, trial = text(status).partition(" ")
+        node, self._fetching = self._fetching, None
+        assert node is not None
         node.receive(given, self._carried, trial)
+        if self.node is None:
+            # The consumer was cancelled meanwhile. Each goes before the others, so the first one comes last.
+            for tag, _ in reversed(given):
+                node.requeue(tag)
+            raise Empty
         # Not "whether slots are free now": one that was freed meanwhile must not send us to wait beside a full list.
         if standing in ("fenced", "draining") or len(given) < self._asked:
             self._next = "bell"
