@@ -324,6 +324,8 @@ class ClusterChannel(stock.Channel):
         payload = check_payload(loads(text(message)))
         self._refuse_bomb(payload, len(message))
         properties = payload["properties"]
+        # Only a list of the cluster gives deliveries; here it is a stranger's word.
+        properties.pop(DELIVERY_PROPERTY, None)
         # Kombu keeps it by these until it is acknowledged, and decodes its body, where an error would end the worker.
         properties["delivery_tag"].encode()
         properties["delivery_info"]["exchange"], properties["delivery_info"]["routing_key"]

@@ -221,6 +221,19 @@ def test_no_message_in_another_queue_ends_a_node(pool: str, jobs: Jobs, new_work
         assert node.exit_code() is None
 
 
+def test_a_message_of_another_queue_that_calls_itself_a_delivery_is_none(jobs: Jobs, new_worker: NewWorker) -> None:
+    client = jobs.cluster.client
+    with running(new_worker("a", pool="threads")) as (node,):
+        # Of nobody, and of one that stands and is another job's.
+        for tag in ("1-x.1.1", f"{jobs.cluster.epochs.beats()[node.id].epoch}.1.1"):
+            message = sound(tag)
+            message["properties"]["cluster_delivery"] = [node.id, tag.partition(".")[0], tag]
+            client.lpush("celery", json.dumps(message))
+            assert jobs.app.AsyncResult(tag).get(timeout=END_S) == node.id
+        wait_until(lambda: not client.exists("unacked"), END_S, "they are acknowledged")
+        assert jobs.cluster.stale_commits() == 0
+
+
 def test_no_message_ends_a_coordinator(jobs: Jobs, tmp_path: Path) -> None:
     client, keys = jobs.cluster.client, jobs.cluster.keys
     command = [sys.executable, "-m", "celery", "-A", "tests.process.jobs", "cluster", "coordinator", "-n", "chief@test"]
