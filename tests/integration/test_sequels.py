@@ -133,8 +133,8 @@ def test_what_follows_the_job_of_a_fenced_node_is_refused(
 
 
 def test_a_job_that_was_ended_meanwhile_is_not_tried_again(app: Celery, broker: Broker, epoch: str) -> None:
-    request = fetched(broker, epoch)
     app.backend.mark_as_revoked("first", "revoked")
+    request = fetched(broker, epoch)
     with ending(request):
         app.tasks["work"].apply_async(task_id="first", retries=1)
     assert followers(broker) == []
