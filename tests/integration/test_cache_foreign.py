@@ -206,3 +206,10 @@ def test_a_redis_that_refuses_to_write_is_read(refusing: str, caplog: pytest.Log
     assert len(warnings) == len(set(warnings))
     assert all("refused" in warning for warning in warnings), "it is told once, and not taken for an outage"
     caches.close()
+
+
+def test_a_lease_of_somebody_else_that_never_runs_out_keeps_nobody_waiting(
+    make_caches: MakeCaches, client: Any
+) -> None:
+    client.set(KEYS.cache_lease("x", "k"), "for ever")
+    assert make_caches().namespace("x").get_or_compute("k", lambda: b"v") == b"v"

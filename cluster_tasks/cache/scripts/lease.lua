@@ -5,6 +5,8 @@
 -- Returns  the token of the lease that the caller has now; '' if it is another's
 
 local held = redis.call('GET', KEYS[1])
+-- One that never runs out is somebody else's key.
+if held and redis.call('PTTL', KEYS[1]) < 0 then held = false end
 if held == ARGV[3] and ARGV[4] ~= '1' then return held end
 if held and ARGV[4] ~= '1' then return '' end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
