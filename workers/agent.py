@@ -258,6 +258,8 @@ class NodeAgent:
             was_late = self._deliveries.renew(sent_at_s + SURE_SHARE * self._settings.lease_s)
             if was_late or sent_at_s - self._resynced_s > RESYNC_S:
                 self._resync(sent_at_s)
+        if self._helper is not None and self._node.epoch and not self._is_leaving:
+            self._helper.revive(self._node.epoch)
         if self._deliveries is not None:
             self._deliveries.flush()
 

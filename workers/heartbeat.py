@@ -8,10 +8,13 @@ be taken for dead.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import select
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,11 @@ from cluster_tasks.keys import Keys
 from cluster_tasks.redis_store import connect
 from cluster_tasks.settings import ClusterSettings
 
+logger = logging.getLogger(__name__)
+
 STOP_TIMEOUT_S = 5.0
+REVIVE_EVERY_S = 5.0
+"""Where each dies at once, as for lack of memory, to start them must not be what the node does all the time."""
 
 
 class HeartbeatProcess:
@@ -36,38 +43,66 @@ class HeartbeatProcess:
             "node_id": node_id,
         }
         self._process: subprocess.Popen[str] | None = None
+        self._launched_s = float("-inf")
 
     def start(self) -> None:
-        """Make it ready to beat, and wait until it is: a job may hold the GIL from the moment the node has joined."""
+        """Make it ready to beat, and wait until it is: a job may hold the GIL from the moment the node has joined.
+
+        Raises OSError if the system has no room for it.
+        """
         if self._process is None or self._process.poll() is not None:
-            # The URL goes by a pipe: a command line is for everybody to read.
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-            )
+            self._process = self._launch()
             assert self._process.stdout is not None
             self._process.stdout.readline()
-            self._process.stdout.close()
 
     def beat_for(self, epoch: str) -> None:
-        """Beat for this epoch from now on."""
-        self.start()
-        assert self._process is not None
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({**self._orders, "epoch": epoch}) + "\n")
-        self._process.stdin.flush()
+        """Beat for this epoch from now on. Waits for nothing: a node that joins anew has not beaten yet."""
+        try:
+            if self._process is None or self._process.poll() is not None:
+                self._process = self._launch()
+            assert self._process.stdin is not None
+            self._process.stdin.write(json.dumps({**self._orders, "epoch": epoch}) + "\n")
+            self._process.stdin.flush()
+        except OSError as exc:
+            # It has died just now, or there is no room for another: ``revive`` comes to that.
+            logger.warning("nothing beats beside this node for now: %s", exc)
+
+    def revive(self, epoch: str) -> None:
+        """Start another, which beats for this epoch, if the one that was started has died. Safe to repeat."""
+        if self._process is None or self._process.poll() is None:
+            return
+        if time.monotonic() - self._launched_s >= REVIVE_EVERY_S:
+            logger.warning("what beats beside this node has died (%d), another is started", self._process.returncode)
+            self.beat_for(epoch)
 
     def stop(self) -> None:
         """Beat no more. Safe to repeat, and before ``beat_for``."""
         if self._process is None:
             return
-        assert self._process.stdin is not None
-        self._process.stdin.close()
+        _close_pipes(self._process)
         try:
             self._process.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
         self._process = None
+
+    def _launch(self) -> subprocess.Popen[str]:
+        self._launched_s = time.monotonic()
+        if self._process is not None:
+            _close_pipes(self._process)
+        # The URL goes by a pipe: a command line is for everybody to read.
+        return subprocess.Popen(
+            [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+
+def _close_pipes(process: subprocess.Popen[str]) -> None:
+    for pipe in (process.stdin, process.stdout):
+        assert pipe is not None
+        # What was written to one that has died is lost.
+        with suppress(OSError):
+            pipe.close()
 
 
 def is_stopped(pid: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 
+import psutil
 import pytest
 
 from cluster_tasks import NodeStatus
@@ -189,3 +190,32 @@ def test_a_job_that_holds_the_gil_past_the_lease_is_not_taken_for_a_death(
         assert hog.get(timeout=END_S) == "a@test"
         assert starts_of(jobs, [hog]) == {hog.id: 1}
         assert "node lost" not in [event.kind for event in jobs.cluster.events.latest()]
+
+
+@pytest.mark.parametrize("pool", ["threads", "solo"])
+def test_the_process_that_beats_beside_a_node_is_replaced_when_it_dies(
+    pool: str, jobs: Jobs, new_worker: NewWorker
+) -> None:
+    def is_connected(child: psutil.Process) -> bool:
+        try:
+            return "workers.heartbeat" in child.cmdline() and bool(child.net_connections("tcp"))
+        except psutil.Error:  # It has ended.
+            return False
+
+    def beating() -> list[psutil.Process]:
+        return list(filter(is_connected, psutil.Process(worker.pid).children()))
+
+    def beats() -> int:
+        return jobs.cluster.epochs.beats()[worker.id].counter
+
+    with running(new_worker("a", pool=pool, environ={"CLUSTER_HEARTBEAT_S": "0.25"})) as (worker,):
+        (first,) = wait_until(beating, END_S, "it is connected to Redis")
+        first.kill()
+        (second,) = wait_until(lambda: [each for each in beating() if each != first], END_S, "there is another")
+        hog = jobs.hog.delay(8)
+        wait_until(lambda: started_by(jobs, [hog], worker.id), END_S, "no thread of the node runs")
+        before = beats()
+        wait_until(lambda: beats() >= before + 4 or hog.ready(), END_S)
+        assert not hog.ready(), "nobody has beaten for it"
+        assert hog.get(timeout=END_S) == worker.id
+        assert second.is_running()
