@@ -150,6 +150,12 @@ class EtcdServer:
         assert not self.running
         shutil.rmtree(self.directory / "data", ignore_errors=True)
 
+    @property
+    def pid(self) -> int:
+        """Of the process that runs."""
+        assert self._process is not None
+        return self._process.pid
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Let it hang for as long as the block lasts: it holds its connections and answers nothing."""

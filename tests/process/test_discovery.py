@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +18,7 @@ from cluster_tasks.model import Node, NodeStatus
 from tests.chaos.levels import RECOVERY
 from tests.consul_server import ConsulServer
 from tests.etcd_server import EtcdServer
-from tests.process.accounts import END_S, finish
+from tests.process.accounts import END_S, finish, held_key
 from tests.process.conftest import NewWorker
 from tests.process.jobs import Jobs, make_jobs
 from tests.process.nodes import running
@@ -32,6 +34,16 @@ class Discovery(NamedTuple):
     url: str
     stop: Callable[[], None]
     start: Callable[[], object]
+    pid: Callable[[], int]
+
+    @contextmanager
+    def silent(self) -> Iterator[None]:
+        """Take connections and answer nothing, as long as the block lasts."""
+        os.kill(self.pid(), signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(self.pid(), signal.SIGCONT)
 
 
 @pytest.fixture(params=["redis", "consul", "etcd"])
@@ -40,13 +52,13 @@ def discovery(request: pytest.FixtureRequest, redis_binary: str, tmp_path: Path)
     directory = tmp_path / "discovery"
     if request.param == "redis":
         with redis_for_results(directory) as kept:
-            yield Discovery(kept.url, kept.stop, kept.start)
+            yield Discovery(kept.url, kept.stop, kept.start, lambda: kept.pid)
     elif request.param == "consul":
         with ConsulServer(directory) as consul:
-            yield Discovery(consul.url(), consul.stop, consul.start)
+            yield Discovery(consul.url(), consul.stop, consul.start, lambda: consul.pid)
     else:
         with EtcdServer(directory) as etcd:
-            yield Discovery(etcd.url, etcd.stop, etcd.start)
+            yield Discovery(etcd.url, etcd.stop, etcd.start, lambda: etcd.pid)
 
 
 @pytest.fixture
@@ -87,6 +99,24 @@ def test_a_node_that_discovery_does_not_know_works_and_is_known_again(
             discovery.start()
             wait_until(lambda: known(jobs) == standing(jobs), END_S, "discovery is back and knows them all")
     assert [event.kind for event in jobs.cluster.events.latest() if event.kind == "node lost"] == []
+
+
+@pytest.mark.timeout(240)
+def test_a_discovery_that_is_silent_keeps_nobody_from_joining_and_from_being_noticed_when_dead(
+    jobs: Jobs, discovery: Discovery, new_worker: NewWorker
+) -> None:
+    stays, dies, joins = (new_worker(name) for name in ("stays", "dies", "joins"))
+    with running(stays, dies):
+        results = [jobs.work.delay(1.0, key=str(key)) for key in range(40)]
+        wait_until(lambda: jobs.cluster.client.hlen(held_key(jobs, dies.id)), END_S, "it works")
+        with discovery.silent():
+            dies.kill()
+            with running(joins):
+                by_node = finish(results)
+                assert by_node[joins.id], "it joined, and works"
+                lost = [event.facts["node"] for event in jobs.cluster.events.latest() if event.kind == "node lost"]
+                assert lost == [dies.id]
+        wait_until(lambda: known(jobs) == standing(jobs), END_S, "discovery answers, and knows who is left")
 
 
 def test_a_node_that_only_discovery_knows_keeps_no_job_and_is_forgotten(jobs: Jobs, new_worker: NewWorker) -> None:
