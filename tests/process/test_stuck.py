@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
+from cluster_tasks.errors import QuarantinedError
 from tests.process.accounts import END_S, finish, held_key, starts_of, wait_until_nothing_is_left
 from tests.process.conftest import NewWorker
 from tests.process.jobs import Jobs
@@ -66,6 +67,21 @@ def test_a_node_that_beats_and_does_not_work_gives_its_jobs_away_and_exits(jobs:
         assert charged == [poison], "it would have held up the next node, too"
     with running(new_worker("b", slots=4, environ=ENVIRON)):
         assert finish([poison, *long, *waiting]) == {"b@test": 8}
+        wait_until_nothing_is_left(jobs)
+
+
+@pytest.mark.timeout(240)
+def test_a_message_that_holds_up_three_nodes_is_not_read_by_a_fourth(jobs: Jobs, new_worker: NewWorker) -> None:
+    poison = jobs.work.apply_async(task_id=HOLDS_UP)
+    options: dict[str, Any] = {"app": "tests.process.stuck", "environ": ENVIRON, "pool": "threads"}
+    for name in "abc":
+        held_up = new_worker(name, **options).start()
+        wait_until(lambda held_up=held_up: held_up.exit_code() is not None, END_S, f"{held_up.id} gives up")
+    with running(new_worker("d", **options)) as (last,):
+        with pytest.raises(QuarantinedError):
+            poison.get(timeout=END_S)
+        assert jobs.work.delay().get(timeout=END_S) == last.id
+        assert [kept.id for kept in jobs.cluster.quarantine.jobs()] == [poison.id]
         wait_until_nothing_is_left(jobs)
 
 
