@@ -76,8 +76,8 @@ def place(
     def score(shard: Shard, node_id: str) -> float:
         return _score(shard, nodes[node_id])
 
-    zones = {node_id: nodes[node_id].zone for node_id in sorted(nodes)}
-    capacities = {node_id: nodes[node_id].capacity for node_id in zones}
+    zones = {node_id: holder.zone for node_id, holder in nodes.items()}
+    capacities = {node_id: holder.capacity for node_id, holder in nodes.items()}
     copies = Layout(fair_shares(capacities, zones, len(wanted), count), score, lambda _, taken: _choices(zones, taken))
     for shard in wanted:
         copies.put(shard, _still_valid(current.get(shard, ()), zones, count))
