@@ -106,6 +106,7 @@ cluster_drain_timeout_s = 30.0
 
 # Where collections live: every node that serves retrieval must reach it.
 # cluster_data_dir = "cluster-data"
+# cluster_shards = 1  # Of collections that are made from now on.
 
 # --- Celery ----------------------------------------------------------------------------------------------------------
 

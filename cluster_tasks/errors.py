@@ -164,6 +164,10 @@ class CollectionNotFound(ClusterError, LookupError):
     """No collection of that name exists."""
 
 
+class LayoutChanged(ClusterError):
+    """A collection is not divided into shards as the caller takes for granted: its layout is to be read again."""
+
+
 class CollectionMismatch(ClusterError, ValueError):
     """Vectors do not fit the collection: another embedding model or another dimension."""
 

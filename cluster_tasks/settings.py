@@ -242,6 +242,8 @@ class ClusterSettings(BaseSettings):
     """Of each process."""
     data_dir: str = "cluster-data"
     """Where collections live; every node that serves ``retrieval`` must reach it."""
+    shards: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Of collections that are made from now on; those that exist keep theirs."""
 
     @classmethod
     def settings_customise_sources(

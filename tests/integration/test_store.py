@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from cluster_tasks.errors import CollectionMismatch, CollectionNotFound, InvalidArguments, StoreUnavailable
+from cluster_tasks.shards.database import VERSIONS_PER_COMPACTION, Database
 from cluster_tasks.shards.documents import KEY, MAX_INTEGER, Document, decode_metadata, encode_metadata
 from cluster_tasks.shards.filters import MAX_CONDITIONS, compile_where
-from cluster_tasks.shards.store import VERSIONS_PER_COMPACTION, CollectionStore
+from cluster_tasks.shards.store import CollectionStore
 
 if TYPE_CHECKING:
     from lancedb.table import Table
@@ -48,6 +49,12 @@ HOSTILE = [
 @pytest.fixture
 def store(tmp_path: Path) -> CollectionStore:
     return CollectionStore(str(tmp_path / "data"))
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Database:
+    """The tables of ``store``."""
+    return Database(str(tmp_path / "data"))
 
 
 @pytest.fixture(scope="module")
@@ -409,7 +416,7 @@ def test_a_collection_made_anew_has_nothing_of_the_old(store: CollectionStore, t
 
 
 def test_a_maker_that_died_midway_leaves_a_name_that_can_be_used(store: CollectionStore, tmp_path: Path) -> None:
-    (tmp_path / "data" / "docs.lance" / "data").mkdir(parents=True)
+    (tmp_path / "data" / "docs.g1.0of1.lance" / "data").mkdir(parents=True)
     with pytest.raises(CollectionNotFound):
         store.count("docs")
     assert add(store, Document(text="t")) == store.count("docs") == 1
@@ -417,7 +424,7 @@ def test_a_maker_that_died_midway_leaves_a_name_that_can_be_used(store: Collecti
 
 def test_a_damaged_table_is_unavailable_and_not_empty(store: CollectionStore, tmp_path: Path) -> None:
     add(store, Document(text="t"))
-    for file in (tmp_path / "data" / "docs.lance" / "data").iterdir():
+    for file in (tmp_path / "data" / "docs.g1.0of1.lance" / "data").iterdir():
         file.write_bytes(b"")
     with pytest.raises(StoreUnavailable, match="docs"):
         store.search("docs", np.ones(3), 1)
@@ -426,24 +433,28 @@ def test_a_damaged_table_is_unavailable_and_not_empty(store: CollectionStore, tm
 # Compaction.
 
 
-def fragments(store: CollectionStore) -> int:
-    count: int = store._open("docs").stats()["fragment_stats"]["num_fragments"]  # type: ignore[index]  # A dict, in fact.
+def fragments(database: Database) -> int:
+    table = database.open("docs.g1.0of1")
+    assert table is not None
+    count: int = table.stats()["fragment_stats"]["num_fragments"]  # type: ignore[index]  # A dict, in fact.
     return count
 
 
-def test_compaction_keeps_every_document_and_shortens_the_table(store: CollectionStore) -> None:
+def test_compaction_keeps_every_document_and_shortens_the_table(store: CollectionStore, database: Database) -> None:
     for number in range(VERSIONS_PER_COMPACTION - 2):
         add(store, Document(id=str(number), text="t", metadata={"n": number}))
-    assert fragments(store) > 40
+    assert fragments(database) > 40
     add(store, Document(id="last", text="t"))
-    assert fragments(store) == 1
+    assert fragments(database) == 1
     assert len(found_ids(store)) == store.count("docs") == VERSIONS_PER_COMPACTION - 1
     assert found_ids(store, {"n": 7}) == {"7"}
     with pytest.raises(CollectionMismatch):
         store.search("docs", np.ones(3), 1, embedding_model="model-b")
 
 
-def test_a_write_that_lost_the_race_is_repeated_on_the_newest_version(store: CollectionStore) -> None:
+def test_a_write_that_lost_the_race_is_repeated_on_the_newest_version(
+    store: CollectionStore, database: Database
+) -> None:
     for name in "abc":
         add(store, Document(id=name, text="t"))
     versions: list[int] = []
@@ -455,7 +466,7 @@ def test_a_write_that_lost_the_race_is_repeated_on_the_newest_version(store: Col
         table.optimize()
         return table.version
 
-    store._commit("docs", compact_too_late)
+    database.commit("docs.g1.0of1", compact_too_late)
     first, second = versions
     assert first < second
     assert found_ids(store) == {"a", "c"}
