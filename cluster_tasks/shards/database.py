@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 KEPT_VERSIONS = timedelta(minutes=10)
 """Old versions live so long, far longer than an operation reads one."""
 VERSIONS_PER_COMPACTION = 50
+ROWS_PER_COMPACTION = 5_000
+"""A search for words reads the texts of rows that no index has yet: 10 µs each."""
 METADATA_CACHE_BYTES = 64 << 20
 """Of each process. LanceDB's own limit is 1 GiB, and old versions fill it."""
 INDEX_CACHE_BYTES = 1 << 30
@@ -145,13 +147,14 @@ class Database:
                 return False
         return True
 
-    def compact_if_due(self, name: str, version: int) -> None:
-        """Optimize a table after a write that made ``version``, if it is its turn. Raises nothing: the write is done.
+    def compact_if_due(self, name: str, version: int, rows: int = 0) -> None:
+        """Optimize a table after a write of ``rows`` that made ``version``, if it is time. Raises nothing: the write is
+        done.
 
         To fail it now would only make its caller repeat it.
         """
         # Versions are unique, so of all writers one alone meets each multiple.
-        if version % VERSIONS_PER_COMPACTION:
+        if version % VERSIONS_PER_COMPACTION and rows < ROWS_PER_COMPACTION:
             return
         try:
             self.optimize(name)

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 from hashlib import blake2b
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
@@ -39,6 +39,8 @@ def check_value(value: object) -> object:
 Key = Annotated[str, AfterValidator(check_key)]
 Value = Annotated[str | int | float | bool, BeforeValidator(check_value)]
 Metadata = Mapping[Key, Value]
+Mode = Literal["vector", "text", "hybrid"]
+"""How a collection is searched: by the nearness of vectors, by the words of texts (BM25), or by both, fused."""
 DocumentId = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=512)]
 
 
@@ -74,7 +76,22 @@ class Passage(BaseModel):
     text: str
     metadata: dict[str, str | int | float | bool]
     score: float
-    """Cosine similarity to the query, -1 to 1; higher is nearer."""
+    """Higher is better. What it is depends on the mode.
+
+    ``vector``: the cosine similarity to the query, -1 to 1; ``text``: BM25, above 0, to be compared within one search
+    only; ``hybrid``: the sum of 1 / (60 + rank) over both rankings, at most 2 / 61.
+    """
+
+
+class Candidates(BaseModel):
+    """What a search found in some of the shards, for those who put it together with what others found."""
+
+    model_config = ConfigDict(frozen=True)
+
+    nearest: list[Passage]
+    """By their vectors, best first."""
+    matching: list[Passage]
+    """By their words, best first."""
 
 
 def stored_key(key: str, value: object) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from cluster_tasks.errors import CollectionNotFound, LayoutChanged, StoreUnavailable, did_you_mean
-from cluster_tasks.shards import tables
+from cluster_tasks.shards import indexes, tables
 from cluster_tasks.shards.catalogue import Catalogue, Entry, State
 from cluster_tasks.shards.database import Database
 from cluster_tasks.shards.layout import Layout, check_collection, generations
@@ -83,8 +83,12 @@ class Layouts:
     def create_tables(self, layout: Layout) -> None:
         """Make the tables of a layout, those that do not exist."""
         schema = tables.schema(layout.dimensions, layout.embedding_model)
-        names = map(layout.table, range(layout.shards))
-        self._database.map(lambda name: self._database.create(name, schema), names)
+
+        def create(name: str) -> None:
+            self._database.create(name, schema)
+            indexes.keep_words(self._database, name)
+
+        self._database.map(create, map(layout.table, range(layout.shards)))
 
     def drop(self, collection: str) -> None:
         """Remove a collection and its documents. Raises CollectionNotFound.

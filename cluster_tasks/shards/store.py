@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-
-import numpy as np
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 from cluster_tasks.errors import InvalidArguments
-from cluster_tasks.shards import tables
+from cluster_tasks.shards import searching, tables
 from cluster_tasks.shards.database import Database, unavailable
-from cluster_tasks.shards.documents import Document, Passage
+from cluster_tasks.shards.documents import Candidates, Document, Mode, Passage
 from cluster_tasks.shards.filters import Where, any_of, compile_where, quote
-from cluster_tasks.shards.fusion import merge
 from cluster_tasks.shards.layout import Layout, check_collection, check_shards
 from cluster_tasks.shards.layouts import Layouts
+from cluster_tasks.shards.searching import Query
 
-MAX_K = 10_000
+if TYPE_CHECKING:
+    from lancedb.table import Table
+
 Shards = Sequence[int] | None
+T = TypeVar("T")
 
 
 class CollectionStore:
@@ -73,7 +75,7 @@ class CollectionStore:
                 rows = tables.rows([documents[number] for number in numbers], units[numbers], embedding_model)
                 name = layout.table(shard)
                 version = self._database.commit(name, lambda table: tables.merge(table, rows))
-                self._database.compact_if_due(name, version)
+                self._database.compact_if_due(name, version, len(numbers))
                 return len(numbers)
 
             return sum(self._database.map(put, layout.divide(last, shards).items()))
@@ -110,27 +112,27 @@ class CollectionStore:
         return self._layouts.work(collection, generation, write)
 
     def search(
-        self, collection: str, vector: tables.Vectors, k: int, where: Where | None = None,
-        embedding_model: str | None = None, *, shards: Shards = None, generation: int | None = None,
+        self, collection: str, vector: tables.Vectors | None = None, k: int = 5, where: Where | None = None,
+        embedding_model: str | None = None, *, text: str | None = None, mode: Mode | None = None,
+        shards: Shards = None, generation: int | None = None,
     ) -> list[Passage]:  # fmt: skip
-        """Return the ``k`` documents nearest to ``vector`` among those that match, nearest first, equals by id.
+        """Return the ``k`` best documents among those that match, best first, equals by id.
 
-        ``vector`` has the shape (dimensions,). Raises CollectionMismatch if its dimension, or its
-        ``embedding_model`` if named, is not the collection's.
+        By the nearness of their vectors to ``vector``, whose shape is (dimensions,), by the words that they share with
+        ``text``, or by both: ``mode``, None: by what is given. See ``Passage.score``. Raises CollectionMismatch if the
+        vector's dimension, or its ``embedding_model`` if named, is not the collection's.
         """
-        if not 1 <= k <= MAX_K:
-            raise InvalidArguments(f"k={k} is not between 1 and {MAX_K}")
-        query = tables.unit_rows(np.asarray(vector)[np.newaxis], rows=1)[0]
-        condition = compile_where(where or {})
+        query = Query.of(vector, text, k, where, mode)
+        return self._ask(collection, query, embedding_model, shards, generation, searching.best)
 
-        def ask(layout: Layout) -> list[Passage]:
-            layout.check_fit(len(query), embedding_model)
-            opened = self._layouts.open(layout, layout.chosen(shards))
-            with unavailable(collection):
-                rankings = self._database.map(lambda table: tables.nearest(table, query, k, condition), opened)
-                return self._passages(merge(rankings, k))
-
-        return self._layouts.work(collection, generation, ask)
+    def candidates(
+        self, collection: str, vector: tables.Vectors | None = None, k: int = 5, where: Where | None = None,
+        embedding_model: str | None = None, *, text: str | None = None, mode: Mode | None = None,
+        shards: Shards = None, generation: int | None = None,
+    ) -> Candidates:  # fmt: skip
+        """Return what ``fusion.combine`` makes the ``k`` best of, when it has that of all shards. As ``search``."""
+        query = Query.of(vector, text, k, where, mode)
+        return self._ask(collection, query, embedding_model, shards, generation, searching.candidates)
 
     def count(self, collection: str, shards: Shards = None, generation: int | None = None) -> int:
         """Return how many documents the collection holds."""
@@ -159,15 +161,15 @@ class CollectionStore:
 
         return self._layouts.work(collection, generation, compact)
 
-    def _passages(self, hits: Sequence[tables.Hit]) -> list[Passage]:
-        by_table: dict[int, list[tables.Hit]] = {}
-        for hit in hits:
-            by_table.setdefault(id(hit.table), []).append(hit)
-        documents = {doc.id: doc for docs in self._database.map(tables.read, by_table.values()) for doc in docs}
-        return [
-            Passage(
-                id=hit.id, text=documents[hit.id].text, metadata=dict(documents[hit.id].metadata),
-                score=min(1.0, max(-1.0, hit.score)),
-            )
-            for hit in hits
-        ]  # fmt: skip
+    def _ask(
+        self, collection: str, query: Query, embedding_model: str | None, shards: Shards, generation: int | None,
+        ask: Callable[[Database, Sequence[Table], Query], T],
+    ) -> T:  # fmt: skip
+        def work(layout: Layout) -> T:
+            if query.mode != "text":
+                layout.check_fit(len(query.vector), embedding_model)
+            opened = self._layouts.open(layout, layout.chosen(shards))
+            with unavailable(collection):
+                return ask(self._database, opened, query)
+
+        return self._layouts.work(collection, generation, work)

@@ -5,13 +5,14 @@
   about 0.3 µs each.
 - ``vector`` has length 1: cosine similarity is then a dot product, and a zero vector scores 0 with all others.
   A search is exact and reads every vector: about 0.2 s for 100,000 of 384 dimensions on two cores.
+- ``text`` has an index of its words (``indexes``).
 - ``id`` is declared as the primary key, because LanceDB finds two writers that insert the same new id by that
   declaration alone. It has no index, so an upsert reads all ids: about 30 ms for 100,000.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
@@ -23,7 +24,7 @@ from cluster_tasks.shards.fusion import in_order
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from lancedb.query import LanceVectorQueryBuilder
+    from lancedb.query import LanceQueryBuilder, LanceVectorQueryBuilder
     from lancedb.table import Table
 
 Vectors = NDArray[np.floating[Any]]
@@ -90,20 +91,50 @@ def merge(table: Table, rows: pa.Table) -> int:
 
 
 def nearest(table: Table, query: NDArray[np.float32], k: int, condition: str) -> list[Hit]:
-    """Return the ``k`` rows nearest to a unit vector that meet the SQL ``condition``; of equals the least ids."""
+    """Return the ``k`` rows nearest to a unit vector that meet the SQL ``condition``, by cosine similarity."""
+
+    def search(limit: int) -> list[Hit]:
+        search = cast("LanceVectorQueryBuilder", table.search(query, vector_column_name="vector")).distance_type("dot")
+        # Rounding takes it a little beyond.
+        return [
+            Hit(min(1.0, max(-1.0, 1.0 - distance)), document_id, row_id, table)
+            for distance, document_id, row_id in _found(search, "_distance", limit, condition)
+        ]
+
+    return _best(search, k)
+
+
+def matching(table: Table, text: str, k: int, condition: str) -> list[Hit]:
+    """Return the ``k`` rows that have words of ``text`` and meet the SQL ``condition``, by BM25.
+
+    ``text`` is words and nothing else: LanceDB is handed a query and no language.
+    """
+    from lancedb.query import MatchQuery
+
+    def search(limit: int) -> list[Hit]:
+        words = MatchQuery(text, "text")  # type: ignore[call-arg]  # mypy does not see the defaults of its dataclass.
+        search = table.search(words, query_type="fts")
+        return [
+            Hit(score, document_id, row_id, table)
+            for score, document_id, row_id in _found(search, "_score", limit, condition)
+        ]
+
+    return _best(search, k)
+
+
+def _found(search: LanceQueryBuilder, score: str, limit: int, condition: str) -> Iterable[tuple[float, str, int]]:
+    if condition:
+        search.where(condition, prefilter=True)
+    found = search.select(["id", score]).with_row_id(True).limit(limit).to_arrow()
+    return zip(*(found[name].to_pylist() for name in (score, "id", "_rowid")), strict=True)
+
+
+def _best(search: Callable[[int], list[Hit]], k: int) -> list[Hit]:
+    """Return the ``k`` best of a search that is told how many to find; of equals the least ids."""
     limit = k + 1
     while True:
-        search = cast("LanceVectorQueryBuilder", table.search(query, vector_column_name="vector")).distance_type("dot")
-        if condition:
-            search.where(condition, prefilter=True)
-        found = search.select(["id", "_distance"]).with_row_id(True).limit(limit).to_arrow()
-        hits = in_order(
-            Hit(1.0 - distance, document_id, row_id, table)
-            for distance, document_id, row_id in zip(
-                *(found[name].to_pylist() for name in ("_distance", "id", "_rowid")), strict=True
-            )
-        )
-        # Rows as near as the k-th may lie beyond the limit, in the order of their insertion: widen it past them.
+        hits = in_order(search(limit))
+        # Rows as good as the k-th may lie beyond the limit, in the order of their insertion: widen it past them.
         if len(hits) < limit or hits[-1].score < hits[k - 1].score:
             return hits[:k]
         limit *= 8

@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from cluster_tasks.errors import InvalidArguments
-from cluster_tasks.shards.documents import Document, DocumentId
+from cluster_tasks.shards.documents import Document, DocumentId, Mode
 from cluster_tasks.shards.filters import compile_where
 
 MAX_K = 10_000
@@ -126,12 +126,15 @@ class SearchArguments(_Arguments):
     vector: Annotated[list[FiniteFloat], Field(min_length=1)] | None = None
     k: Count = 5
     where: Where | None = None
+    mode: Mode | None = None
     cache: CacheUse = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if (self.query is None) == (self.vector is None):
             raise ValueError("expected either query or vector")
+        if self.query is None and self.mode not in (None, "vector"):
+            raise ValueError(f"mode {self.mode!r} needs a query")
         return self
 
 
@@ -156,3 +159,4 @@ class AnswerArguments(Sampling):
     collection: Collection
     k: Count = 5
     where: Where | None = None
+    mode: Mode | None = None

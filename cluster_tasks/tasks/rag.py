@@ -1,7 +1,7 @@
 """``rag.answer``: a question is answered from a collection, in three jobs of which none waits for another.
 
 ``embedding.embed`` → ``rag.search`` → ``rag.generate``: each gets the result of the one before as first argument, and
-goes to the node that its own request type prefers.
+goes to the node that its own request type prefers. A search for words alone embeds nothing, and is two jobs.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from typing import Any
 
 from celery import chain
 
+from cluster_tasks.shards.documents import Mode
 from cluster_tasks.tasks.arguments import AnswerArguments, CacheUse
 from cluster_tasks.tasks.base import ClusterTask
 from cluster_tasks.tasks.embedding import EMBED
 from cluster_tasks.tasks.llm import conversation
 from cluster_tasks.tasks.ready_made import ready_made
-from cluster_tasks.tasks.retrieval import nearest
+from cluster_tasks.tasks.retrieval import find, mode_of
 
 NO_PASSAGES = "no_passages"
 """The finish reason of an answer for which nothing was found."""
@@ -36,14 +37,16 @@ def answer(
     response_format: dict[str, Any] | None = None,
     session_id: str | None = None,
     allow_degraded: bool = True,
+    mode: Mode | None = None,
     cache: CacheUse = None,
     **extra: Any,
 ) -> dict[str, Any]:
-    """Answer a question from the ``k`` nearest passages of a collection that match ``where``.
+    """Answer a question from the ``k`` passages of a collection that fit it best among those that match ``where``.
 
     Returns what ``llm.generate`` returns and ``passages``, those that the model was given, as ``retrieval.search``
     returns them. If nothing matches, the model is not asked: ``text`` is empty and ``finish_reason`` is
-    ``no_passages``. Fails as the jobs it is made of do. ``cache`` is theirs, too.
+    ``no_passages``. Fails as the jobs it is made of do. ``cache`` is theirs, too, and ``mode`` that of the search:
+    ``"text"`` embeds nothing.
     """
     sampling = {
         "model": model,
@@ -57,22 +60,28 @@ def answer(
         **extra,
     }
     steps = task.app.tasks
-    replaced: dict[str, Any] = task.replace(
-        chain(
-            steps[EMBED].s(question, cache=cache),
-            steps["rag.search"].s(collection, k, where),
-            steps["rag.generate"].s(question, **sampling),
-        )
-    )
+    asked = (collection, k, where, question, mode_of(mode, question))
+    if mode == "text":
+        finding = [steps["rag.search"].s(None, *asked)]
+    else:
+        finding = [steps[EMBED].s(question, cache=cache), steps["rag.search"].s(*asked)]
+    replaced: dict[str, Any] = task.replace(chain(*finding, steps["rag.generate"].s(question, **sampling)))
     return replaced
 
 
 @ready_made("rag.search", request_type="retrieval", affinity="collection")
 def search_step(
-    task: ClusterTask, embedded: Mapping[str, Any], collection: str, k: int, where: dict[str, Any] | None
+    task: ClusterTask,
+    embedded: Mapping[str, Any] | None,
+    collection: str,
+    k: int,
+    where: dict[str, Any] | None,
+    question: str | None = None,
+    mode: Mode = "vector",
 ) -> dict[str, Any]:
-    """Search with the vector that ``embedding.embed`` returned."""
-    return nearest(task.app, collection, embedded["vectors"][0], k, where, embedded["model"])
+    """Search for a question with the vector that ``embedding.embed`` returned, or without."""
+    vector, model = (None, None) if embedded is None else (embedded["vectors"][0], embedded["model"])
+    return find(task.app, collection, k, where, mode, question, vector, model)
 
 
 def _conversation(question: str, session_id: str | None = None, **_: Any) -> str:

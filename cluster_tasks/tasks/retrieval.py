@@ -8,7 +8,7 @@ from typing import Any
 from celery import Celery
 
 from cluster_tasks.errors import CollectionMismatch
-from cluster_tasks.shards.documents import Document
+from cluster_tasks.shards.documents import Document, Mode
 from cluster_tasks.tasks.arguments import AddArguments, CacheUse, DeleteArguments, SearchArguments
 from cluster_tasks.tasks.base import ClusterTask
 from cluster_tasks.tasks.embedding import embed_texts
@@ -38,12 +38,12 @@ def add_documents(task: ClusterTask, collection: str, documents: Sequence[Docume
 
 def known_search(
     app: Celery, collection: str, query: str | None = None, vector: list[float] | None = None, k: int = 5,
-    where: dict[str, Any] | None = None, cache: CacheUse = None,
+    where: dict[str, Any] | None = None, mode: Mode | None = None, cache: CacheUse = None,
 ) -> dict[str, Any] | None:  # fmt: skip
     """What was found before, in a collection that has not changed since."""
     if cache in (False, "refresh") or (kept := kept_of(app)) is None:
         return None
-    found: dict[str, Any] | None = kept.find_search(collection, [query, vector, k, where])
+    found: dict[str, Any] | None = kept.find_search(collection, [query, vector, k, where, mode_of(mode, query)])
     return found
 
 
@@ -57,37 +57,48 @@ def search(
     vector: list[float] | None = None,
     k: int = 5,
     where: dict[str, Any] | None = None,
+    mode: Mode | None = None,
     cache: CacheUse = None,
 ) -> dict[str, Any]:
-    """Find the ``k`` documents nearest to a query or a vector, among those whose metadata match ``where``.
+    """Find the ``k`` documents that fit a query or a vector best, among those whose metadata match ``where``.
 
     ``where`` is as ``cluster_tasks.shards.filters`` describes it: ``{"lang": "py", "year": {"gte": 2020}}``.
 
-    Returns ``collection``, ``cached`` and ``passages``, the nearest first, each with ``id``, ``text``, ``metadata`` and
-    ``score`` (cosine similarity, -1 to 1). Fails with CollectionNotFound, and with CollectionMismatch if the collection
-    was made with another embedding model or the vector has another dimension.
+    ``mode`` is ``"hybrid"`` (for a query, if nothing is said), ``"text"`` or ``"vector"`` (for a vector, always).
+    ``"text"`` finds documents that share words with the query, by BM25, and needs no embedding; ``"vector"`` finds what
+    means the like, by cosine similarity; ``"hybrid"`` does both and ranks first what is high in both.
+
+    Returns ``collection``, ``cached`` and ``passages``, the best first, each with ``id``, ``text``, ``metadata`` and
+    ``score``. What a score is depends on the mode: the cosine similarity, -1 to 1, in ``"vector"``; BM25, above 0 and
+    to be compared within one search only, in ``"text"``; in ``"hybrid"`` the sum of 1 / (60 + rank) over both rankings,
+    which says nothing of how well a passage fits: whoever wants a least score asks for ``"vector"``.
+
+    Fails with CollectionNotFound, and with CollectionMismatch if the collection was made with another embedding model
+    or the vector has another dimension.
 
     With ``cluster_cache_url`` what was found is kept until the collection changes, for ``cluster_cache_search_ttl_s``
     at most, and marked ``cached``. ``cache=False`` neither looks nor keeps, ``"refresh"`` searches anew.
     """
 
-    def find() -> dict[str, Any]:
-        if query is None:
-            return nearest(task.app, collection, vector or [], k, where)
+    chosen = mode_of(mode, query)
+
+    def compute() -> dict[str, Any]:
+        if query is None or chosen == "text":
+            return find(task.app, collection, k, where, chosen, query, vector)
         embedded = embed_texts(task.app, [query], cache=cache)
         try:
-            return nearest(task.app, collection, embedded.vectors[0], k, where, embedded.model)
+            return find(task.app, collection, k, where, chosen, query, embedded.vectors[0], embedded.model)
         except CollectionMismatch:
             if not embedded.cached:
                 raise
         # The vector was kept from when the same name stood for another model.
         embedded = embed_texts(task.app, [query], cache="refresh")
-        return nearest(task.app, collection, embedded.vectors[0], k, where, embedded.model)
+        return find(task.app, collection, k, where, chosen, query, embedded.vectors[0], embedded.model)
 
     kept = kept_of(task.app)
     if kept is None or cache is False:
-        return {**find(), "cached": False}
-    found: dict[str, Any] = kept.search(collection, [query, vector, k, where], find, cache)
+        return {**compute(), "cached": False}
+    found: dict[str, Any] = kept.search(collection, [query, vector, k, where, chosen], compute, cache)
     return {"cached": False, **found}
 
 
@@ -111,11 +122,18 @@ def _forget_searches(app: Celery, collection: str) -> None:
         kept.forget_searches(collection)
 
 
-def nearest(
-    app: Celery, collection: str, vector: Any, k: int, where: dict[str, Any] | None, model: str | None = None
-) -> dict[str, Any]:
-    """Return what ``search`` returns for a vector, an array or a list, that ``model`` has made."""
+def mode_of(mode: Mode | None, query: str | None) -> Mode:
+    """Return how to search when ``mode`` was asked for: None leaves it to what there is to search with."""
+    return mode or ("vector" if query is None else "hybrid")
+
+
+def find(
+    app: Celery, collection: str, k: int, where: dict[str, Any] | None, mode: Mode, text: str | None, vector: Any,
+    model: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Return what ``search`` returns for a text, and a vector (an array or a list) that ``model`` has made."""
     import numpy as np
 
-    found = backends_of(app).store.search(collection, np.asarray(vector), k, where, embedding_model=model)
+    array = None if vector is None else np.asarray(vector)
+    found = backends_of(app).store.search(collection, array, k, where, model, text=text, mode=mode)
     return {"collection": collection, "passages": [passage.model_dump(mode="json") for passage in found]}

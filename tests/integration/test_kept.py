@@ -216,7 +216,8 @@ def test_a_search_is_known_until_its_collection_changes(site: Site) -> None:
     first = find()
     assert (ids(first), first["cached"]) == (["hen"], False)
     assert find() == {**first, "cached": True}
-    assert find(k=1)["cached"] is False
+    assert find(mode="hybrid") == {**first, "cached": True}
+    assert find(k=1)["cached"] is find(mode="text")["cached"] is find(mode="vector")["cached"] is False
     assert find(cache=False)["cached"] is False
     for number in range(5):
         site.get("retrieval.add_documents", "birds", [{"id": f"duck{number}", "text": "A duck lays eggs, too."}])

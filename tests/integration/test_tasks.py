@@ -129,9 +129,36 @@ def test_search_finds_the_nearest_first_and_only_what_matches(run: Run, docs: st
 
 def test_a_vector_searches_like_the_text_it_was_made_of(run: Run, docs: str) -> None:
     [vector] = run("embedding.embed", "a cat")["vectors"]
-    assert run("retrieval.search", docs, vector=vector) == run("retrieval.search", docs, "a cat")
+    assert run("retrieval.search", docs, vector=vector) == run("retrieval.search", docs, "a cat", mode="vector")
     with pytest.raises(CollectionMismatch, match="384 dimensions"):
         run("retrieval.search", docs, vector=[1.0, 2.0])
+
+
+def test_a_query_is_searched_for_by_words_by_meaning_or_by_both(run: Run, docs: str) -> None:
+    question = "Which hens lay eggs?"
+    by_words, by_vector, by_both, usual = (
+        run("retrieval.search", docs, question, k=3, mode=mode)["passages"]
+        for mode in ("text", "vector", "hybrid", None)
+    )
+    assert [(passage["id"], passage["score"] > 0) for passage in by_words] == [("hen", True)]
+    assert len(by_vector) == len(by_both) == 3
+    assert -1 <= by_vector[0]["score"] <= 1
+    place = [passage["id"] for passage in by_vector].index("hen") + 1
+    (hen,) = (passage for passage in by_both if passage["id"] == "hen")
+    assert hen["score"] == pytest.approx(1 / 61 + 1 / (60 + place))
+    assert usual == by_both
+
+
+def test_a_search_for_words_embeds_nothing(remote: Run, provider: FakeOpenAI) -> None:
+    remote("retrieval.add_documents", "words", DOCUMENTS)
+    embedded = provider.counts[EMBEDDINGS_PATH]
+    found = remote("retrieval.search", "words", "eggs", mode="text")
+    answered = remote("rag.answer", "How many eggs does a hen lay?", "words", mode="text")
+    assert [passage["id"] for passage in found["passages"]] == ["hen"]
+    assert [passage["id"] for passage in answered["passages"]] == ["hen"]
+    assert provider.counts[EMBEDDINGS_PATH] == embedded
+    remote("rag.answer", "How many eggs does a hen lay?", "words", mode="vector")
+    assert provider.counts[EMBEDDINGS_PATH] == embedded + 1
 
 
 def test_documents_are_replaced_by_id_and_added_once_without(run: Run, docs: str) -> None:

@@ -20,7 +20,7 @@ from cluster_tasks.app import JOBS as MODULES
 from cluster_tasks.errors import ClusterError, InvalidArguments
 from cluster_tasks.providers import ChatRequest
 from cluster_tasks.shards.layout import check_collection
-from cluster_tasks.shards.store import MAX_K
+from cluster_tasks.shards.searching import MAX_K
 from cluster_tasks.tasks import arguments, generate
 from cluster_tasks.tasks.base import validate_arguments
 
@@ -92,6 +92,13 @@ def test_every_app_knows_the_jobs_and_their_request_types(app: Celery) -> None:
         ("retrieval.search", {"collection": "a", "vector": [float("inf")]}, "vector.0: Input should be a finite"),
         ("retrieval.search", {"collection": "a", "query": "b", "k": 0}, "k: Input should be greater"),
         ("retrieval.search", {"collection": "a", "query": "b", "where": {"n": {"lik": 1}}}, "where: 'n': unknown"),
+        (
+            "retrieval.search",
+            {"collection": "a", "query": "b", "mode": "words"},
+            "mode: Input should be 'vector'",
+        ),
+        ("retrieval.search", {"collection": "a", "vector": [1.0], "mode": "hybrid"}, "mode 'hybrid' needs a query"),
+        ("rag.answer", {"question": "a", "collection": "b", "mode": "words"}, "mode: Input should be 'vector'"),
         ("retrieval.delete_documents", {"collection": "a"}, "expected ids or where"),
         ("retrieval.delete_documents", {"collection": "a", "where": {}}, "expected ids or where"),
         ("rag.answer", {"question": "a"}, "missing a required argument: 'collection'"),
