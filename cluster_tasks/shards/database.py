@@ -129,7 +129,7 @@ class Database:
             time.sleep(random.uniform(0, min(2.0, 0.05 * 2**attempt)))
 
     def optimize(self, name: str) -> bool:
-        """Compact a table, add new rows to its indexes, and delete versions that are older than KEPT_VERSIONS.
+        """Compact a table, add its new rows to its indexes, and delete versions that are older than KEPT_VERSIONS.
 
         Returns False if a writer came in between. That is harmless: a compaction commits as a whole or not at all, and
         the writers go on with the old files. The next one does the work. Rewrites every file of under a million rows.
@@ -147,17 +147,18 @@ class Database:
                 return False
         return True
 
-    def compact_if_due(self, name: str, version: int, rows: int = 0) -> None:
-        """Optimize a table after a write of ``rows`` that made ``version``, if it is time. Raises nothing: the write is
-        done.
+    def compact_if_due(
+        self, name: str, version: int, rows: int = 0, compact: Callable[[Database, str], bool] | None = None
+    ) -> None:
+        """Optimize a table, by ``compact`` if it is given, if a write of ``rows`` that made ``version`` makes it due.
 
-        To fail it now would only make its caller repeat it.
+        Raises nothing: the write is done, and to fail it now would only make its caller repeat it.
         """
         # Versions are unique, so of all writers one alone meets each multiple.
         if version % VERSIONS_PER_COMPACTION and rows < ROWS_PER_COMPACTION:
             return
         try:
-            self.optimize(name)
+            (compact or Database.optimize)(self, name)
         except StoreUnavailable as exc:
             logger.warning("compaction failed", extra={"table": name}, exc_info=exc)
 

@@ -10,6 +10,7 @@ from cluster_tasks.shards import searching, tables
 from cluster_tasks.shards.database import Database, unavailable
 from cluster_tasks.shards.documents import Candidates, Document, Mode, Passage
 from cluster_tasks.shards.filters import Where, any_of, compile_where, quote
+from cluster_tasks.shards.indexes import optimize, warm
 from cluster_tasks.shards.layout import Layout, check_collection, check_shards
 from cluster_tasks.shards.layouts import Layouts
 from cluster_tasks.shards.searching import Query
@@ -75,7 +76,7 @@ class CollectionStore:
                 rows = tables.rows([documents[number] for number in numbers], units[numbers], embedding_model)
                 name = layout.table(shard)
                 version = self._database.commit(name, lambda table: tables.merge(table, rows))
-                self._database.compact_if_due(name, version, len(numbers))
+                self._database.compact_if_due(name, version, len(numbers), optimize)
                 return len(numbers)
 
             return sum(self._database.map(put, layout.divide(last, shards).items()))
@@ -103,7 +104,7 @@ class CollectionStore:
                 shard, all_of = part
                 name = layout.table(shard)
                 result = self._database.commit(name, lambda table: table.delete(" AND ".join(all_of)))
-                self._database.compact_if_due(name, result.version)
+                self._database.compact_if_due(name, result.version, compact=optimize)
                 deleted: int = result.num_deleted_rows  # type: ignore[attr-defined]  # LanceDB's stub lacks it.
                 return deleted
 
@@ -149,17 +150,25 @@ class CollectionStore:
         self._layouts.drop(collection)
 
     def optimize(self, collection: str, shards: Shards = None, generation: int | None = None) -> bool:
-        """Compact the tables and delete their old versions; return False if a writer came in between somewhere.
+        """Compact the tables, bring their indexes up to date, and delete their old versions.
 
-        That is harmless: the next one does the work. See ``Database.optimize``. One table after the other: each takes
-        what the machine has.
+        Returns False if a writer came in between somewhere. That is harmless: the next one does the work. One table
+        after the other: each takes what the machine has.
         """
 
         def compact(layout: Layout) -> bool:
-            done = [self._database.optimize(layout.table(shard)) for shard in layout.chosen(shards)]
-            return all(done)
+            return all([optimize(self._database, layout.table(shard)) for shard in layout.chosen(shards)])  # noqa: C419
 
         return self._layouts.work(collection, generation, compact)
+
+    def warm(self, collection: str, shards: Shards = None, generation: int | None = None) -> None:
+        """Read the indexes into this process's memory, so that the first search is as quick as the next."""
+
+        def work(layout: Layout) -> None:
+            with unavailable(collection):
+                self._database.map(warm, self._layouts.open(layout, layout.chosen(shards)))
+
+        self._layouts.work(collection, generation, work)
 
     def _ask(
         self, collection: str, query: Query, embedding_model: str | None, shards: Shards, generation: int | None,
