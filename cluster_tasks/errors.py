@@ -160,6 +160,21 @@ class ProviderLimited(_NotAsked):
     """A provider was not asked, because the cluster has used up what its limits allow for now."""
 
 
+class StaleWriter(ClusterError):
+    """Another has taken the turn of this writer in a shard, and has written: what it would write now is out of date.
+
+    Tokens of locks in another service are other numbers: after a change of the registry, splitting a collection makes
+    its rows anyone's again.
+    """
+
+    def __init__(self, table: str, token: int, rows: int) -> None:
+        super().__init__(table, token, rows)
+        self.table, self.token, self.rows = table, token, rows
+
+    def __str__(self) -> str:
+        return f"{self.table}: {self.rows} rows were written by holders of its lock that came after token {self.token}"
+
+
 class CollectionNotFound(ClusterError, LookupError):
     """No collection of that name exists."""
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from cluster_tasks.errors import InvalidArguments
+from cluster_tasks.locks import Locks
 from cluster_tasks.shards import searching, tables
 from cluster_tasks.shards.database import Database, unavailable
 from cluster_tasks.shards.documents import Candidates, Document, Mode, Passage
@@ -14,6 +15,7 @@ from cluster_tasks.shards.indexes import optimize, warm
 from cluster_tasks.shards.layout import Layout, check_collection, check_shards
 from cluster_tasks.shards.layouts import Layouts
 from cluster_tasks.shards.searching import Query
+from cluster_tasks.shards.writers import Writers
 
 if TYPE_CHECKING:
     from lancedb.table import Table
@@ -37,11 +39,15 @@ class CollectionStore:
     ConfigurationError if LanceDB is not installed.
     """
 
-    def __init__(self, data_dir: str, shards: int = 1) -> None:
-        """Collections that are made have so many ``shards``, unless ``upsert`` is told another number."""
+    def __init__(self, data_dir: str, shards: int = 1, locks: Locks | None = None) -> None:
+        """Collections that are made have so many ``shards``, unless ``upsert`` is told another number.
+
+        With ``locks`` each shard has one writer at a time: ``writers`` says what that excludes, and what raises.
+        """
         self._shards = check_shards(shards)
         self._database = Database(data_dir)
         self._layouts = Layouts(self._database)
+        self._writers = Writers(self._database, locks)
 
     def collections(self) -> list[str]:
         """Return the names of all collections, sorted."""
@@ -73,10 +79,13 @@ class CollectionStore:
 
             def put(part: tuple[int, list[int]]) -> int:
                 shard, numbers = part
-                rows = tables.rows([documents[number] for number in numbers], units[numbers], embedding_model)
-                name = layout.table(shard)
-                version = self._database.commit(name, lambda table: tables.merge(table, rows))
-                self._database.compact_if_due(name, version, len(numbers), optimize)
+                name, some = layout.table(shard), [documents[number] for number in numbers]
+
+                def merge(table: Table, token: int | None) -> int:
+                    rows = tables.rows(some, units[numbers], embedding_model, token or tables.UNLOCKED)
+                    return tables.merge(table, rows, token)
+
+                self._database.compact_if_due(name, self._writers.commit(name, merge), len(numbers), optimize)
                 return len(numbers)
 
             return sum(self._database.map(put, layout.divide(last, shards).items()))
@@ -103,9 +112,8 @@ class CollectionStore:
             def remove(part: tuple[int, list[str]]) -> int:
                 shard, all_of = part
                 name = layout.table(shard)
-                result = self._database.commit(name, lambda table: table.delete(" AND ".join(all_of)))
-                self._database.compact_if_due(name, result.version, compact=optimize)
-                deleted: int = result.num_deleted_rows  # type: ignore[attr-defined]  # LanceDB's stub lacks it.
+                deleted, version = self._writers.commit(name, lambda table, token: tables.delete(table, all_of, token))
+                self._database.compact_if_due(name, version, compact=optimize)
                 return deleted
 
             return sum(self._database.map(remove, conditions.items()))

@@ -1,4 +1,4 @@
-"""One shard, a LanceDB table: the columns ``id``, ``text``, ``metadata`` and ``vector``.
+"""One shard, a LanceDB table: the columns ``id``, ``text``, ``metadata``, ``vector`` and ``token``.
 
 - ``metadata`` is binary JSON that LanceDB reads inside the query: a search ranks only documents that match its
   filter, and finds ``k`` of them if there are so many. The cost: a filter parses the metadata of every document,
@@ -8,6 +8,7 @@
 - ``text`` has an index of its words (``indexes``).
 - ``id`` is declared as the primary key, because LanceDB finds two writers that insert the same new id by that
   declaration alone. It has no index, so an upsert reads all ids: about 30 ms for 100,000.
+- ``token`` is that of the lock under which the row was written (``writers``).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster_tasks.errors import InvalidArguments
+from cluster_tasks.errors import InvalidArguments, StaleWriter
 from cluster_tasks.shards.documents import Document, decode_metadata, encode_metadata
 from cluster_tasks.shards.fusion import in_order
 from cluster_tasks.shards.indexes import INDEX_FROM, vector_indexes
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 Vectors = NDArray[np.floating[Any]]
 
 
+UNLOCKED = 0
+"""The token of rows that were written without a lock: whoever has one may replace them."""
 PROBES = 20
 """Partitions of an index of vectors that a search reads."""
 REFINED = 3
@@ -72,13 +75,16 @@ def schema(dimensions: int, embedding_model: str) -> pa.Schema:
             pa.field("text", pa.string(), nullable=False),
             pa.field("metadata", pa.json_(), nullable=False),
             pa.field("vector", pa.list_(pa.float32(), dimensions), nullable=False),
+            pa.field("token", pa.int64(), nullable=False),
         ],
         metadata={"embedding_model": embedding_model},
     )
 
 
-def rows(documents: Sequence[Document], units: NDArray[np.float32], embedding_model: str) -> pa.Table:
-    """Return ``documents`` and their vectors as rows of a table."""
+def rows(
+    documents: Sequence[Document], units: NDArray[np.float32], embedding_model: str, token: int = UNLOCKED
+) -> pa.Table:
+    """Return ``documents`` and their vectors as rows of a table, written by the holder of ``token``."""
     import pyarrow as pa
 
     columns = {
@@ -86,15 +92,31 @@ def rows(documents: Sequence[Document], units: NDArray[np.float32], embedding_mo
         "text": [document.text for document in documents],
         "metadata": [encode_metadata(document.metadata) for document in documents],
         "vector": pa.FixedSizeListArray.from_arrays(pa.array(units.ravel()), units.shape[1]),
+        "token": np.full(len(documents), token, dtype=np.int64),
     }
     return pa.table(columns, schema=schema(units.shape[1], embedding_model))
 
 
-def merge(table: Table, rows: pa.Table) -> int:
-    """Insert ``rows``, or replace those of the same id; return the version made."""
-    upsert = table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
-    version: int = upsert.execute(rows).version
+def merge(table: Table, rows: pa.Table, token: int | None = None) -> int:
+    """Insert ``rows``, or replace those of the same id; return the version made.
+
+    With the ``token`` that they carry none is replaced that has a greater one. Raises StaleWriter if there were such.
+    """
+    condition = None if token is None else "target.token <= source.token"
+    upsert = table.merge_insert("id").when_matched_update_all(where=condition).when_not_matched_insert_all()
+    merged = upsert.execute(rows)
+    if refused := len(rows) - merged.num_inserted_rows - merged.num_updated_rows:
+        assert token is not None
+        raise StaleWriter(table.name, token, refused)
+    version: int = merged.version
     return version
+
+
+def delete(table: Table, conditions: Sequence[str], token: int | None = None) -> tuple[int, int]:
+    """Delete the rows that meet all ``conditions`` and have no greater ``token``; return how many, and the version."""
+    ours = [] if token is None else [f"token <= {token}"]
+    result = table.delete(" AND ".join([*conditions, *ours]))
+    return result.num_deleted_rows, result.version  # type: ignore[attr-defined]  # LanceDB's stub lacks it.
 
 
 def nearest(table: Table, query: NDArray[np.float32], k: int, condition: str) -> list[Hit]:

@@ -11,6 +11,7 @@ from kombu.utils.imports import symbol_by_name
 from cluster_tasks.cache import Caches
 from cluster_tasks.errors import ClusterError
 from cluster_tasks.gateway.guard import Neighbourhood
+from cluster_tasks.locks import Locks
 from cluster_tasks.settings import ClusterSettings
 
 READY_MADE_APP = "cluster_tasks.app:app"
@@ -26,6 +27,10 @@ class Configured(Protocol):
     @property
     def neighbourhood(self) -> Neighbourhood:
         """What providers share. Raises ConfigurationError."""
+
+    @property
+    def locks(self) -> Locks:
+        """What must be done by one at a time. Raises ConfigurationError."""
 
     @property
     def caches(self) -> Caches:

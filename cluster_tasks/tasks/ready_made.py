@@ -84,7 +84,7 @@ class Backends:
         """The collections. Raises ConfigurationError if LanceDB is not installed."""
         from cluster_tasks.shards.store import CollectionStore
 
-        return CollectionStore(self._settings.data_dir, self._settings.shards)
+        return CollectionStore(self._settings.data_dir, self._settings.shards, self._cluster.locks)
 
 
 _backends: WeakKeyDictionary[Celery, Backends] = WeakKeyDictionary()

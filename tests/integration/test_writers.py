@@ -1,0 +1,188 @@
+"""Writers that take turns in a shard by locks in a real Redis, on a real LanceDB in a temporary folder."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from cluster_tasks.clock import SystemClock
+from cluster_tasks.errors import StaleWriter
+from cluster_tasks.keys import Keys
+from cluster_tasks.locks import Locks, RedisLocks
+from cluster_tasks.locks.base import check_name
+from cluster_tasks.redis_store import connect
+from cluster_tasks.shards import tables
+from cluster_tasks.shards.database import Database
+from cluster_tasks.shards.documents import Document
+from cluster_tasks.shards.store import CollectionStore
+from cluster_tasks.shards.writers import Writers
+from workers.redis_server import free_port
+
+if TYPE_CHECKING:
+    from lancedb.table import Table
+
+MODEL = "model-a"
+TABLE = "docs.g1.0of1"
+LOCK = f"shard/{TABLE}"
+
+
+@pytest.fixture
+def locks(redis_url: str) -> Iterator[Locks]:
+    locks = Locks(RedisLocks(redis_url, Keys("test")), SystemClock())
+    yield locks
+    locks.close()
+
+
+@pytest.fixture
+def forget(redis_url: str) -> Callable[[], None]:
+    """Let the lock of the shard run out, as it does while its holder is paused."""
+
+    def forget() -> None:
+        client = connect(redis_url)
+        assert client.delete(Keys("test").lock(check_name(LOCK))) == 1
+        client.close()
+
+    return forget
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Database:
+    return Database(str(tmp_path))
+
+
+@pytest.fixture
+def store(tmp_path: Path, locks: Locks) -> CollectionStore:
+    store = CollectionStore(str(tmp_path), locks=locks)
+    put(store, a="first")
+    return store
+
+
+def put(store: CollectionStore, **texts: str) -> None:
+    documents = [Document(id=name, text=text) for name, text in texts.items()]
+    store.upsert("docs", documents, np.ones((len(documents), 3)), MODEL)
+
+
+def stored(store: CollectionStore) -> dict[str, str]:
+    return {passage.id: passage.text for passage in store.search("docs", np.ones(3), 100)}
+
+
+def paused(
+    database: Database, locks: Locks, meanwhile: Callable[[], None], write: Callable[[Table, int | None], object]
+) -> object:
+    """Let a writer sleep between the look at its turn and its commit."""
+
+    def sleep_and_write(table: Table, token: int | None) -> object:
+        meanwhile()
+        return write(table, token)
+
+    return Writers(database, locks).commit(TABLE, sleep_and_write)
+
+
+def merge(**texts: str) -> Callable[[Table, int | None], int]:
+    documents = [Document(id=name, text=text) for name, text in texts.items()]
+    units = np.ones((len(documents), 3), dtype=np.float32)
+
+    def write(table: Table, token: int | None) -> int:
+        assert token is not None
+        return tables.merge(table, tables.rows(documents, units, MODEL, token), token)
+
+    return write
+
+
+def test_writers_take_turns_and_leave_no_lock(store: CollectionStore, tmp_path: Path, redis_url: str) -> None:
+    barrier = threading.Barrier(4, timeout=30)
+
+    def work(writer: int) -> None:
+        own = CollectionStore(str(tmp_path), locks=Locks(RedisLocks(redis_url, Keys("test")), SystemClock()))
+        barrier.wait()
+        for turn in range(5):
+            put(own, **{f"{writer}-{turn}": "own", f"shared-{turn}": str(writer)})
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert store.count("docs") == 1 + 4 * 5 + 5
+    client = connect(redis_url)
+    assert list(client.scan_iter("test:lock:*")) == []
+    client.close()
+
+
+def test_a_writer_that_slept_replaces_nothing_that_a_later_one_has_written(
+    store: CollectionStore, database: Database, locks: Locks, forget: Callable[[], None]
+) -> None:
+    def meanwhile() -> None:
+        forget()
+        put(store, a="later", b="later")
+
+    with pytest.raises(StaleWriter, match="1 rows were written by holders of its lock that came after"):
+        paused(database, locks, meanwhile, merge(a="stale", c="stale"))
+    assert stored(store) == {"a": "later", "b": "later", "c": "stale"}, "c was new to the shard: that is not excluded"
+
+
+def test_a_writer_that_slept_deletes_nothing_that_a_later_one_has_written(
+    store: CollectionStore, database: Database, locks: Locks, forget: Callable[[], None]
+) -> None:
+    put(store, b="first")
+
+    def meanwhile() -> None:
+        forget()
+        put(store, a="later")
+
+    everything = ["id IN ('a', 'b')"]
+    deleted = paused(database, locks, meanwhile, lambda table, token: tables.delete(table, everything, token)[0])
+    assert (deleted, stored(store)) == (1, {"a": "later"})
+
+
+def test_a_writer_whose_turn_was_over_before_it_began_to_commit_changes_nothing(
+    store: CollectionStore, database: Database, locks: Locks, forget: Callable[[], None]
+) -> None:
+    put(store, b="first")
+    attempts: list[int] = []
+
+    def lose_the_race(table: Table, token: int | None) -> int:
+        attempts.append(table.version)
+        forget()
+        put(store, a="later")
+        raise RuntimeError("Commit conflict: the next attempt is made on a newer version")
+
+    with pytest.raises(StaleWriter):
+        Writers(database, locks).commit(TABLE, lose_the_race)
+    assert len(attempts) == 1
+    assert stored(store) == {"a": "later", "b": "first"}
+
+
+def test_a_later_holder_replaces_and_deletes_what_earlier_ones_have_written(store: CollectionStore) -> None:
+    put(store, a="second", b="first")
+    put(store, a="third")
+    assert stored(store) == {"a": "third", "b": "first"}
+    assert store.delete("docs", ids=["a", "b"]) == 2
+
+
+def test_rows_without_a_lock_are_anybodys(tmp_path: Path, store: CollectionStore) -> None:
+    unlocked = CollectionStore(str(tmp_path))
+    put(unlocked, a="unlocked", b="unlocked")
+    put(store, b="locked")
+    assert stored(store) == {"a": "unlocked", "b": "locked"}
+
+
+def test_shards_are_written_to_at_the_same_time(tmp_path: Path, locks: Locks) -> None:
+    store = CollectionStore(str(tmp_path), shards=2, locks=locks)
+    documents = [Document(id=str(n), text="t") for n in range(20)]
+    store.upsert("two", documents, np.ones((20, 3)), MODEL)
+    with locks.acquire("shard/two.g1.0of2", 60), ThreadPoolExecutor(1) as pool:
+        done = pool.submit(lambda: store.upsert("two", documents, np.ones((20, 3)), MODEL, shards=[1]))
+        assert 0 < done.result(timeout=60) < 20
+        assert len(store.search("two", np.ones(3), 20)) == 20, "readers wait for nobody"
+
+
+def test_without_the_service_of_locks_writing_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    away = Locks(RedisLocks(f"redis://127.0.0.1:{free_port()}/0", Keys("test")), SystemClock())
+    store = CollectionStore(str(tmp_path), locks=away)
+    put(store, a="unlocked")
+    assert stored(store) == {"a": "unlocked"}
+    assert "a shard is written to without a lock" in caplog.text
