@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,8 @@ class State(StrEnum):
     MAKING = "making"
     """Nothing: its tables may not all be there. Whoever meets it may finish that."""
     LIVE = "live"
+    SPLITTING = "splitting"
+    """Reading. Writers wait: what they wrote now might be left behind in the tables of before."""
     DROPPED = "dropped"
     """Nothing. Its row stays, so that no generation is ever given to two layouts."""
 
@@ -40,17 +42,22 @@ class Entry:
 
     layout: Layout
     state: State
+    newest: int = 1
+    """The highest generation that was ever given to a layout, whatever has become of it."""
+    retired: Mapping[str, float] = field(default_factory=dict)
+    """Generations that were live, and when each ceased to be, in seconds since 1970."""
     revision: int = 1
     """Raised with every change of the row."""
 
     def stored(self) -> str:
         """Return what the row holds besides the name and the revision."""
-        return json.dumps({"layout": asdict(self.layout), "state": self.state})
+        kept = {"layout": asdict(self.layout), "state": self.state, "newest": self.newest, "retired": self.retired}
+        return json.dumps(kept)
 
 
 def _entry(revision: int, stored: str) -> Entry:
-    fields = json.loads(stored)
-    return Entry(Layout(**fields["layout"]), State(fields["state"]), revision)
+    kept = json.loads(stored)
+    return Entry(Layout(**kept["layout"]), State(kept["state"]), kept["newest"], kept["retired"], revision)
 
 
 class Catalogue:

@@ -1,35 +1,45 @@
-"""The live layouts of collections, and work that is done in them."""
+"""The live layouts of collections, and work that is done in them while they may change.
+
+A split (``splitting``) announces itself in the catalogue, copies, and puts its layout in the place of the old one.
+Readers go on in the old one. A writer looks at the catalogue again after its commits: if it sees no split, they came
+before one was announced, and so before it copied; otherwise it waits, and writes once more. So no write that has
+returned is left behind, whatever locks do.
+"""
 
 from __future__ import annotations
 
+import logging
+import random
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from cluster_tasks.errors import CollectionNotFound, LayoutChanged, StoreUnavailable, did_you_mean
-from cluster_tasks.shards import indexes, tables
 from cluster_tasks.shards.catalogue import Catalogue, Entry, State
 from cluster_tasks.shards.database import Database
-from cluster_tasks.shards.layout import Layout, check_collection, generations
+from cluster_tasks.shards.layout import Layout, check_collection
 
 if TYPE_CHECKING:
     from lancedb.table import Table
 
+SILENCE_S = 15.0
+"""A split whose row of the catalogue stands still for so long, by its observer's clock, is broken off by a writer."""
+WRITERS_WAIT_S = 600.0
+POLL_S = (0.05, 0.25)
+"""Who waits looks again after a time between these."""
+
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 class Layouts:
     """The layouts of all collections. Threads may share one. Everything may raise StoreUnavailable."""
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
-        self._catalogue = Catalogue(database)
-
-    def names(self) -> list[str]:
-        """Return the names of all collections, sorted."""
-        return self._catalogue.live()
+    def __init__(self, database: Database, catalogue: Catalogue, silence_s: float = SILENCE_S) -> None:
+        self._database, self._catalogue, self._silence_s = database, catalogue, silence_s
 
     def live(self, collection: str, generation: int | None = None) -> Layout:
-        """Return the layout in which a collection is read and written.
+        """Return the layout in which a collection is read.
 
         Raises CollectionNotFound, and LayoutChanged if it is not of the ``generation`` that is named.
         """
@@ -38,7 +48,7 @@ class Layouts:
             raise LayoutChanged(f"collection {collection!r} is in generation {layout.generation}, not {generation}")
         return layout
 
-    def work(self, collection: str, generation: int | None, work: Callable[[Layout], T]) -> T:
+    def read(self, collection: str, generation: int | None, work: Callable[[Layout], T]) -> T:
         """Do ``work`` in the live layout; again, if it fails because another layout has come in its place meanwhile.
 
         Raises as ``live`` and ``work`` do.
@@ -52,6 +62,44 @@ class Layouts:
                 if self.live(collection, generation) == layout:
                     raise
 
+    def write(self, collection: str, generation: int | None, work: Callable[[Layout], T]) -> T:
+        """Do ``work``, which commits, in the live layout while nobody splits the collection; return its first result.
+
+        It is done again if a split was announced before it was over, and must be safe to repeat. Raises as ``read``
+        does, and StoreUnavailable if a split takes longer than WRITERS_WAIT_S.
+        """
+        results: list[T] = []
+        while True:
+            self.settled(collection)
+            layout = self.live(collection, generation)
+            try:
+                results.append(work(layout))
+            except StoreUnavailable:
+                if self.live(collection, generation) == layout:
+                    raise
+                continue
+            after = self._catalogue.read(collection)
+            if after is None or after.state is State.DROPPED or (after.state, after.layout) == (State.LIVE, layout):
+                return results[0]
+
+    def settled(self, collection: str) -> Entry:
+        """Wait until nobody splits a collection, and return its row. A split whose process has died is broken off.
+
+        That needs no certainty: what is broken off cannot put its layout in place any more.
+        """
+        until_s = time.monotonic() + WRITERS_WAIT_S
+        seen, since_s = 0, 0.0
+        while (entry := self._entry(collection)).state is State.SPLITTING:
+            now_s = time.monotonic()
+            if now_s > until_s:
+                raise StoreUnavailable(f"collection {collection!r} is still being split after {WRITERS_WAIT_S:g} s")
+            if entry.revision != seen:
+                seen, since_s = entry.revision, now_s
+            elif now_s - since_s > self._silence_s and self._catalogue.change(entry, state=State.LIVE):
+                logger.warning("split broken off", extra={"collection": collection, "silent_s": now_s - since_s})
+            time.sleep(random.uniform(*POLL_S))
+        return entry
+
     def open(self, layout: Layout, shards: Sequence[int]) -> list[Table]:
         """Return the tables of shards as they are now."""
         names = [layout.table(shard) for shard in shards]
@@ -61,65 +109,15 @@ class Layouts:
             raise StoreUnavailable(f"collection {layout.collection!r}: no tables {sorted(missing)}")
         return found
 
-    def make(self, collection: str, shards: int, embedding_model: str, dimensions: int) -> None:
-        """Make a collection unless it exists. Of several makers at once one wins, and the others help it.
-
-        A maker that dies leaves nothing that is seen, and its name is made by the next.
-        """
-        check_collection(collection)
-        while True:
-            entry = self._catalogue.read(collection)
-            if entry is not None and entry.state not in (State.MAKING, State.DROPPED):
-                return
-            if entry is None or entry.state is State.DROPPED:
-                generation = 1 if entry is None else entry.layout.generation + 1
-                layout = Layout(collection, generation, shards, embedding_model, dimensions)
-                entry = self._announce(entry, layout)
-            if entry is not None:
-                self.create_tables(entry.layout)
-                if self._catalogue.change(entry, state=State.LIVE):
-                    return
-
-    def create_tables(self, layout: Layout) -> None:
-        """Make the tables of a layout, those that do not exist."""
-        schema = tables.schema(layout.dimensions, layout.embedding_model)
-
-        def create(name: str) -> None:
-            self._database.create(name, schema)
-            indexes.keep_words(self._database, name)
-
-        self._database.map(create, map(layout.table, range(layout.shards)))
-
-    def drop(self, collection: str) -> None:
-        """Remove a collection and its documents. Raises CollectionNotFound.
-
-        It is gone at once. If this fails then, it is to be repeated: files are left.
-        """
-        check_collection(collection)
-        while (entry := self._catalogue.read(collection)) is not None and entry.state is not State.DROPPED:
-            self._catalogue.change(entry, state=State.DROPPED)
-        # Not those of a collection of the same name that another makes already.
-        newest = 0 if entry is None else entry.layout.generation
-        tables_of = generations(self._database.names(), collection)
-        left = [name for generation, names in tables_of.items() if generation <= newest for name in names]
-        if not left:
-            raise self._not_found(collection)
-        self._database.map(self._database.drop, left)
-
-    def _announce(self, dropped: Entry | None, layout: Layout) -> Entry | None:
-        """Begin to make a collection; None: another was quicker."""
-        if dropped is not None:
-            return self._catalogue.change(dropped, layout=layout, state=State.MAKING)
-        entry = Entry(layout, State.MAKING)
-        return entry if self._catalogue.add(entry) else None
-
     def _entry(self, collection: str) -> Entry:
         check_collection(collection)
         entry = self._catalogue.read(collection)
         if entry is None or entry.state in (State.MAKING, State.DROPPED):
-            raise self._not_found(collection)
+            raise not_found(self._catalogue, collection)
         return entry
 
-    def _not_found(self, collection: str) -> CollectionNotFound:
-        others = (name for name in self.names() if name != collection)
-        return CollectionNotFound(f"no collection {collection!r}{did_you_mean(collection, others)}")
+
+def not_found(catalogue: Catalogue, collection: str) -> CollectionNotFound:
+    """Return the error that names the nearest collection that there is."""
+    others = (name for name in catalogue.live() if name != collection)
+    return CollectionNotFound(f"no collection {collection!r}{did_you_mean(collection, others)}")

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
 from cluster_tasks.errors import InvalidArguments
 from cluster_tasks.locks import Locks
 from cluster_tasks.shards import searching, tables
-from cluster_tasks.shards.database import Database, unavailable
+from cluster_tasks.shards.catalogue import Catalogue
+from cluster_tasks.shards.database import KEPT_VERSIONS, Database, unavailable
 from cluster_tasks.shards.documents import Candidates, Document, Mode, Passage
 from cluster_tasks.shards.filters import Where, any_of, compile_where, quote
 from cluster_tasks.shards.indexes import optimize, warm
 from cluster_tasks.shards.layout import Layout, check_collection, check_shards
-from cluster_tasks.shards.layouts import Layouts
+from cluster_tasks.shards.layouts import SILENCE_S, Layouts
+from cluster_tasks.shards.making import clean, drop, make
 from cluster_tasks.shards.searching import Query
+from cluster_tasks.shards.splitting import Splitting
 from cluster_tasks.shards.writers import Writers
 
 if TYPE_CHECKING:
@@ -39,19 +43,24 @@ class CollectionStore:
     ConfigurationError if LanceDB is not installed.
     """
 
-    def __init__(self, data_dir: str, shards: int = 1, locks: Locks | None = None) -> None:
+    def __init__(
+        self, data_dir: str, shards: int = 1, locks: Locks | None = None, *, split_silence_s: float = SILENCE_S
+    ) -> None:
         """Collections that are made have so many ``shards``, unless ``upsert`` is told another number.
 
-        With ``locks`` each shard has one writer at a time: ``writers`` says what that excludes, and what raises.
+        With ``locks`` each shard has one writer at a time: ``writers`` says what that excludes, and what raises. A
+        split that is silent for ``split_silence_s`` is taken for dead.
         """
         self._shards = check_shards(shards)
         self._database = Database(data_dir)
-        self._layouts = Layouts(self._database)
+        self._catalogue = Catalogue(self._database)
+        self._layouts = Layouts(self._database, self._catalogue, split_silence_s)
+        self._splitting = Splitting(self._database, self._catalogue, self._layouts, split_silence_s)
         self._writers = Writers(self._database, locks)
 
     def collections(self) -> list[str]:
         """Return the names of all collections, sorted."""
-        return self._layouts.names()
+        return self._catalogue.live()
 
     def layout(self, collection: str) -> Layout:
         """Return how a collection is divided."""
@@ -72,7 +81,7 @@ class CollectionStore:
         units = tables.unit_rows(vectors, rows=len(documents))
         last = {document.id: row for row, document in enumerate(documents)}
         number = self._shards if new_shards is None else check_shards(new_shards)
-        self._layouts.make(collection, number, embedding_model, units.shape[1])
+        make(self._database, self._catalogue, collection, number, embedding_model, units.shape[1])
 
         def write(layout: Layout) -> int:
             layout.check_fit(units.shape[1], embedding_model)
@@ -90,7 +99,7 @@ class CollectionStore:
 
             return sum(self._database.map(put, layout.divide(last, shards).items()))
 
-        return self._layouts.work(collection, generation, write)
+        return self._layouts.write(collection, generation, write)
 
     def delete(
         self, collection: str, ids: Iterable[str] | None = None, where: Where | None = None, *,
@@ -118,7 +127,7 @@ class CollectionStore:
 
             return sum(self._database.map(remove, conditions.items()))
 
-        return self._layouts.work(collection, generation, write)
+        return self._layouts.write(collection, generation, write)
 
     def search(
         self, collection: str, vector: tables.Vectors | None = None, k: int = 5, where: Where | None = None,
@@ -151,15 +160,27 @@ class CollectionStore:
             with unavailable(collection):
                 return sum(self._database.map(lambda table: table.count_rows(), opened))
 
-        return self._layouts.work(collection, generation, ask)
+        return self._layouts.read(collection, generation, ask)
 
     def drop(self, collection: str) -> None:
         """Remove the collection and its documents. It is gone at once; if this fails then, repeat it for its files."""
-        self._layouts.drop(collection)
+        drop(self._database, self._catalogue, collection)
 
-    def optimize(self, collection: str, shards: Shards = None, generation: int | None = None) -> bool:
+    def split(self, collection: str, shards: int) -> Layout:
+        """Divide a collection into so many ``shards``, and return the new layout.
+
+        Searches go on meanwhile and find everything; writers wait. The tables of before are removed by ``optimize``,
+        some minutes later. Raises StoreUnavailable if that cannot be done: then nothing has changed.
+        """
+        return self._splitting.split(collection, shards)
+
+    def optimize(
+        self, collection: str, shards: Shards = None, generation: int | None = None, *,
+        kept: timedelta = KEPT_VERSIONS,
+    ) -> bool:  # fmt: skip
         """Compact the tables, bring their indexes up to date, and delete their old versions.
 
+        Tables of layouts that a split has put an end to go ``kept`` after that, those of a split that died at once.
         Returns False if a writer came in between somewhere. That is harmless: the next one does the work. One table
         after the other: each takes what the machine has.
         """
@@ -167,7 +188,8 @@ class CollectionStore:
         def compact(layout: Layout) -> bool:
             return all([optimize(self._database, layout.table(shard)) for shard in layout.chosen(shards)])  # noqa: C419
 
-        return self._layouts.work(collection, generation, compact)
+        clean(self._database, self._catalogue, check_collection(collection), kept)
+        return self._layouts.read(collection, generation, compact)
 
     def warm(self, collection: str, shards: Shards = None, generation: int | None = None) -> None:
         """Read the indexes into this process's memory, so that the first search is as quick as the next."""
@@ -176,7 +198,7 @@ class CollectionStore:
             with unavailable(collection):
                 self._database.map(warm, self._layouts.open(layout, layout.chosen(shards)))
 
-        self._layouts.work(collection, generation, work)
+        self._layouts.read(collection, generation, work)
 
     def _ask(
         self, collection: str, query: Query, embedding_model: str | None, shards: Shards, generation: int | None,
@@ -189,4 +211,4 @@ class CollectionStore:
             with unavailable(collection):
                 return ask(self._database, opened, query)
 
-        return self._layouts.work(collection, generation, work)
+        return self._layouts.read(collection, generation, work)
