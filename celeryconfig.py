@@ -107,6 +107,7 @@ cluster_drain_timeout_s = 30.0
 # Where collections live: every node that serves retrieval must reach it.
 # cluster_data_dir = "cluster-data"
 # cluster_shards = 1  # Of collections that are made from now on.
+# cluster_optimize_s = 300.0  # How often they are compacted; 0: never.
 
 # --- Celery ----------------------------------------------------------------------------------------------------------
 

@@ -58,7 +58,7 @@ from cluster_tasks.runtime import check_runtime
 from cluster_tasks.settings import CONF_PREFIX, ClusterSettings, load_settings
 from cluster_tasks.tasks import apps
 from cluster_tasks.tasks.base import ClusterTask
-from cluster_tasks.tasks.control import CHECK_HEALTH, REBALANCE, register_control_tasks
+from cluster_tasks.tasks.control import CHECK_HEALTH, OPTIMIZE, REBALANCE, register_control_tasks
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,11 @@ class Cluster:
             app.__dict__.pop(used, None)
         app.steps["worker"].add("workers.bootsteps:NodeStep")
         app.steps["consumer"].add("workers.bootsteps:ResyncStep")
-        register_control_tasks(app, {CHECK_HEALTH: self._check_health, REBALANCE: self._rebalance_a_little})
+        duties = {
+            CHECK_HEALTH: self._check_health, REBALANCE: self._rebalance_a_little,
+            OPTIMIZE: self.optimize_collections,
+        }  # fmt: skip
+        register_control_tasks(app, duties)
         signals.worker_init.connect(self._check_runtime, weak=False)
         if app.configured:
             self._configure()
@@ -287,6 +291,21 @@ class Cluster:
             ours = self.client.set(self.keys.rebalanced, 1, nx=True, px=int(self.settings.rebalance_s * 1000))
         if ours:
             self._rebalance_a_little()
+
+    def optimize_collections(self) -> bool:
+        """Send the job that compacts all collections, unless that was done within ``optimize_s``, or no node runs it.
+
+        Returns whether it was sent. Raises UnavailableError.
+        """
+        job, every_s = self.app.tasks.get("retrieval.optimize"), self.settings.optimize_s
+        if job is None or not every_s or not self.nodes(NodeFilter(request_type=job.request_type)):
+            return False
+        # Of several coordinators one sends it.
+        with foreign_errors(BrokerUnavailable, "claiming the compaction"):
+            ours = self.client.set(self.keys.optimized, 1, nx=True, px=max(1, int(every_s * 900)))
+        if ours:
+            job.apply_async(expires=every_s)
+        return bool(ours)
 
     def eject_outliers(self, *, at_once: bool = False) -> None:
         """Take out nodes that do their jobs worse than the others; ``at_once``, or when that was not done lately.

@@ -127,6 +127,11 @@ class Keys:
         return f"{self.name}:rebalanced"
 
     @property
+    def optimized(self) -> str:
+        """Set for as long as no coordinator sends the job that compacts collections."""
+        return f"{self.name}:optimized"
+
+    @property
     def tasks(self) -> str:
         """Hash node queue → names of the tasks that the node knows, one a line."""
         return f"{self.name}:tasks"

@@ -244,6 +244,8 @@ class ClusterSettings(BaseSettings):
     """Where collections live; every node that serves ``retrieval`` must reach it."""
     shards: Annotated[int, Field(ge=1, le=1024)] = 1
     """Of collections that are made from now on; those that exist keep theirs."""
+    optimize_s: Annotated[float, Field(ge=0)] = 300.0
+    """How often coordinators let a node compact the collections and bring their indexes up to date; 0: never."""
 
     @classmethod
     def settings_customise_sources(

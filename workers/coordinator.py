@@ -9,7 +9,7 @@ from celery import Celery, beat, bootsteps
 
 from cluster_tasks.cluster import cluster_of
 from cluster_tasks.router import cluster_queue
-from cluster_tasks.tasks.control import CHECK_HEALTH, REBALANCE
+from cluster_tasks.tasks.control import CHECK_HEALTH, OPTIMIZE, REBALANCE
 from workers.agent import NodeAgent
 from workers.bootsteps import NodeStep, ResyncStep, describe_coordinator, join
 from workers.load import measure
@@ -51,6 +51,8 @@ def coordinator(app: Celery, hostname: str, loglevel: str) -> Any:
     settings, every = cluster.settings, {CHECK_HEALTH: cluster.settings.health_check_s}
     if settings.auto_rebalance:
         every[REBALANCE] = settings.rebalance_s
+    if settings.optimize_s:
+        every[OPTIMIZE] = settings.optimize_s
     app.conf.beat_schedule = {
         name: {
             "task": name,

@@ -152,6 +152,12 @@ class DeleteArguments(_Arguments):
         return self
 
 
+class OptimizeArguments(_Arguments):
+    """Of ``retrieval.optimize``."""
+
+    collection: Collection | None = None
+
+
 class AnswerArguments(Sampling):
     """Of ``rag.answer``."""
 

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 from celery import Celery
 
-from cluster_tasks.errors import CollectionMismatch
+from cluster_tasks.errors import CollectionMismatch, CollectionNotFound, LockLost, LockTaken
 from cluster_tasks.shards.documents import Document, Mode
-from cluster_tasks.tasks.arguments import AddArguments, CacheUse, DeleteArguments, SearchArguments
+from cluster_tasks.tasks.apps import cluster_of
+from cluster_tasks.tasks.arguments import AddArguments, CacheUse, DeleteArguments, OptimizeArguments, SearchArguments
 from cluster_tasks.tasks.base import ClusterTask
 from cluster_tasks.tasks.embedding import embed_texts
 from cluster_tasks.tasks.kept import kept_of
 from cluster_tasks.tasks.ready_made import backends_of, ready_made
+
+OPTIMIZE_WITHIN_S = 3600.0
+"""So long one job is let alone with a collection, and a job waits for its turn before it is not run any more."""
+
+logger = logging.getLogger(__name__)
 
 
 @ready_made("retrieval.add_documents", request_type="retrieval", affinity="collection", arguments=AddArguments)
@@ -114,6 +121,33 @@ def delete_documents(
     deleted = backends_of(task.app).store.delete(collection, ids, where)
     _forget_searches(task.app, collection)
     return {"deleted": deleted}
+
+
+@ready_made("retrieval.optimize", request_type="retrieval", affinity="collection", arguments=OptimizeArguments)
+def optimize(task: ClusterTask, collection: str | None = None) -> dict[str, Any]:
+    """Compact a collection, bring its indexes up to date and remove what nobody reads any more.
+
+    Without ``collection`` it sends a job for each that there is. Coordinators send it every ``cluster_optimize_s``.
+    Returns ``collections``, those that were worked on or sent for: none while another job is at the same collection, or
+    if it was dropped.
+    """
+    store = backends_of(task.app).store
+    if collection is None:
+        names = store.collections()
+        for name in names:
+            task.apply_async((name,), expires=OPTIMIZE_WITHIN_S)
+        return {"collections": names}
+    try:
+        with cluster_of(task.app).locks.acquire(f"optimize/{collection}", OPTIMIZE_WITHIN_S):
+            store.optimize(collection)
+    except LockTaken:
+        return {"collections": []}
+    except LockLost as exc:
+        # Two at once do no harm: one of them has worked in vain.
+        logger.info("a collection took long to optimize: %s", exc)
+    except CollectionNotFound:
+        return {"collections": []}
+    return {"collections": [collection]}
 
 
 def _forget_searches(app: Celery, collection: str) -> None:

@@ -25,6 +25,8 @@ from cluster_tasks.errors import (
     ProviderError,
     ProviderUnavailable,
 )
+from cluster_tasks.shards.database import Database
+from cluster_tasks.shards.indexes import WORDS
 from cluster_tasks.tasks import embedding, llm, rag, retrieval
 from cluster_tasks.tasks.llm import FROM_PASSAGES
 from cluster_tasks.testing import CHAT_PATH, EMBEDDINGS_PATH, FakeOpenAI
@@ -182,6 +184,30 @@ def test_an_unknown_collection_is_named_and_the_nearest_name_with_it(run: Run, d
     for job, arguments in (("search", ["cat"]), ("delete_documents", [["cat"]])):
         with pytest.raises(CollectionNotFound, match=f"did you mean '{docs}'"):
             run(f"retrieval.{job}", f"{docs[:-1]}x", *arguments)
+
+
+def test_collections_are_compacted_by_a_job_that_one_of_the_coordinators_sends(
+    app: Celery, run: Run, docs: str, directory: Path
+) -> None:
+    for number in range(5):
+        run("retrieval.add_documents", docs, [f"A text with the number {number}."])
+    cluster = cluster_of(app)
+    table = Database(str(directory / "local")).open(f"{docs}.g1.0of1")
+    assert table is not None
+    before = table.version
+    cluster.client.delete(cluster.keys.optimized)
+    assert [cluster.optimize_collections() for _ in range(3)] == [True, False, False]
+
+    def is_compacted() -> bool:
+        table.checkout_latest()  # type: ignore[no-untyped-call]
+        return table.version > before and table.index_stats(WORDS).num_unindexed_rows == 0
+
+    wait_until(is_compacted, WITHIN_S)
+    assert run("retrieval.optimize", docs) == {"collections": [docs]}
+    assert run("retrieval.optimize", "nowhere") == {"collections": []}
+    with cluster.locks.acquire(f"optimize/{docs}", 60):
+        assert run("retrieval.optimize", docs) == {"collections": []}
+    assert len(run("retrieval.search", docs, "text", k=9, mode="text")["passages"]) == 5
 
 
 # Generation.

@@ -30,6 +30,7 @@ JOBS = {
     "retrieval.add_documents": "retrieval",
     "retrieval.search": "retrieval",
     "retrieval.delete_documents": "retrieval",
+    "retrieval.optimize": "retrieval",
     "rag.answer": "retrieval",
     "rag.search": "retrieval",
     "rag.generate": "llm",
