@@ -1,6 +1,6 @@
 """The live layouts of collections, and work that is done in them while they may change.
 
-A split (``splitting``) announces itself in the catalogue, copies, and puts its layout in the place of the old one.
+A split (``resharding``) announces itself in the catalogue, copies, and puts its layout in the place of the old one.
 Readers go on in the old one. A writer looks at the catalogue again after its commits: if it sees no split, they came
 before one was announced, and so before it copied; otherwise it waits, and writes once more. So no write that has
 returned is left behind, whatever locks do.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cluster_tasks.errors import InvalidArguments
 from cluster_tasks.locks import Locks
@@ -17,8 +17,8 @@ from cluster_tasks.shards.indexes import optimize, warm
 from cluster_tasks.shards.layout import Layout, check_collection, check_shards
 from cluster_tasks.shards.layouts import SILENCE_S, Layouts
 from cluster_tasks.shards.making import clean, drop, make
+from cluster_tasks.shards.resharding import Resharding
 from cluster_tasks.shards.searching import Query
-from cluster_tasks.shards.splitting import Splitting
 from cluster_tasks.shards.writers import Writers
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class CollectionStore:
         self._database = Database(data_dir)
         self._catalogue = Catalogue(self._database)
         self._layouts = Layouts(self._database, self._catalogue, split_silence_s)
-        self._splitting = Splitting(self._database, self._catalogue, self._layouts, split_silence_s)
+        self._resharding = Resharding(self._database, self._catalogue, self._layouts, split_silence_s)
         self._writers = Writers(self._database, locks)
 
     def collections(self) -> list[str]:
@@ -112,16 +112,14 @@ class CollectionStore:
         matching = [compile_where(where)] if where else []
 
         def write(layout: Layout) -> int:
-            if wanted is None:
-                conditions = dict.fromkeys(layout.chosen(shards), matching)
-            else:
-                parts = layout.divide(wanted, shards)
-                conditions = {shard: [any_of("id", literals), *matching] for shard, literals in parts.items()}
+            conditions = _conditions(layout, shards, wanted, matching)
 
-            def remove(part: tuple[int, list[str]]) -> int:
-                shard, all_of = part
+            def remove(part: tuple[int, str]) -> int:
+                shard, condition = part
                 name = layout.table(shard)
-                deleted, version = self._writers.commit(name, lambda table, token: tables.delete(table, all_of, token))
+                deleted, version = self._writers.commit(
+                    name, lambda table, token: tables.delete(table, condition, token)
+                )
                 self._database.compact_if_due(name, version, compact=optimize)
                 return deleted
 
@@ -152,6 +150,23 @@ class CollectionStore:
         query = Query.of(vector, text, k, where, mode)
         return self._ask(collection, query, embedding_model, shards, generation, searching.candidates)
 
+    def scan(
+        self, collection: str, ids: Iterable[str] | None = None, where: Where | None = None, *,
+        shards: Shards = None, generation: int | None = None,
+    ) -> Iterator[tuple[str, dict[str, Any]]]:  # fmt: skip
+        """Yield id and metadata of the documents that have one of ``ids`` and match ``where``, as far as given.
+
+        They come in no order, and as they were when this began.
+        """
+        wanted = None if ids is None else {document_id: quote(document_id) for document_id in ids}
+        matching = [compile_where(where)] if where else []
+        parts = self._layouts.read(
+            collection, generation, lambda layout: self._opened(layout, _conditions(layout, shards, wanted, matching))
+        )
+        with unavailable(collection):
+            for table, condition in parts:
+                yield from tables.scan(table, condition)
+
     def count(self, collection: str, shards: Shards = None, generation: int | None = None) -> int:
         """Return how many documents the collection holds."""
 
@@ -172,7 +187,7 @@ class CollectionStore:
         Searches go on meanwhile and find everything; writers wait. The tables of before are removed by ``optimize``,
         some minutes later. Raises StoreUnavailable if that cannot be done: then nothing has changed.
         """
-        return self._splitting.split(collection, shards)
+        return self._resharding.split(collection, shards)
 
     def optimize(
         self, collection: str, shards: Shards = None, generation: int | None = None, *,
@@ -200,6 +215,9 @@ class CollectionStore:
 
         self._layouts.read(collection, generation, work)
 
+    def _opened(self, layout: Layout, conditions: Mapping[int, str]) -> list[tuple[Table, str]]:
+        return list(zip(self._layouts.open(layout, list(conditions)), conditions.values(), strict=True))
+
     def _ask(
         self, collection: str, query: Query, embedding_model: str | None, shards: Shards, generation: int | None,
         ask: Callable[[Database, Sequence[Table], Query], T],
@@ -212,3 +230,16 @@ class CollectionStore:
                 return ask(self._database, opened, query)
 
         return self._layouts.read(collection, generation, work)
+
+
+def _conditions(
+    layout: Layout, shards: Shards, wanted: Mapping[str, str] | None, matching: Sequence[str]
+) -> dict[int, str]:
+    """Return what the rows to choose meet, by shard, without those where there can be none.
+
+    ``wanted``: ids and their literals; None: any. ``matching``: what all must meet.
+    """
+    if wanted is None:
+        return {shard: " AND ".join(matching) for shard in layout.chosen(shards)}
+    parts = layout.divide(wanted, shards)
+    return {shard: " AND ".join([any_of("id", literals), *matching]) for shard, literals in parts.items()}

@@ -13,7 +13,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
@@ -112,10 +112,10 @@ def merge(table: Table, rows: pa.Table, token: int | None = None) -> int:
     return version
 
 
-def delete(table: Table, conditions: Sequence[str], token: int | None = None) -> tuple[int, int]:
-    """Delete the rows that meet all ``conditions`` and have no greater ``token``; return how many, and the version."""
-    ours = [] if token is None else [f"token <= {token}"]
-    result = table.delete(" AND ".join([*conditions, *ours]))
+def delete(table: Table, condition: str, token: int | None = None) -> tuple[int, int]:
+    """Delete the rows that meet ``condition`` and have no greater ``token``; return how many, and the version."""
+    ours = "" if token is None else f" AND token <= {token}"
+    result = table.delete(f"({condition}){ours}")
     return result.num_deleted_rows, result.version  # type: ignore[attr-defined]  # LanceDB's stub lacks it.
 
 
@@ -144,6 +144,16 @@ def nearest(table: Table, query: NDArray[np.float32], k: int, condition: str) ->
         # The partitions that were read have no more.
         hits = _best(lambda limit: search(limit, True), k)
     return hits
+
+
+def scan(table: Table, condition: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the ids and metadata of the rows that meet the SQL ``condition``, a batch of them in memory at a time."""
+    search = table.search()
+    if condition:
+        search.where(condition)
+    for batch in search.select(["id", "metadata"]).limit(None).to_batches():
+        for row in batch.to_pylist():
+            yield row["id"], decode_metadata(row["metadata"])
 
 
 def matching(table: Table, text: str, k: int, condition: str) -> list[Hit]:

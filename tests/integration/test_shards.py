@@ -88,6 +88,19 @@ def test_some_shards_are_searched_counted_and_written_alone(filled: CollectionSt
         ids(filled, [SHARDS])
 
 
+def test_ids_and_metadata_are_scanned_as_they_were_when_it_began(filled: CollectionStore) -> None:
+    scan = filled.scan("docs")
+    first = next(scan)
+    filled.delete("docs", where={"n": {"lt": 50}})
+    everything = dict([first, *scan])
+    assert everything == {document.id: document.metadata for document in DOCUMENTS}
+    assert dict(filled.scan("docs", ["051", "052", "001", "none"], {"n": {"gt": 51}})) == {"052": {"n": 52}}
+    assert sorted(name for name, _ in filled.scan("docs", shards=[1])) == [n for n in of_shards(1) if n >= "050"]
+    assert list(filled.scan("docs", [])) == []
+    with pytest.raises(LayoutChanged):
+        next(filled.scan("docs", generation=2))
+
+
 def test_each_document_lies_in_its_shard(filled: CollectionStore, database: Database) -> None:
     layout = filled.layout("docs")
     for shard in range(SHARDS):

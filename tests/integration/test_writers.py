@@ -133,7 +133,7 @@ def test_a_writer_that_slept_deletes_nothing_that_a_later_one_has_written(
         forget()
         put(store, a="later")
 
-    everything = ["id IN ('a', 'b')"]
+    everything = "id = 'a' OR id = 'b'"
     deleted = paused(database, locks, meanwhile, lambda table, token: tables.delete(table, everything, token)[0])
     assert (deleted, stored(store)) == (1, {"a": "later"})
 

@@ -37,7 +37,7 @@ BEATS = 5
 logger = logging.getLogger(__name__)
 
 
-class Splitting:
+class Resharding:
     """Splits collections. Threads may share one."""
 
     def __init__(
