@@ -10,9 +10,8 @@ from cluster_tasks.shards.documents import Candidates, Mode, Passage
 RRF_K = 60
 """How little the first ranks count more than the next; the constant of Cormack, Clarke and Buettcher, "Reciprocal Rank
 Fusion outperforms Condorcet and individual Rank Learning Methods", SIGIR 2009."""
-LEAST_DEPTH = 50
-"""A document that is tenth in both rankings comes before one that is first in one of them alone: both are read further
-than to the k-th."""
+LEAST_DEPTH = 10
+"""Both rankings are read so far at least, for what is high in both to be found. Further down they agree by chance."""
 
 
 class Ranked(Protocol):
@@ -56,7 +55,7 @@ def fuse(rankings: Sequence[Sequence[R]], k: int) -> list[tuple[float, R]]:
 
 def depth(mode: Mode, k: int) -> int:
     """Return how many of each ranking are needed for the best ``k``."""
-    return max(2 * k, LEAST_DEPTH) if mode == "hybrid" else k
+    return max(k, LEAST_DEPTH) if mode == "hybrid" else k
 
 
 def rank(mode: Mode, nearest: Iterable[Sequence[R]], matching: Iterable[Sequence[R]], k: int) -> list[tuple[float, R]]:

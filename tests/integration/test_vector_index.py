@@ -120,17 +120,27 @@ def test_equals_come_in_the_order_of_their_ids_with_an_index(indexed: Collection
 
 def test_a_table_that_has_grown_gets_a_new_index(tmp_path: Path) -> None:
     store, database = CollectionStore(str(tmp_path)), Database(str(tmp_path))
-    fill(store, clustered(INDEX_FROM, 4, 1))
+    fill(store, clustered(INDEX_FROM, 8, 1))
     store.optimize("docs")
     assert indexes(store, database) == [[INDEX_FROM]]
-    fill(store, clustered(2 * INDEX_FROM, 4, 2), first=INDEX_FROM)
+    fill(store, clustered(2 * INDEX_FROM, 8, 2), first=INDEX_FROM)
     store.optimize("docs")
     assert indexes(store, database) == [[INDEX_FROM]]
-    fill(store, clustered(INDEX_FROM, 4, 3), first=3 * INDEX_FROM)
+    fill(store, clustered(INDEX_FROM, 8, 3), first=3 * INDEX_FROM)
     store.optimize("docs")
     assert indexes(store, database) == [[GROWTH * INDEX_FROM]]
     store.warm("docs")
-    assert numbers(store, clustered(INDEX_FROM, 4, 3)[5], 1) == [3 * INDEX_FROM + 5]
+    assert numbers(store, clustered(INDEX_FROM, 8, 3)[5], 1) == [3 * INDEX_FROM + 5]
+
+
+def test_a_dimension_that_has_no_index_is_searched_exactly(tmp_path: Path) -> None:
+    store = CollectionStore(str(tmp_path))
+    vectors = clustered(INDEX_FROM, 3, 1)
+    fill(store, vectors)
+    assert store.optimize("docs")
+    assert indexes(store, Database(str(tmp_path))) == [[]]
+    passages = store.search("docs", vectors[5], 10)
+    assert [passage.score for passage in passages] == pytest.approx(np.sort(vectors @ vectors[5])[::-1][:10], abs=1e-5)
 
 
 @pytest.mark.parametrize("noise", ["clustered", "without structure"])
