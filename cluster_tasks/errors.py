@@ -187,6 +187,10 @@ class CollectionMismatch(ClusterError, ValueError):
     """Vectors do not fit the collection: another embedding model or another dimension."""
 
 
+class UnreadableFile(ClusterError, ValueError):
+    """A file holds no text that could be indexed; the message says why."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the nearest of ``known``, or nothing."""
     nearest = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

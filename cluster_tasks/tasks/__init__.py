@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from cluster_tasks.tasks.embedding import embed
     from cluster_tasks.tasks.llm import generate
     from cluster_tasks.tasks.rag import answer
-    from cluster_tasks.tasks.retrieval import add_documents, delete_documents, search
+    from cluster_tasks.tasks.retrieval import add_documents, delete_documents, list_documents, search
 
-__all__ = ["add_documents", "answer", "delete_documents", "embed", "generate", "search"]
+__all__ = ["add_documents", "answer", "delete_documents", "embed", "generate", "list_documents", "search"]
 
 _HOMES = {
     "generate": "llm",
@@ -24,6 +24,7 @@ _HOMES = {
     "add_documents": "retrieval",
     "search": "retrieval",
     "delete_documents": "retrieval",
+    "list_documents": "retrieval",
     "answer": "rag",
 }
 

@@ -21,9 +21,12 @@ from pydantic import (
 from cluster_tasks.errors import InvalidArguments
 from cluster_tasks.shards.documents import Document, DocumentId, Mode
 from cluster_tasks.shards.filters import compile_where
+from cluster_tasks.shards.ingest.splitting import MAX_WHOLE_ID, PASSAGE_KEYS, Split
 
 MAX_K = 10_000
 """The most passages that a search returns, as in the store."""
+MAX_LISTED = 10_000
+"""The most documents that one job lists."""
 
 NOT_EXTRA = frozenset({"prompt", "messages", "passages", "tools", "extra", "stream"})
 """No further parameters of a provider: a job has them under this name, or cannot have them."""
@@ -116,6 +119,18 @@ class AddArguments(_Arguments):
 
     collection: Collection
     documents: list[Annotated[Document, BeforeValidator(_as_document)]]
+    split: Split | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.split is None:
+            return self
+        for number, document in enumerate(self.documents):
+            if taken := sorted(document.metadata.keys() & set(PASSAGE_KEYS)):
+                raise ValueError(f"documents.{number}: split passages have a metadata {taken[0]!r} of their own")
+            if len(document.id) > MAX_WHOLE_ID:
+                raise ValueError(f"documents.{number}: with split, an id has at most {MAX_WHOLE_ID} characters")
+        return self
 
 
 class SearchArguments(_Arguments):
@@ -136,6 +151,15 @@ class SearchArguments(_Arguments):
         if self.query is None and self.mode not in (None, "vector"):
             raise ValueError(f"mode {self.mode!r} needs a query")
         return self
+
+
+class ListArguments(_Arguments):
+    """Of ``retrieval.list_documents``."""
+
+    collection: Collection
+    where: Where | None = None
+    after: str = ""
+    limit: Annotated[int, Field(ge=1, le=MAX_LISTED)] = 1000
 
 
 class DeleteArguments(_Arguments):

@@ -31,11 +31,12 @@ JOBS = {
     "retrieval.search": "retrieval",
     "retrieval.delete_documents": "retrieval",
     "retrieval.optimize": "retrieval",
+    "retrieval.list_documents": "retrieval",
     "rag.answer": "retrieval",
     "rag.search": "retrieval",
     "rag.generate": "llm",
 }
-HEAVY = ("numpy", "openai", "lancedb", "pyarrow")
+HEAVY = ("numpy", "openai", "lancedb", "pyarrow", "semantic_text_splitter", "markdown_it", "pypdf")
 
 # An app knows the jobs of the modules that its process has imported.
 for module in MODULES:
@@ -88,6 +89,24 @@ def test_every_app_knows_the_jobs_and_their_request_types(app: Celery) -> None:
         ("retrieval.add_documents", {"collection": "Big", "documents": []}, "collection: String should match"),
         ("retrieval.add_documents", {"collection": "a", "documents": ["x", {}]}, "documents.1.text: Field required"),
         ("retrieval.add_documents", {"collection": "a", "documents": [{"text": "x", "metadata": {"n": None}}]}, "n"),
+        ("retrieval.add_documents", {"collection": "a", "documents": [], "split": {"size": 3}}, "split.size: Input"),
+        ("retrieval.add_documents", {"collection": "a", "documents": [], "split": {"unit": "words"}}, "split.unit: "),
+        (
+            "retrieval.add_documents",
+            {"collection": "a", "documents": [], "split": {"size": 100, "overlap": 60}},
+            "split: an overlap of 60 is more than half the size of 100",
+        ),
+        (
+            "retrieval.add_documents",
+            {"collection": "a", "documents": [{"text": "x", "metadata": {"page": 1}}], "split": {}},
+            "documents.0: split passages have a metadata 'page' of their own",
+        ),
+        (
+            "retrieval.add_documents",
+            {"collection": "a", "documents": [{"text": "x", "id": "a" * 501}], "split": {}},
+            "documents.0: with split, an id has at most 500 characters",
+        ),
+        ("retrieval.list_documents", {"collection": "a", "limit": 0}, "limit: Input should be greater"),
         ("retrieval.search", {"collection": "a"}, "expected either query or vector"),
         ("retrieval.search", {"collection": "a", "query": "b", "vector": [1.0]}, "expected either query or vector"),
         ("retrieval.search", {"collection": "a", "vector": [float("inf")]}, "vector.0: Input should be a finite"),
@@ -286,8 +305,8 @@ def test_who_only_sends_jobs_loads_nothing_heavy() -> None:
     script = f"""
 import sys
 import cluster_tasks
-from cluster_tasks.tasks import add_documents, answer, delete_documents, embed, generate, search
-for job in add_documents, answer, delete_documents, embed, generate, search:
+from cluster_tasks.tasks import add_documents, answer, delete_documents, embed, generate, list_documents, search
+for job in add_documents, answer, delete_documents, embed, generate, list_documents, search:
     try:
         job.delay(temperature=3)  # All that a caller does before the broker is asked.
     except cluster_tasks.ClusterError:
