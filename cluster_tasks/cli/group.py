@@ -5,7 +5,8 @@ Exit codes: 0 done, 1 refused or degraded, 2 wrong usage, 69 Redis, the registry
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec
 
@@ -29,12 +30,19 @@ class ClusterGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command. Raises ClickException for every ClusterError."""
-        try:
+        with told_in_one_line(lambda: cluster_of(ctx.obj.app)):
             return super().invoke(ctx)
-        except UnavailableError as exc:
-            raise ServiceUnavailable(_one_line(f"{exc} {_remedy(cluster_of(ctx.obj.app), exc)}")) from exc
-        except ClusterError as exc:
-            raise click.ClickException(_one_line(exc)) from exc
+
+
+@contextmanager
+def told_in_one_line(find_cluster: Callable[[], Cluster]) -> Iterator[None]:
+    """Turn every ClusterError into the ClickException that ends a command. The cluster names where its services are."""
+    try:
+        yield
+    except UnavailableError as exc:
+        raise ServiceUnavailable(_one_line(f"{exc} {_remedy(find_cluster(), exc)}")) from exc
+    except ClusterError as exc:
+        raise click.ClickException(_one_line(exc)) from exc
 
 
 def _one_line(message: object) -> str:

@@ -1,4 +1,4 @@
-"""``cluster-tasks``: commands for one machine. Each is a module of ``workers``, which this process becomes."""
+"""``cluster-tasks``: commands for one machine. Each is a module, most of ``workers``, that this process becomes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cluster_tasks.runtime import check_runtime
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
-    """Run a cluster on this machine."""
+    """Run a cluster on this machine, and fill its collections."""
 
 
 def _command(name: str, module: str, about: str) -> None:
@@ -30,6 +30,7 @@ def _command(name: str, module: str, about: str) -> None:
 
 
 _command("up", "workers.up", "Start Redis, nodes, a coordinator and Flower, and keep them running.")
+_command("index", "cluster_tasks.cli.index", "Fill a collection with the texts of a folder, and keep it up to date.")
 _command("demo", "workers.demo", "Run the main job on real text, with a node killed midway.")
 
 

@@ -180,6 +180,35 @@ def test_documents_are_deleted_by_id_and_by_metadata(run: Run, docs: str) -> Non
     assert [passage["id"] for passage in run("retrieval.search", docs, "cat")["passages"]] == ["sky"]
 
 
+def test_a_split_document_is_replaced_listed_and_deleted_as_one(run: Run, docs: str) -> None:
+    text = "".join(f"# Part {n}\n\nA cat sleeps {n} hours. It sleeps {n} hours more.\n\n" for n in range(9))
+    how = {"size": 60, "overlap": 0, "format": "markdown"}
+    # Of no concern: somebody's own metadata.
+    run("retrieval.add_documents", docs, [{"id": "kit", "text": "A", "metadata": {"document": "cat", "passage": 7}}])
+    added = run("retrieval.add_documents", docs, [{"id": "cat", "text": text, "metadata": {"of": "cats"}}], split=how)
+    assert added == {"collection": docs, "ids": ["cat"], "count": 1, "passages": 9}
+    [last, *_] = run("retrieval.search", docs, "Part 8", k=1, where={"heading": "Part 8"})["passages"]
+    assert (last["id"], last["text"]) == ("cat#8", "# Part 8\n\nA cat sleeps 8 hours. It sleeps 8 hours more.")
+    assert last["metadata"] == {
+        "of": "cats", "document": "cat", "passage": 8, "passages": 9, "start": text.index("# Part 8"),
+        "heading": "Part 8",
+    }  # fmt: skip
+    short = run(
+        "retrieval.add_documents", docs, [{"id": "cat", "text": text[:90]}, {"id": "none", "text": " "}], split=how
+    )
+    assert (short["count"], short["passages"]) == (2, 2)
+    listed = run("retrieval.list_documents", docs, limit=2)
+    assert listed["documents"] == [
+        {"id": "cat", "metadata": {}, "passages": 2, "complete": True},
+        {"id": "hen", "metadata": DOCUMENTS[2]["metadata"], "passages": 1, "complete": True},
+    ]
+    following = run("retrieval.list_documents", docs, after=listed["next"])["documents"]
+    assert [document["id"] for document in following] == ["kit", "sky"]
+    assert run("retrieval.list_documents", docs, where={"topic": "animals"})["next"] is None
+    assert run("retrieval.delete_documents", docs, ids=["cat"]) == {"deleted": 2}
+    assert {passage["id"] for passage in run("retrieval.search", docs, "cat", k=9)["passages"]} == {"hen", "kit", "sky"}
+
+
 def test_an_unknown_collection_is_named_and_the_nearest_name_with_it(run: Run, docs: str) -> None:
     for job, arguments in (("search", ["cat"]), ("delete_documents", [["cat"]])):
         with pytest.raises(CollectionNotFound, match=f"did you mean '{docs}'"):
