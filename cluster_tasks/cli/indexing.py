@@ -154,8 +154,10 @@ class Indexing:
             if isinstance(page, Exception):
                 raise page if isinstance(page, ClusterError) else ClusterError(_words(page))
             for document in page["documents"]:
-                metadata = document["metadata"]
-                held[str(metadata.get("source"))] = str(metadata.get("digest")) if document["complete"] else ""
+                path, digest = (str(document["metadata"].get(key, "")) for key in ("source", "digest"))
+                # Others may have documents with such metadata.
+                if document["id"] == self._document_id(path):
+                    held[path] = digest if document["complete"] else ""
             after = page["next"]
         return held
 
@@ -200,8 +202,9 @@ class Indexing:
             self._progress(report)
 
     def _digest(self, data: bytes) -> str:
-        how = f"{READING}:{self._plan.split.model_dump_json()}"
-        return hashlib.blake2b(how.encode() + b"\0" + data, digest_size=16).hexdigest()
+        split = self._plan.split
+        how = f"{READING}:{split.size}:{split.repeated}:{split.unit}\0"
+        return hashlib.blake2b(how.encode() + data, digest_size=16).hexdigest()
 
     def _document_id(self, path: str) -> str:
         whole = f"{self._plan.name}/{path}"

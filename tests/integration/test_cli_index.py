@@ -162,12 +162,14 @@ def test_a_changed_file_leaves_no_old_passage_and_one_that_is_gone_none_at_all(f
 def test_what_a_run_does_not_look_at_stays_and_what_it_leaves_out_goes(folder: Folder, tmp_path: Path) -> None:
     folder.write(FILES)
     folder.index()
+    own = {"id": "own", "text": "Not from a file.", "metadata": {"folder": "docs", "source": "own"}}
+    folder.run("retrieval.add_documents", folder.collection, [own])
     assert folder.index("--include", "*.md")["removed"] == []
     assert sorted(folder.index("--exclude", "notes")["removed"]) == ["notes/hen.txt", "notes/page.html"]
     other = Folder(tmp_path / "other", folder.collection, folder.variables, folder.run)
     other.write({"guide.md": b"Another guide."})
     assert other.index()["removed"] == []
-    assert {"docs/guide.md", "docs/paper.pdf", "other/guide.md"} < folder.held().keys()
+    assert {"docs/guide.md", "docs/paper.pdf", "other/guide.md", "own"} < folder.held().keys()
 
 
 def test_what_is_missing_of_a_document_is_added_again(folder: Folder) -> None:
@@ -220,6 +222,14 @@ def test_a_file_that_cannot_be_embedded_is_named_and_the_others_are_indexed(
     said, _ = folder.end(folder.start(), 0)
     assert "4 files indexed" in said
     assert "1 unchanged, 0 removed, 0 skipped, 0 failed" in said
+
+
+def test_a_file_that_fits_into_no_job_is_skipped(folder: Folder) -> None:
+    folder.write({"large.txt": b"long " * 10_000, "small.txt": b"short"})
+    report = folder.index(CLUSTER_MAX_MESSAGE_BYTES="20000")
+    assert report["indexed"] == ["small.txt"]
+    assert "cluster_max_message_bytes" in report["skipped"]["large.txt"]
+    assert folder.index()["indexed"] == ["large.txt"]
 
 
 def test_a_provider_that_is_away_ends_the_run_which_says_so(folder: Folder, provider: FakeOpenAI) -> None:
