@@ -36,7 +36,7 @@ JOBS = {
     "rag.search": "retrieval",
     "rag.generate": "llm",
 }
-HEAVY = ("numpy", "openai", "lancedb", "pyarrow", "semantic_text_splitter", "markdown_it", "pypdf")
+HEAVY = ("numpy", "openai", "lancedb", "pyarrow", "semantic_text_splitter", "markdown_it", "pypdf", "selectolax")
 
 # An app knows the jobs of the modules that its process has imported.
 for module in MODULES:

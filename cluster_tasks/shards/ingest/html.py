@@ -2,107 +2,109 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from html.parser import HTMLParser
+from typing import TYPE_CHECKING
+
+from cluster_tasks.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from selectolax.lexbor import LexborNode
 
 HEADINGS = {f"h{level}": "#" * level + " " for level in range(1, 7)}
 SILENT = frozenset({"script", "style", "template", "svg", "noscript", "iframe", "object", "select", "textarea"})
 """What they hold is not read."""
 BLOCKS = frozenset(HEADINGS) | {
-    "address", "article", "aside", "blockquote", "body", "br", "caption", "dd", "details", "dialog", "div", "dl",
-    "dt", "fieldset", "figcaption", "figure", "footer", "form", "header", "hr", "legend", "li", "main", "nav", "ol",
-    "p", "section", "summary", "table", "tbody", "tfoot", "thead", "tr", "ul",
+    "address", "article", "aside", "blockquote", "body", "br", "caption", "dd", "details", "dialog", "div", "dl", "dt",
+    "fieldset", "figcaption", "figure", "footer", "form", "header", "hr", "legend", "li", "main", "nav", "ol", "p",
+    "pre", "section", "summary", "table", "tbody", "tfoot", "thead", "title", "tr", "ul",
 }  # fmt: skip
 """Where they begin and end, a block of text does."""
 CELLS = frozenset({"td", "th"})
+PREFORMATTED = "pre"
 
 
 def markdown_of(html: str) -> str:
-    """Return what ``html`` shows. A page without a heading of the first level begins with its title."""
-    reader = _Reader()
-    reader.feed(html)
-    reader.close()
-    reader.end()
-    blocks = reader.blocks
-    if (title := _words(reader.title)) and not any(block.startswith(HEADINGS["h1"]) for block in blocks):
-        blocks = [HEADINGS["h1"] + title, *blocks]
+    """Return what ``html`` shows. A page without a heading of the first level begins with its title.
+
+    Raises ConfigurationError if selectolax is not installed.
+    """
+    # The parser of the standard library takes a minute for a page of 80 kB that is nothing but tags left open.
+    try:
+        from selectolax.lexbor import LexborHTMLParser
+    except ImportError:
+        raise ConfigurationError("HTML files need selectolax: install cluster-tasks[retrieval]") from None
+    root = LexborHTMLParser(html).root
+    page = _Page()
+    if root is not None:
+        _walk(root, page)
+    blocks = page.blocks
+    if page.title and not any(block.startswith(HEADINGS["h1"]) for block in blocks):
+        blocks = [HEADINGS["h1"] + page.title, *blocks]
     return "\n\n".join(blocks)
 
 
-class _Reader(HTMLParser):
+def _walk(root: LexborNode, page: _Page) -> None:
+    # A page may be nested deeper than Python calls itself: a tag by itself stands for its end.
+    ahead: list[LexborNode | str] = [root]
+    while ahead:
+        node = ahead.pop()
+        if isinstance(node, str):
+            page.end(node)
+        elif node.is_text_node:
+            page.say(node.text_content or "")
+        elif (tag := node.tag or "") not in SILENT:
+            page.begin(tag)
+            ahead.append(tag)
+            ahead.extend(reversed(list(node.iter(include_text=True))))
+
+
+class _Page:
     def __init__(self) -> None:
-        super().__init__()
         self.blocks: list[str] = []
-        self.title: list[str] = []
+        self.title = ""
         self._said: list[str] = []
         self._before = ""
         """What the next block begins with."""
-        self._silent: list[str] = []
-        self._within: str | None = None
-        """``title`` or ``pre``, where text is taken as it stands."""
+        self._preformatted = 0
+        """How many elements are open in which white space counts."""
 
-    def handle_starttag(self, tag: str, attrs: object) -> None:
-        if tag in SILENT:
-            self._silent.append(tag)
-        elif self._silent:
-            return
-        elif tag in ("title", "pre"):
-            self.end_block()
-            self._within = tag
-        elif tag in BLOCKS:
-            self.end_block()
-            if tag in HEADINGS or tag == "li":
-                self._before = HEADINGS.get(tag, "- ")
+    def begin(self, tag: str) -> None:
+        if tag in BLOCKS:
+            self._end_block()
+        if tag in HEADINGS or tag == "li":
+            self._before = HEADINGS.get(tag, "- ")
         elif tag in CELLS and self._said:
             self._said.append(" | ")
+        self._preformatted += tag == PREFORMATTED
 
-    def handle_startendtag(self, tag: str, attrs: object) -> None:
-        # <svg/> opens nothing that would have to be closed.
-        if tag not in SILENT:
-            self.handle_starttag(tag, attrs)
+    def say(self, text: str) -> None:
+        self._said.append(text)
 
-    def handle_endtag(self, tag: str) -> None:
-        if tag in SILENT:
-            # Whatever was left open inside ends with it.
-            if tag in self._silent:
-                del self._silent[self._silent.index(tag) :]
-        elif self._silent:
-            return
-        elif tag == self._within:
-            self._end_within()
+    def end(self, tag: str) -> None:
+        if tag == "title":
+            self.title, self._said = self.title or self._words(), []
+        elif tag == PREFORMATTED and self._preformatted == 1:
+            self._end_preformatted()
         elif tag in BLOCKS:
-            self.end_block()
-            if tag in HEADINGS or tag == "li":
-                self._before = ""
+            self._end_block()
+        if tag in HEADINGS or tag == "li":
+            self._before = ""
+        self._preformatted -= tag == PREFORMATTED
 
-    def handle_data(self, data: str) -> None:
-        if self._silent:
-            return
-        (self.title if self._within == "title" else self._said).append(data)
-
-    def end_block(self) -> None:
+    def _end_block(self) -> None:
         """Add what was said since the last block, if anything."""
-        if self._within == "pre":
+        if self._preformatted:
             self._said.append("\n")
-        elif words := _words(self._said):
+            return
+        if words := self._words():
             self.blocks.append(self._before + words)
-            self._said, self._before = [], ""
-        else:
-            self._said = []
+            self._before = ""
+        self._said = []
 
-    def end(self) -> None:
-        """Add what was said last, whatever is still open."""
-        self._end_within()
-        self.end_block()
+    def _end_preformatted(self) -> None:
+        text = "".join(self._said).strip("\n")
+        if text.strip():
+            self.blocks.append(f"```\n{text}\n```")
+        self._said = []
 
-    def _end_within(self) -> None:
-        if self._within == "pre":
-            text = "".join(self._said).strip("\n")
-            self._said = []
-            if text.strip():
-                self.blocks.append(f"```\n{text}\n```")
-        self._within = None
-
-
-def _words(said: Sequence[str]) -> str:
-    return " ".join("".join(said).split())
+    def _words(self) -> str:
+        return " ".join("".join(self._said).split())

@@ -75,7 +75,7 @@ def read_python(data: bytes) -> str:
 
 
 def read_html(data: bytes) -> str:
-    """Return what a page shows, as Markdown, so that its headings are known."""
+    """Return what a page shows, as Markdown, so that its headings are known. Raises ConfigurationError."""
     found = DECLARED.search(data, 0, DECLARED_WITHIN)
     declared = found[1].decode().lower() if found else "utf-8"
     # A declaration that can be read as ASCII stands in no page of two bytes a character.
