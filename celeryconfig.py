@@ -108,6 +108,7 @@ cluster_drain_timeout_s = 30.0
 # cluster_data_dir = "cluster-data"
 # cluster_shards = 1  # Of collections that are made from now on.
 # cluster_optimize_s = 300.0  # How often they are compacted; 0: never.
+# cluster_shard_replicas = 2  # nodes with the roles worker and cache that have each shard in memory: docs/retrieval.md
 
 # --- Celery ----------------------------------------------------------------------------------------------------------
 

@@ -56,6 +56,9 @@ from cluster_tasks.registry.base import ALL, Registry
 from cluster_tasks.router import ClusterRouter, ClusterView
 from cluster_tasks.runtime import check_runtime
 from cluster_tasks.settings import CONF_PREFIX, ClusterSettings, load_settings
+from cluster_tasks.shards.assignments import AssignmentTable
+from cluster_tasks.shards.manager import ShardManager
+from cluster_tasks.shards.shard_map import ShardMap
 from cluster_tasks.tasks import apps
 from cluster_tasks.tasks.base import ClusterTask
 from cluster_tasks.tasks.control import CHECK_HEALTH, OPTIMIZE, REBALANCE, register_control_tasks
@@ -240,10 +243,31 @@ class Cluster:
         )  # fmt: skip
 
     @cached_property
+    def assignments(self) -> AssignmentTable:
+        """Which nodes are to hold which shards, and which are ready."""
+        return AssignmentTable(self.client, self.keys)
+
+    @cached_property
+    def shard_manager(self) -> ShardManager:
+        """This process as planner of that."""
+        return ShardManager(
+            self.assignments, self.epochs, self._read_nodes, self.events.entry, self.settings.shard_replicas
+        )
+
+    @cached_property
+    def shard_map(self) -> ShardMap:
+        """Whom to ask for which shards."""
+        return ShardMap(self.assignments, self.view.nodes, self.clock, self.settings.snapshot_s)
+
+    @cached_property
+    def view(self) -> ClusterView:
+        """The nodes as last seen."""
+        return ClusterView(self._read_nodes, self.clock, self.settings.snapshot_s)
+
+    @cached_property
     def router(self) -> ClusterRouter:
         """What Celery asks for the queue of each job."""
-        view = ClusterView(self._read_nodes, self.clock, self.settings.snapshot_s)
-        return ClusterRouter(self.settings, view, self.clock, random.Random())
+        return ClusterRouter(self.settings, self.view, self.clock, random.Random())
 
     def nodes(self, where: NodeFilter = ALL) -> Sequence[Node]:
         """Return the nodes that pass ``where``, with their queue lengths. Raises UnavailableError."""
@@ -306,6 +330,11 @@ class Cluster:
         if ours:
             job.apply_async(expires=every_s)
         return bool(ours)
+
+    def plan_shards_in_turn(self) -> None:
+        """Assign shards to nodes, unless another process has just looked. Raises UnavailableError."""
+        if self.assignments.claim("plan", self.settings.heartbeat_s / 2):
+            self.shard_manager.plan()
 
     def eject_outliers(self, *, at_once: bool = False) -> None:
         """Take out nodes that do their jobs worse than the others; ``at_once``, or when that was not done lately.

@@ -179,6 +179,14 @@ class CollectionNotFound(ClusterError, LookupError):
     """No collection of that name exists."""
 
 
+class ShardNotFound(ClusterError, LookupError):
+    """No shard of that name is assigned to nodes."""
+
+
+class SearchIncomplete(ClusterError):
+    """Some shards were not searched in time, and a partial result was not asked for."""
+
+
 class LayoutChanged(ClusterError):
     """A collection is not divided into shards as the caller takes for granted: its layout is to be read again."""
 

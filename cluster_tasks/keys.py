@@ -315,6 +315,31 @@ class Keys:
         """The last token that any lock was given. It never expires."""
         return f"{self.name}:lock_token"
 
+    # Shards.
+
+    @property
+    def collections(self) -> str:
+        """Hash collection → its generation and how many shards it has, as those have told who can read the store."""
+        return f"{self.name}:collections"
+
+    @property
+    def shards(self) -> str:
+        """Hash collection → generation and holders of its shards (JSON): the assignment."""
+        return f"{self.name}:shards"
+
+    @property
+    def shards_version(self) -> str:
+        """Version of the assignment, compared for equality only."""
+        return f"{self.name}:shards_version"
+
+    def shards_ready(self, collection: str) -> str:
+        """Hash ``<generation>/<shard>/<node id>`` → epoch in which that node had the shard in its memory."""
+        return f"{self.name}:shards_ready:{collection}"
+
+    def shards_turn(self, duty: str) -> str:
+        """Set for as long as nobody else is to do that for the shards."""
+        return f"{self.name}:shards_turn:{duty}"
+
     @property
     def counters(self) -> str:
         """Hash of counters, such as ``stale_commits``."""

@@ -112,11 +112,14 @@ class ClusterRouter:
         strategy = (options.get("headers") or {}).get(STRATEGY_HEADER) or self._settings.strategy_for(request_type)
         if not isinstance(strategy, str):
             raise ConfigurationError(f"the header {STRATEGY_HEADER} is the name of a strategy, not {strategy!r}")
-        queue = self.place(request, strategy)
+        queue = self.place(request, strategy, task.preferred_node(args or (), kwargs or {}))
         return {"queue": self._queue(queue), REQUEST_TYPE_PROPERTY: request_type}
 
-    def place(self, request: Request, strategy: str) -> str:
-        """Return the queue for a request: the list of a node, or the waiting list if no node can take it now."""
+    def place(self, request: Request, strategy: str, preferred: str = "") -> str:
+        """Return the queue for a request: the list of a node, or the waiting list if no node can take it now.
+
+        The node ``preferred`` is chosen before the strategy's, if it can take the request.
+        """
         nodes = self._view.nodes()
         with self._lock:
             if nodes is not self._seen:
@@ -127,7 +130,9 @@ class ClusterRouter:
             balancer = self._balancer(strategy, request.type)
             if not eligible:
                 return self._keys.waiting_queue(request.type)
-            return self._keys.node_queue(balancer.select(request, eligible).id)
+            # The balancer is asked all the same: it counts what it has sent.
+            chosen = tuple(node for node in eligible if node.id == preferred) if preferred else ()
+            return self._keys.node_queue(balancer.select(request, chosen or eligible).id)
 
     def _take(self, nodes: tuple[Node, ...]) -> None:
         self._seen = nodes

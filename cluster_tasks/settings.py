@@ -246,6 +246,8 @@ class ClusterSettings(BaseSettings):
     """Of collections that are made from now on; those that exist keep theirs."""
     optimize_s: Annotated[float, Field(ge=0)] = 300.0
     """How often coordinators let a node compact the collections and bring their indexes up to date; 0: never."""
+    shard_replicas: Annotated[int, Field(ge=1, le=16)] = 2
+    """On so many nodes with role ``cache`` each shard is in memory, as far as there are so many; the same on all."""
 
     @classmethod
     def settings_customise_sources(

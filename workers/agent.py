@@ -88,6 +88,8 @@ class NodeAgent:
         self._duties.append(Periodic("pruning", PRUNE_EVERY_S, cluster.quarantine.prune))
         if self._settings.ejection:
             self._duties.append(Periodic("ejection", self._settings.health_check_s, self._judge))
+        # On a thread of its own: neither how long it takes nor its failure is any matter to those who watch.
+        self._duties.append(Periodic("shards", self._settings.heartbeat_s, self._plan_shards))
         if deliveries is not None:
             outcomes.alarm = self._alarm
             self._duties.append(Periodic("revocations", self._settings.heartbeat_s, self._learn_revocations))
@@ -360,6 +362,10 @@ class NodeAgent:
     def _is_unchecked(self, for_s: float = UNCHECKED_S) -> bool:
         """Whether no coordinator is at work, as far as this process has looked."""
         return self._cluster.clock.monotonic() - self._checks[1] >= for_s
+
+    def _plan_shards(self) -> None:
+        if self._deliveries is None or self._is_unchecked():
+            self._cluster.plan_shards_in_turn()
 
     def _rebalance(self) -> None:
         if self._wants_its_share:

@@ -29,6 +29,7 @@ from workers.agent import NodeAgent
 from workers.drain import Departure, end_process
 from workers.executions import Executions
 from workers.heartbeat import HeartbeatProcess
+from workers.holding import Holding
 from workers.load import measure
 from workers.periodic import Periodic
 from workers.progress import LOOK_EVERY_S, Progress, Pulse, stack_of
@@ -65,10 +66,11 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
         worker.prefetch_multiplier = 1
         self._cluster, self._hostname = cluster, worker.hostname
         self._agent: NodeAgent | None = None
-        self._pulse = Pulse()
+        self._pulse, self._holding = Pulse(), Holding(cluster, worker.hostname)
         worker.app.amqp.queues.select_add(cluster_queue(cluster.keys.node_queue(worker.hostname)))
         # In each child of prefork, before it is given a job; the other pools use the memory of this process.
         signals.worker_process_init.connect(self._warm)
+        signals.worker_process_init.connect(self._hold)
         signals.worker_process_shutdown.connect(self._count)
         signals.worker_shutdown.connect(self._leave, sender=worker)
         signals.worker_shutting_down.connect(self._shutting_down, sender=worker.hostname)
@@ -89,6 +91,7 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
         self._accompany(agent, register, executions, Progress(worker, register, executions, self._pulse))
         if not isinstance(worker.pool, PreforkPool):
             self._warm()
+            self._hold()
         join(agent)
         self._departure.start()
         self._watch.start()
@@ -103,6 +106,9 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
     def _warm(self, **_: Any) -> None:
         if warmed := self._cluster.caches.warm_for(self._hostname):
             logger.info("%d values of the cache are here before they are asked for", warmed)
+
+    def _hold(self, **_: Any) -> None:
+        self._holding.start()
 
     def _count(self, **_: Any) -> None:
         self._cluster.caches.flush()
@@ -164,6 +170,8 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
                 agent.stop(in_good_order=error is None)
             except UnavailableError as exc:
                 logger.warning("leaving without a word, the others will notice: %s", exc)
+            # The last: it may be loading something large.
+            self._holding.stop()
 
 
 class ResyncStep(bootsteps.StartStopStep):  # type: ignore[misc]

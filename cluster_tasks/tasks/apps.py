@@ -13,6 +13,7 @@ from cluster_tasks.errors import ClusterError
 from cluster_tasks.gateway.guard import Neighbourhood
 from cluster_tasks.locks import Locks
 from cluster_tasks.settings import ClusterSettings
+from cluster_tasks.shards.shard_map import ShardMap
 
 READY_MADE_APP = "cluster_tasks.app:app"
 
@@ -31,6 +32,10 @@ class Configured(Protocol):
     @property
     def locks(self) -> Locks:
         """What must be done by one at a time. Raises ConfigurationError."""
+
+    @property
+    def shard_map(self) -> ShardMap:
+        """Whom to ask for which shards. Raises ConfigurationError."""
 
     @property
     def caches(self) -> Caches:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property, wraps
+from functools import cached_property, partial, wraps
 from typing import Any, ClassVar
 
 import redis
@@ -46,6 +46,9 @@ class ClusterTask(Task):  # type: ignore[misc]
     known: ClassVar[Callable[..., Any] | None] = None
     """A function of the app and the task's arguments that returns the result of a job if that is known already, from a
     cache for instance, else None. A job whose result is known is not sent: its caller gets the result."""
+    prefers: ClassVar[Callable[..., str | None] | None] = None
+    """A function of the app and the task's arguments that names the node which a job is best sent to, if it can be
+    given jobs; None: the strategy chooses. Any node may take the job all the same."""
     rerun_on_crash: ClassVar[bool] = True
     """Whether a job is run again when its node or process died while it ran. If not, it fails with NodeLost."""
     run: Callable[..., Any]
@@ -161,14 +164,24 @@ class ClusterTask(Task):  # type: ignore[misc]
         affinity = type(self).affinity
         if affinity is None:
             return ""
+        tell = (lambda **given: given.get(affinity)) if isinstance(affinity, str) else affinity
+        return self._told("affinity", tell, args, kwargs)
+
+    def preferred_node(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+        """The id of the node that ``prefers`` names for a job with these arguments; empty if it names none."""
+        prefers = type(self).prefers
+        return "" if prefers is None else self._told("node", partial(prefers, self.app), args, kwargs)
+
+    def _told(self, noun: str, tell: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+        """What a function tells of a job by its arguments; empty if it tells nothing, or cannot."""
         try:
             given = self._signature.bind_partial(*args, **kwargs).arguments
         except TypeError:
             return ""
         try:
-            found = given.get(affinity) if isinstance(affinity, str) else affinity(**given)
+            found = tell(**given)
         except Exception as exc:  # noqa: BLE001 - it is the user's function, and a preference is not worth a job
-            logger.warning("%s: the affinity of a job cannot be told, any node gets it: %r", self.name, exc)
+            logger.warning("%s: the %s of a job cannot be told, any node gets it: %r", self.name, noun, exc)
             return ""
         return "" if found is None else str(found)
 
