@@ -142,6 +142,7 @@ class SearchArguments(_Arguments):
     k: Count = 5
     where: Where | None = None
     mode: Mode | None = None
+    allow_partial: Annotated[bool, Field(strict=True)] = False
     cache: CacheUse = None
 
     @model_validator(mode="after")

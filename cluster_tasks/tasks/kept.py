@@ -31,6 +31,10 @@ LASTING_ENDS = ("stop", "tool_calls")
 """Finish reasons of answers that are kept: others were cut short."""
 
 
+Ticket = tuple[str, str | None]
+"""The key of a search, and the generation of its namespace before it began; None: not known, so nothing is kept."""
+
+
 class Embedded(NamedTuple):
     """The vector of a text, and what made it."""
 
@@ -115,6 +119,24 @@ class Kept:
         )
         assert made is not None
         return json.loads(made)
+
+    def look_for_search(self, collection: str, asked: Sequence[Any]) -> tuple[Any, Ticket]:
+        """Return what is kept for what is ``asked``, or None, and what ``keep_search`` needs to keep it."""
+        self._pay(collection)
+        key = self._search_key(asked)
+        reading = self._searches(collection).read([key])
+        entry, ticket = reading.entries.get(key), (key, reading.generation)
+        if entry is None or entry.value is None or not entry.is_fresh:
+            return None, ticket
+        return {**json.loads(entry.value), "cached": True}, ticket
+
+    def keep_search(self, collection: str, ticket: Ticket, found: Any) -> None:
+        """Keep what was found since ``ticket`` was given, unless the collection has changed since then."""
+        key, generation = ticket
+        if generation is None or collection in self._owed:
+            return
+        value, ttl_s = json.dumps(found).encode(), self._settings.cache_search_ttl_s
+        self._searches(collection).write({key: value}, ttl_s, generation=generation, replaces=False)
 
     def find_search(self, collection: str, asked: Sequence[Any]) -> Any:
         """Return what is kept for what is ``asked`` of a collection, or None."""

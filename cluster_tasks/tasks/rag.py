@@ -15,9 +15,10 @@ from cluster_tasks.shards.documents import Mode
 from cluster_tasks.tasks.arguments import AnswerArguments, CacheUse
 from cluster_tasks.tasks.base import ClusterTask
 from cluster_tasks.tasks.embedding import EMBED
+from cluster_tasks.tasks.fanout import asking, best_node, search_here, search_nodes, shares_of
 from cluster_tasks.tasks.llm import conversation
 from cluster_tasks.tasks.ready_made import ready_made
-from cluster_tasks.tasks.retrieval import find, mode_of
+from cluster_tasks.tasks.retrieval import mode_of
 
 NO_PASSAGES = "no_passages"
 """The finish reason of an answer for which nothing was found."""
@@ -69,7 +70,7 @@ def answer(
     return replaced
 
 
-@ready_made("rag.search", request_type="retrieval", affinity="collection")
+@ready_made("rag.search", request_type="retrieval", affinity="collection", prefers=best_node)
 def search_step(
     task: ClusterTask,
     embedded: Mapping[str, Any] | None,
@@ -81,7 +82,10 @@ def search_step(
 ) -> dict[str, Any]:
     """Search for a question with the vector that ``embedding.embed`` returned, or without."""
     vector, model = (None, None) if embedded is None else (embedded["vectors"][0], embedded["model"])
-    return find(task.app, collection, k, where, mode, question, vector, model)
+    asked = asking(collection, k, where, mode, question, vector, model)
+    if (shares := shares_of(task, collection, k)) is not None:
+        return search_nodes(task, shares, asked)
+    return search_here(task.app, asked)
 
 
 def _conversation(question: str, session_id: str | None = None, **_: Any) -> str:

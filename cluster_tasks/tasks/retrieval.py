@@ -24,6 +24,7 @@ from cluster_tasks.tasks.arguments import (
 )
 from cluster_tasks.tasks.base import ClusterTask
 from cluster_tasks.tasks.embedding import embed_texts
+from cluster_tasks.tasks.fanout import Asked, asking, best_node, search_here, search_nodes, shares_of
 from cluster_tasks.tasks.kept import kept_of
 from cluster_tasks.tasks.ready_made import backends_of, ready_made
 
@@ -95,18 +96,19 @@ def _passage_ids(app: Celery, collection: str, document_ids: Collection[str]) ->
 
 def known_search(
     app: Celery, collection: str, query: str | None = None, vector: list[float] | None = None, k: int = 5,
-    where: dict[str, Any] | None = None, mode: Mode | None = None, cache: CacheUse = None,
+    where: dict[str, Any] | None = None, mode: Mode | None = None, allow_partial: bool = False, cache: CacheUse = None,
 ) -> dict[str, Any] | None:  # fmt: skip
     """What was found before, in a collection that has not changed since."""
     if cache in (False, "refresh") or (kept := kept_of(app)) is None:
         return None
     found: dict[str, Any] | None = kept.find_search(collection, [query, vector, k, where, mode_of(mode, query)])
-    return found
+    return _whole(found, allow_partial) if found else None
 
 
 @ready_made(
-    "retrieval.search", request_type="retrieval", affinity="collection", arguments=SearchArguments, known=known_search
-)
+    "retrieval.search", request_type="retrieval", affinity="collection", prefers=best_node, arguments=SearchArguments,
+    known=known_search,
+)  # fmt: skip
 def search(
     task: ClusterTask,
     collection: str,
@@ -115,6 +117,7 @@ def search(
     k: int = 5,
     where: dict[str, Any] | None = None,
     mode: Mode | None = None,
+    allow_partial: bool = False,
     cache: CacheUse = None,
 ) -> dict[str, Any]:
     """Find the ``k`` documents that fit a query or a vector best, among those whose metadata match ``where``.
@@ -135,27 +138,38 @@ def search(
 
     With ``cluster_cache_url`` what was found is kept until the collection changes, for ``cluster_cache_search_ttl_s``
     at most, and marked ``cached``. ``cache=False`` neither looks nor keeps, ``"refresh"`` searches anew.
+
+    Where the shards of the collection are assigned to nodes, those that have them in memory are asked, each by one job;
+    see ``cluster_tasks.tasks.fanout``. A shard that cannot be read, or was not before the job expired, fails the search
+    with StoreUnavailable or SearchIncomplete. With ``allow_partial`` the rest is searched, and ``missing`` lists the
+    numbers of such shards.
     """
-
     chosen = mode_of(mode, query)
+    key = [query, vector, k, where, chosen]
+    kept = None if cache is False else kept_of(task.app)
 
-    def compute() -> dict[str, Any]:
-        if query is None or chosen == "text":
-            return find(task.app, collection, k, where, chosen, query, vector)
-        embedded = embed_texts(task.app, [query], cache=cache)
+    def asked(use: CacheUse = cache) -> Asked:
+        embedded = None if query is None or chosen == "text" else embed_texts(task.app, [query], cache=use)
+        return asking(collection, k, where, chosen, query, embedded.vectors[0] if embedded else vector,
+                      embedded.model if embedded else None)  # fmt: skip
+
+    def here() -> dict[str, Any]:
         try:
-            return find(task.app, collection, k, where, chosen, query, embedded.vectors[0], embedded.model)
+            return search_here(task.app, asked(), allow_partial=allow_partial)
         except CollectionMismatch:
-            if not embedded.cached:
+            if query is None or chosen == "text" or cache is False:
                 raise
-        # The vector was kept from when the same name stood for another model.
-        embedded = embed_texts(task.app, [query], cache="refresh")
-        return find(task.app, collection, k, where, chosen, query, embedded.vectors[0], embedded.model)
+            # The vector may have been kept from when the same name stood for another model.
+            return search_here(task.app, asked("refresh"), allow_partial=allow_partial)
 
-    kept = kept_of(task.app)
-    if kept is None or cache is False:
-        return {**compute(), "cached": False}
-    found: dict[str, Any] = kept.search(collection, [query, vector, k, where, chosen], compute, cache)
+    if (shares := shares_of(task, collection, k)) is not None:
+        found, ticket = kept.look_for_search(collection, key) if kept else (None, None)
+        if found is not None and cache != "refresh":
+            return _whole(found, allow_partial)
+        return search_nodes(task, shares, asked(), allow_partial=allow_partial, ticket=ticket)
+    if kept is None or allow_partial:
+        return {**here(), "cached": False}
+    found = kept.search(collection, key, here, cache)
     return {"cached": False, **found}
 
 
@@ -233,13 +247,5 @@ def mode_of(mode: Mode | None, query: str | None) -> Mode:
     return mode or ("vector" if query is None else "hybrid")
 
 
-def find(
-    app: Celery, collection: str, k: int, where: dict[str, Any] | None, mode: Mode, text: str | None, vector: Any,
-    model: str | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """Return what ``search`` returns for a text, and a vector (an array or a list) that ``model`` has made."""
-    import numpy as np
-
-    array = None if vector is None else np.asarray(vector)
-    found = backends_of(app).store.search(collection, array, k, where, model, text=text, mode=mode)
-    return {"collection": collection, "passages": [passage.model_dump(mode="json") for passage in found]}
+def _whole(found: dict[str, Any], allow_partial: bool) -> dict[str, Any]:
+    return {**found, "missing": []} if allow_partial else found

@@ -1,0 +1,255 @@
+"""A search in a collection whose shards lie on several nodes: one job on each, and one that merges what they found.
+
+None waits for another. The job that was asked is replaced by a chord: ``retrieval.search_shards`` for every node, then
+``retrieval.merge``. An error of the store is a part's result and not its failure, so the merge hears of all parts and
+raises the error itself. A job of a node that is lost goes to another, which finds the same, for the data are shared.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import redis
+from celery import Celery, chord
+
+from cluster_tasks import errors
+from cluster_tasks.errors import (
+    CollectionMismatch,
+    CollectionNotFound,
+    LayoutChanged,
+    SearchIncomplete,
+    StoreUnavailable,
+)
+from cluster_tasks.shards.documents import Mode
+from cluster_tasks.shards.shard_map import ANY_NODE, Shares
+from cluster_tasks.tasks.apps import cluster_of
+from cluster_tasks.tasks.base import ClusterTask
+from cluster_tasks.tasks.kept import Ticket, kept_of
+from cluster_tasks.tasks.ready_made import backends_of, ready_made
+
+if TYPE_CHECKING:
+    from cluster_tasks.shards.documents import Candidates
+
+logger = logging.getLogger(__name__)
+
+SEARCH_SHARDS, MERGE = "retrieval.search_shards", "retrieval.merge"
+WIDE = 1_000
+"""A search for more passages is one job: to send them all to a merge would take longer than to find them."""
+TOLD = (CollectionMismatch, CollectionNotFound, LayoutChanged, StoreUnavailable)
+"""Errors of a part that its merge is told of."""
+PASSING = (StoreUnavailable.__name__, SearchIncomplete.__name__)
+"""Those that others of the collection's shards do not share."""
+
+
+class Asked(TypedDict):
+    """What is searched for."""
+
+    collection: str
+    k: int
+    where: dict[str, Any] | None
+    mode: Mode
+    text: str | None
+    vector: list[float] | None
+    model: str | None
+    """That made the vector; None: nobody says."""
+
+
+class Part(TypedDict):
+    """What one node says of its shards."""
+
+    job: str
+    found: list[dict[str, Any]]
+    """As ``Candidates``."""
+    missing: list[int]
+    error: tuple[str, str] | None
+    """Name and words of the first error."""
+
+
+def asking(
+    collection: str, k: int, where: dict[str, Any] | None, mode: Mode, text: str | None, vector: Any, model: str | None
+) -> Asked:
+    """Return what is searched for; ``vector`` is an array, a list or None."""
+    listed = None if vector is None else [float(number) for number in vector]
+    return Asked(collection=collection, k=k, where=where, mode=mode, text=text, vector=listed, model=model)
+
+
+def best_node(app: Celery, collection: str, **_: Any) -> str | None:
+    """The node that has all shards of a collection in memory; None: there is none, or all are as good."""
+    shares = cluster_of(app).shard_map.shares(collection)
+    return next(iter(shares.of_nodes)) if shares is not None and len(shares.of_nodes) == 1 else None
+
+
+def shares_of(task: ClusterTask, collection: str, k: int) -> Shares | None:
+    """Say which nodes are to search a collection for a job; None: the job itself."""
+    if task.request.is_eager or task.request.called_directly or k > WIDE:
+        return None
+    shares = cluster_of(task.app).shard_map.shares(collection)
+    return shares if shares is not None and len(shares.of_nodes) > 1 else None
+
+
+def search_nodes(
+    task: ClusterTask, shares: Shares, asked: Asked, *, allow_partial: bool = False, ticket: Ticket | None = None
+) -> dict[str, Any]:
+    """Let the nodes search, and one of them answer in the place of ``task``. Does not return: see ``Task.replace``."""
+    app, deadline = task.app, _deadline(task)
+    part, merge = app.tasks[SEARCH_SHARDS], app.tasks[MERGE]
+    header = [
+        part.s(asked, shares.generation, list(numbers), node_id, deadline, allow_partial)
+        for node_id, numbers in shares.of_nodes.items()
+    ]
+    replaced: dict[str, Any] = task.replace(chord(header, merge.s(asked, allow_partial, ticket)))
+    return replaced
+
+
+def search_here(app: Celery, asked: Asked, *, allow_partial: bool = False) -> dict[str, Any]:
+    """Search all shards in this process. Raises as ``CollectionStore.search`` does."""
+    store = backends_of(app).store
+    try:
+        found = store.search(*_query(asked), text=asked["text"], mode=asked["mode"])
+    except StoreUnavailable:
+        if not allow_partial:
+            raise
+        layout = store.layout(asked["collection"])
+        candidates, failed = _one_by_one(app, asked, layout.generation, range(layout.shards))
+        return {**_combined(asked, candidates), "missing": list(failed)}
+    result = {"collection": asked["collection"], "passages": [passage.model_dump(mode="json") for passage in found]}
+    return {**result, "missing": []} if allow_partial else result
+
+
+def _named(app: Celery, node_id: str = ANY_NODE, **_: Any) -> str:
+    return node_id
+
+
+@ready_made(SEARCH_SHARDS, request_type="retrieval", prefers=_named)
+def search_shards(
+    task: ClusterTask,
+    asked: Asked,
+    generation: int,
+    shards: list[int],
+    node_id: str = ANY_NODE,
+    deadline: float | None = None,
+    allow_partial: bool = False,
+) -> Part:
+    """Search some shards of a generation of a collection, until ``deadline`` in seconds since 1970."""
+    if deadline is not None and time.time() > deadline:
+        late = SearchIncomplete(f"shards {shards} of {asked['collection']!r} were not searched in time")
+        return _part(task, failed=dict.fromkeys(shards, late))
+    try:
+        return _part(task, *_candidates(task.app, asked, generation, shards, allow_partial))
+    except TOLD as exc:
+        return _part(task, failed=dict.fromkeys(shards, exc))
+
+
+@ready_made(MERGE, request_type="retrieval")
+def merge(
+    task: ClusterTask, parts: Sequence[Part], asked: Asked, allow_partial: bool = False, ticket: Ticket | None = None
+) -> dict[str, Any]:
+    """Put together what ``retrieval.search_shards`` found on each node; fail with the first error if one failed.
+
+    With ``allow_partial`` the shards that could not be searched are named. If the collection was divided anew
+    meanwhile, all of it is searched here.
+    """
+    failed = [part["error"] for part in parts if part["error"]]
+    names = {name for name, _ in failed}
+    if LayoutChanged.__name__ in names:
+        result = search_here(task.app, asked, allow_partial=allow_partial)
+    elif failed and not (allow_partial and names <= set(PASSING)):
+        raise _error_of(*min(failed, key=lambda error: error[0] in PASSING))
+    else:
+        result = _combined(asked, _read(parts))
+        if allow_partial:
+            result["missing"] = sorted(number for part in parts for number in part["missing"])
+    kept = kept_of(task.app)
+    if kept is not None and ticket is not None and not result.get("missing"):
+        kept.keep_search(asked["collection"], ticket, {key: result[key] for key in ("collection", "passages")})
+    _forget(task.app, [part["job"] for part in parts])
+    return {**result, "cached": False}
+
+
+def _query(asked: Asked) -> tuple[Any, ...]:
+    import numpy as np
+
+    vector = None if asked["vector"] is None else np.asarray(asked["vector"])
+    return asked["collection"], vector, asked["k"], asked["where"], asked["model"]
+
+
+def _candidates(
+    app: Celery, asked: Asked, generation: int, shards: Sequence[int], allow_partial: bool
+) -> tuple[list[Candidates], dict[int, StoreUnavailable]]:
+    """Return what is found in shards, and with ``allow_partial`` why some could not be read."""
+    try:
+        return [_search(app, asked, generation, shards)], {}
+    except StoreUnavailable:
+        if not allow_partial:
+            raise
+    return _one_by_one(app, asked, generation, shards)
+
+
+def _one_by_one(
+    app: Celery, asked: Asked, generation: int, shards: Iterable[int]
+) -> tuple[list[Candidates], dict[int, StoreUnavailable]]:
+    found: list[Candidates] = []
+    failed: dict[int, StoreUnavailable] = {}
+    for number in shards:
+        try:
+            found.append(_search(app, asked, generation, [number]))
+        except StoreUnavailable as exc:
+            failed[number] = exc
+    return found, failed
+
+
+def _search(app: Celery, asked: Asked, generation: int, shards: Sequence[int]) -> Candidates:
+    store = backends_of(app).store
+    return store.candidates(
+        *_query(asked), text=asked["text"], mode=asked["mode"], shards=shards, generation=generation
+    )
+
+
+def _combined(asked: Asked, found: Sequence[Candidates]) -> dict[str, Any]:
+    from cluster_tasks.shards.fusion import combine
+
+    passages = combine(asked["mode"], found, asked["k"])
+    return {"collection": asked["collection"], "passages": [passage.model_dump(mode="json") for passage in passages]}
+
+
+def _part(
+    task: ClusterTask, found: Sequence[Candidates] = (), failed: Mapping[int, Exception] = MappingProxyType({})
+) -> Part:
+    first = next(iter(failed.values()), None)
+    return Part(
+        job=task.request.id, found=[each.model_dump(mode="json") for each in found], missing=list(failed),
+        error=None if first is None else (type(first).__name__, str(first)),
+    )  # fmt: skip
+
+
+def _read(parts: Sequence[Part]) -> list[Candidates]:
+    from cluster_tasks.shards.documents import Candidates
+
+    return [Candidates.model_validate(found) for part in parts for found in part["found"]]
+
+
+def _error_of(name: str, words: str) -> Exception:
+    error: Exception = getattr(errors, name)(words)
+    return error
+
+
+def _deadline(task: ClusterTask) -> float | None:
+    """When a job expires, in seconds since 1970, as its sender's clock has it."""
+    expires = task.request.expires
+    if isinstance(expires, str):
+        expires = datetime.fromisoformat(expires)
+    return expires.timestamp() if isinstance(expires, datetime) else expires
+
+
+def _forget(app: Celery, jobs: Sequence[str]) -> None:
+    """Let Redis forget the results of parts: nobody else needs them, and each holds passages."""
+    try:
+        for job in jobs:
+            app.backend.delete(app.backend.get_key_for_task(job))
+    except (AttributeError, redis.RedisError) as exc:
+        logger.debug("parts of a search are kept for as long as any result: %r", exc)
