@@ -20,13 +20,14 @@ from kombu.utils.imports import symbol_by_name
 from cluster_tasks.broker.placement import UNDECODABLE_KEPT
 from cluster_tasks.cli.cache import cache
 from cluster_tasks.cli.events import events, tell_changes
-from cluster_tasks.cli.group import ClusterGroup, json_option, pass_cluster
+from cluster_tasks.cli.group import ClusterGroup, json_option, node_id_of, pass_cluster
 from cluster_tasks.cli.quarantine import quarantine
 from cluster_tasks.cli.registry import registry
+from cluster_tasks.cli.shards import shards
 from cluster_tasks.cli.summary import Summary, summarize
 from cluster_tasks.cli.tables import Cell, Column, moment, print_json, print_rows, printable
 from cluster_tasks.cluster import Cluster, cluster_of
-from cluster_tasks.errors import ClusterError, NodeNotFound, UnavailableError
+from cluster_tasks.errors import ClusterError, UnavailableError
 from cluster_tasks.model import Node, NodeFilter, NodeRole, NodeStatus, check_node_id, check_request_type
 from cluster_tasks.runtime import check_runtime
 
@@ -57,6 +58,7 @@ cluster.add_command(cache)
 cluster.add_command(events)
 cluster.add_command(quarantine)
 cluster.add_command(registry)
+cluster.add_command(shards)
 
 
 def _metadata(_: click.Context, __: click.Parameter, values: Sequence[str]) -> Mapping[str, str]:
@@ -191,7 +193,7 @@ def drain(cluster: Cluster, node: str, wait: bool, timeout: float | None, as_jso
     \b
     Example: celery -A cluster_tasks cluster drain gpu1 --timeout 60
     """
-    node_id = _node_id(cluster, node)
+    node_id = node_id_of(cluster, node)
     _refuse_coordinator(cluster, node_id)
     moved = cluster.drain(node_id, timeout_s=inf if wait and timeout is None else timeout)
     waited = wait or timeout is not None
@@ -220,7 +222,7 @@ def resume(cluster: Cluster, node: str, as_json: bool) -> None:
     \b
     Example: celery -A cluster_tasks cluster resume gpu1@host
     """
-    node_id = _node_id(cluster, node)
+    node_id = node_id_of(cluster, node)
     cluster.resume(node_id)
     if as_json:
         print_json({"node": node_id, "status": NodeStatus.ONLINE})
@@ -334,19 +336,6 @@ def _refuse_coordinator(cluster: Cluster, node_id: str) -> None:
     with suppress(UnavailableError):  # Nodes are drained without discovery, too.
         if any(master.id == node_id for master in cluster.nodes(NodeFilter(role=NodeRole.MASTER))):
             raise ClusterError(f"{node_id} is a coordinator and runs no jobs: to end it, send it SIGTERM")
-
-
-def _node_id(cluster: Cluster, given: str) -> str:
-    """Return the id of the one node of this id or name. Raises NodeNotFound, or ClusterError if there are several."""
-    known = sorted(cluster.epochs.beats())
-    if given in known:
-        return given
-    matches = [node_id for node_id in known if node_id.partition("@")[0] == given]
-    if not matches:
-        raise NodeNotFound(given, [name for node_id in known for name in (node_id, node_id.partition("@")[0])])
-    if len(matches) > 1:
-        raise ClusterError(f"{given!r} is the name of several nodes: give one of the ids {', '.join(matches)}")
-    return matches[0]
 
 
 def _hostname(_: click.Context, __: click.Parameter, value: str) -> str:

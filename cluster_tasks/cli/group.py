@@ -14,7 +14,7 @@ import click
 from celery.platforms import EX_UNAVAILABLE
 
 from cluster_tasks.cluster import Cluster, cluster_of
-from cluster_tasks.errors import CacheUnavailable, ClusterError, RegistryUnavailable, UnavailableError
+from cluster_tasks.errors import CacheUnavailable, ClusterError, NodeNotFound, RegistryUnavailable, UnavailableError
 
 P = ParamSpec("P")
 
@@ -68,6 +68,19 @@ def pass_cluster(command: Callable[Concatenate[Cluster, P], None]) -> Callable[P
         command(cluster, *args, **kwargs)
 
     return with_cluster
+
+
+def node_id_of(cluster: Cluster, given: str) -> str:
+    """Return the id of the one node of this id or name. Raises NodeNotFound, or ClusterError if there are several."""
+    known = sorted(cluster.epochs.beats())
+    if given in known:
+        return given
+    matches = [node_id for node_id in known if node_id.partition("@")[0] == given]
+    if not matches:
+        raise NodeNotFound(given, [name for node_id in known for name in (node_id, node_id.partition("@")[0])])
+    if len(matches) > 1:
+        raise ClusterError(f"{given!r} is the name of several nodes: give one of the ids {', '.join(matches)}")
+    return matches[0]
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
