@@ -1,0 +1,280 @@
+"""Collections whose shards lie on several nodes: how many jobs a search is, and what the loss of a node costs it."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import Celery
+
+from cluster_tasks import Cluster
+from cluster_tasks.cluster import cluster_of
+from cluster_tasks.errors import StoreUnavailable
+from cluster_tasks.shards.placement import Shard
+from cluster_tasks.shards.store import CollectionStore
+from cluster_tasks.tasks import rag, retrieval
+from cluster_tasks.tasks.ready_made import backends_of
+from tests.process.accounts import END_S
+from tests.process.nodes import WorkerProcess, running
+from tests.waiting import wait_until
+from workers.redis_server import RedisServer
+
+# Celery's own way to store a result that expires.
+pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated setex")
+DECLARED = (rag, retrieval)
+SHARDS, COUNT = 8, 80
+WORDS = ["whale", "eagle", "mouse", "tiger", "zebra", "otter", "raven", "snake"]
+DOCUMENTS = [{"id": f"d{number}", "text": f"The {WORDS[number % 8]} of house {number}."} for number in range(COUNT)]
+PARTS = "retrieval.search_shards"
+
+
+@dataclass
+class Site:
+    """Who sends jobs to nodes that hold shards."""
+
+    app: Celery
+    new_node: Callable[..., WorkerProcess]
+
+    @property
+    def cluster(self) -> Cluster:
+        return cluster_of(self.app)
+
+    @property
+    def store(self) -> CollectionStore:
+        return backends_of(self.app).store
+
+    def send(self, job: str, *args: Any, **kwargs: Any) -> Any:
+        return self.app.tasks[job].delay(*args, **kwargs)
+
+    def get(self, job: str, *args: Any, **kwargs: Any) -> Any:
+        return self.send(job, *args, **kwargs).get(timeout=END_S)
+
+    def ids(self, *args: Any, **kwargs: Any) -> list[str]:
+        """What a search finds."""
+        return [passage["id"] for passage in self.get("retrieval.search", *args, **kwargs)["passages"]]
+
+    def fill(self, collection: str = "docs", documents: list[dict[str, str]] = DOCUMENTS) -> None:
+        assert self.get("retrieval.add_documents", collection, documents)["count"] == len(documents)
+
+    def ready(self, collection: str = "docs") -> list[frozenset[str]]:
+        found = self.cluster.assignments.whereabouts(collection)
+        return list(found.ready) if found else []
+
+    def wait_until_ready(self, replicas: int, collection: str = "docs", nodes: int | None = None) -> None:
+        """Wait until every shard is in memory where it is to be, on so many nodes each."""
+
+        def are_ready() -> bool:
+            found = self.cluster.assignments.whereabouts(collection)
+            if found is None:
+                return False
+            held = list(map(frozenset, found.assigned.nodes))
+            on = frozenset[str]().union(*held)
+            return (
+                all(len(nodes) == replicas for nodes in held)
+                and list(found.ready) == held
+                and len(on) == (nodes or len(on))
+            )
+
+        wait_until(are_ready, END_S, f"{collection} is in memory")
+        # What this process knew of it is out of date by now.
+        shown = self.cluster.shard_map
+        wait_until(lambda: shown.shares(collection) is not None, END_S)
+
+
+@pytest.fixture
+def site(redis_server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    """A cluster whose collections have eight shards, each on one node; ``new_node`` says what is otherwise."""
+    environ = {
+        "CLUSTER_BROKER_URL": redis_server.url, "CLUSTER_DATA_DIR": str(tmp_path / "data"),
+        "CLUSTER_SHARDS": str(SHARDS),
+    }  # fmt: skip
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+
+    def new_node(name: str, *, pool: str = "threads", slots: int = 2, replicas: int = 1, **more: str) -> WorkerProcess:
+        own = {**environ, "CLUSTER_ROLES": "worker,cache", "CLUSTER_SHARD_REPLICAS": str(replicas), **more}
+        return WorkerProcess(name, redis_server.url, tmp_path, app="cluster_tasks", pool=pool, slots=slots, environ=own)
+
+    with Celery("sender", set_as_current=False) as app:
+        Cluster(app)
+        yield Site(app, new_node)
+
+
+def received(job: str, *nodes: WorkerProcess) -> list[int]:
+    """How many jobs of this name each node was given, as its log tells."""
+    return [len(re.findall(rf"Task {re.escape(job)}\[\S+ received", node.read_log())) for node in nodes]
+
+
+@pytest.mark.parametrize("pool", ["threads", "prefork"])
+def test_a_search_over_eight_shards_on_two_nodes_is_one_job_on_each(site: Site, pool: str) -> None:
+    nodes = [site.new_node(name, pool=pool) for name in "ab"]
+    with running(*nodes):
+        site.fill()
+        site.wait_until_ready(1, nodes=2)
+        for number, mode in enumerate(("text", "hybrid", "vector"), start=1):
+            found = site.get("retrieval.search", "docs", "the otter of house 5", k=12, mode=mode)
+            assert sum(received(PARTS, *nodes)) == 2 * number
+            assert sum(received("retrieval.merge", *nodes)) == number
+            assert found == search_in_one_process(site, "the otter of house 5", 12, mode)
+        assert site.get("retrieval.search", "docs", "otter", allow_partial=True)["missing"] == []
+        wait_until(lambda: not list(site.app.backend.client.scan_iter("chord-unlock*")), END_S)
+    assert "ERROR" not in "".join(node.read_log() for node in nodes)
+
+
+def search_in_one_process(site: Site, query: str, k: int, mode: Any) -> Any:
+    """What a search would have found that asks all shards itself."""
+    import numpy as np
+
+    vector = None if mode == "text" else np.asarray(site.get("embedding.embed", query)["vectors"][0])
+    found = site.store.search("docs", vector, k, text=query, mode=mode)
+    passages = [passage.model_dump(mode="json") for passage in found]
+    return {"collection": "docs", "passages": passages, "cached": False}
+
+
+def test_where_one_node_has_all_shards_a_search_is_one_job_there(site: Site) -> None:
+    holder, other = site.new_node("a"), site.new_node("b", CLUSTER_ROLES="worker")
+    with running(holder, other):
+        site.fill()
+        site.wait_until_ready(1, nodes=1)
+        for number in range(10):
+            assert len(site.ids("docs", f"house {number}")) == 5
+        assert received(PARTS, holder, other) == [0, 0]
+        assert received("retrieval.search", holder, other)[0] == 10
+
+
+def test_small_nodes_answer_questions_over_shards_of_others_without_waiting_for_each_other(site: Site) -> None:
+    nodes = [site.new_node(name, pool="solo", slots=1) for name in "ab"]
+    with running(*nodes):
+        site.fill()
+        site.wait_until_ready(1, nodes=2)
+        asked = [site.send("rag.answer", f"Where does the {word} live?", "docs") for word in WORDS]
+        for word, answer in zip(WORDS, [each.get(timeout=END_S) for each in asked], strict=True):
+            assert len(answer["passages"]) == 5
+            assert word in answer["passages"][0]["text"]
+        assert sum(received(PARTS, *nodes)) == 2 * len(WORDS)
+
+
+def test_a_shard_that_cannot_be_read_fails_a_search_unless_a_part_will_do(site: Site, tmp_path: Path) -> None:
+    with running(site.new_node("a"), site.new_node("b")):
+        site.fill()
+        site.wait_until_ready(1, nodes=2)
+        table = tmp_path / "data" / f"{site.store.layout('docs').table(3)}.lance"
+        hidden = table.rename(tmp_path / "hidden")
+        with pytest.raises(StoreUnavailable, match="3of8"):
+            site.get("retrieval.search", "docs", "house", mode="text", k=COUNT)
+        found = site.get("retrieval.search", "docs", "house", mode="text", k=COUNT, allow_partial=True)
+        assert found["missing"] == [3]
+        hidden.rename(table)
+        rest = site.store.count("docs", [number for number in range(SHARDS) if number != 3])
+        assert len(found["passages"]) == rest
+        assert len(site.ids("docs", "house", mode="text", k=COUNT)) == COUNT
+
+
+def test_what_a_search_over_nodes_found_is_kept_until_the_collection_changes(
+    site: Site, redis_server: RedisServer
+) -> None:
+    url = redis_server.url.replace("/0", "/1")
+    nodes = [site.new_node(name, CLUSTER_CACHE_URL=url) for name in "ab"]
+    site.app.conf.update(cluster_cache_url=url)
+    with running(*nodes):
+        site.fill()
+        site.wait_until_ready(1, nodes=2)
+        asked = partial(site.get, "retrieval.search", "docs", "house", mode="text", k=200)
+        first = asked()
+        assert (first["cached"], len(first["passages"])) == (False, COUNT)
+        assert asked() == {**first, "cached": True}
+        assert asked(allow_partial=True) == {**first, "cached": True, "missing": []}
+        assert asked(cache="refresh")["cached"] is False
+        assert sum(received(PARTS, *nodes)) == 4
+        site.fill(documents=[{"id": "new", "text": "a house"}])
+        assert "new" in [passage["id"] for passage in asked()["passages"]]
+        assert sum(received(PARTS, *nodes)) == 6
+        cluster_of(site.app).caches.close()
+
+
+def test_a_shard_moves_and_a_collection_is_split_while_they_are_searched(site: Site) -> None:
+    nodes = [site.new_node(name, replicas=2) for name in "abc"]
+    with running(*nodes):
+        site.fill()
+        site.wait_until_ready(2, nodes=3)
+        with searching(site) as searches:
+            free = min({node.id for node in nodes} - site.ready()[0])
+            site.cluster.shard_manager.move(Shard("docs", 0), free)
+            wait_until(lambda: free in site.ready()[0], END_S)
+            site.store.split("docs", 3)
+            wait_until(lambda: len(site.ready()) == 3, END_S, "the new layout is assigned")
+            site.wait_until_ready(2)
+            wait_until(searches.more(5), END_S)
+    assert searches.wrong == []
+
+
+def test_the_loss_of_a_holder_loses_no_document_and_fails_no_search(site: Site) -> None:
+    nodes = {name: site.new_node(name, replicas=2) for name in "abc"}
+    with running(*nodes.values()):
+        site.fill()
+        site.wait_until_ready(2, nodes=3)
+        with searching(site) as searches:
+            for round_number, victim in enumerate("ab"):
+                added = [
+                    site.send("retrieval.add_documents", "docs", [{"id": f"{round_number}-{each}", "text": "a barn"}])
+                    for each in range(20)
+                ]
+                nodes[victim].kill()
+                wait_until(partial(is_replaced, site, victim), END_S, "the others have all shards in memory")
+                assert [each.get(timeout=END_S)["count"] for each in added] == [1] * 20
+                wait_until(searches.more(5), END_S)
+                nodes[victim].start().wait_ready()
+                site.wait_until_ready(2, nodes=3)
+        assert searches.wrong == []
+        expected = {each["id"] for each in DOCUMENTS} | {f"{rounds}-{each}" for rounds in (0, 1) for each in range(20)}
+        assert site.store.count("docs") == len(expected)
+        assert set(site.ids("docs", "house barn", mode="text", k=200)) == expected
+
+
+def is_replaced(site: Site, victim: str) -> bool:
+    """Whether every shard is in memory on two others."""
+    found = site.cluster.assignments.whereabouts("docs")
+    assert found is not None
+    held = zip(found.assigned.nodes, found.ready, strict=True)
+    return all(f"{victim}@test" not in nodes and len(nodes) == 2 and ready >= set(nodes) for nodes, ready in held)
+
+
+class searching:  # noqa: N801 - used as a function
+    """Searches on and on for the first documents, and notes what was wrong."""
+
+    def __init__(self, site: Site) -> None:
+        self._site, self._stop = site, threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self.done, self.wrong = 0, list[object]()
+
+    def more(self, number: int) -> Callable[[], bool]:
+        """A condition: so many more searches were done."""
+        wanted = self.done + number
+        return lambda: self.done >= wanted
+
+    def __enter__(self) -> searching:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        # Those that are there from the beginning.
+        wanted = {each["id"] for each in DOCUMENTS}
+        while not self._stop.is_set():
+            try:
+                found = self._site.ids("docs", "house", mode="text", k=COUNT)
+            except Exception as exc:  # noqa: BLE001 - whatever it is, the test is told
+                self.wrong.append(exc)
+            else:
+                if set(found) != wanted or len(found) != len(wanted):
+                    self.wrong.append(sorted(wanted ^ set(found)))
+            self.done += 1
