@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from functools import cached_property, partial, wraps
 from typing import Any, ClassVar
 
@@ -27,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 RESULT_ONLY = frozenset({"task_id", "ignore_result", "priority", "expires", "shadow", "argsrepr", "kwargsrepr"})
 """Options of a call that wants nothing but the result of its job."""
+REPLACEABLE = frozenset({"task_id", "priority", "expires"})
+"""Options of a call that can be passed on to other jobs."""
 Affinity = str | Callable[..., str | None] | None
 
 
@@ -46,6 +50,9 @@ class ClusterTask(Task):  # type: ignore[misc]
     known: ClassVar[Callable[..., Any] | None] = None
     """A function of the app and the task's arguments that returns the result of a job if that is known already, from a
     cache for instance, else None. A job whose result is known is not sent: its caller gets the result."""
+    instead: ClassVar[Callable[..., Signature | None] | None] = None
+    """A function of the app, the time when a job expires (seconds since 1970, or None), its priority and the task's
+    arguments, that returns what is sent in the place of a job and ends with its result, else None."""
     prefers: ClassVar[Callable[..., str | None] | None] = None
     """A function of the app and the task's arguments that names the node which a job is best sent to, if it can be
     given jobs; None: the strategy chooses. Any node may take the job all the same."""
@@ -95,6 +102,8 @@ class ClusterTask(Task):  # type: ignore[misc]
             bound = self.check_arguments(args or (), kwargs or {})
             if not rest and options.keys() <= RESULT_ONLY and (result := self._known_result(bound, **options)):
                 return result
+            if not rest and options.keys() <= REPLACEABLE and (result := self._sent_instead(bound, **options)):
+                return result
         # Arguments are prompts and documents: logs, events and Flower see their sizes only.
         options.setdefault("argsrepr", _sizes(args or ()))
         options.setdefault("kwargsrepr", _sizes(kwargs or {}))
@@ -105,8 +114,7 @@ class ClusterTask(Task):  # type: ignore[misc]
         known = type(self).known
         if known is None or self.app.conf.task_always_eager:
             return None
-        given = {name: value for name, value in bound.arguments.items() if name != self._rest_of_arguments}
-        value = known(self.app, **given, **bound.arguments.get(self._rest_of_arguments, {}))
+        value = known(self.app, **self._given(bound))
         if value is None:
             return None
         result = self.AsyncResult(task_id or uuid())
@@ -123,6 +131,22 @@ class ClusterTask(Task):  # type: ignore[misc]
             return None
         result._set_cache({"task_id": result.id, "status": states.SUCCESS, "result": value, "traceback": None})
         return result
+
+    def _sent_instead(
+        self, bound: inspect.BoundArguments, task_id: str | None = None, expires: Any = None,
+        priority: int | None = None,
+    ) -> Any:  # fmt: skip
+        """Send what stands for a job, and return its result; None: nothing does."""
+        instead = type(self).instead
+        if instead is None or self.app.conf.task_always_eager:
+            return None
+        signature = instead(self.app, expiry(expires), priority, **self._given(bound))
+        # Its parents are no business of those who want its result.
+        return None if signature is None else self.AsyncResult(signature.apply_async(task_id=task_id or uuid()).id)
+
+    def _given(self, bound: inspect.BoundArguments) -> dict[str, Any]:
+        given = {name: value for name, value in bound.arguments.items() if name != self._rest_of_arguments}
+        return {**given, **bound.arguments.get(self._rest_of_arguments, {})}
 
     @cached_property
     def _rest_of_arguments(self) -> str:
@@ -192,6 +216,15 @@ class ClusterTask(Task):  # type: ignore[misc]
         if keys.owns(str(signature.options.get("queue", ""))):
             del signature.options["queue"]
         return signature
+
+
+def expiry(expires: Any) -> float | None:
+    """Return when a job expires, in seconds since 1970, of what Celery is told or tells of it."""
+    if isinstance(expires, str):
+        expires = datetime.fromisoformat(expires)
+    if isinstance(expires, datetime):
+        return expires.timestamp()
+    return None if expires is None else time.time() + float(expires)
 
 
 def validate_arguments(task_name: str, model: type[BaseModel], arguments: Mapping[str, Any]) -> BaseModel:

@@ -1,8 +1,9 @@
 """A search in a collection whose shards lie on several nodes: one job on each, and one that merges what they found.
 
-None waits for another. The job that was asked is replaced by a chord: ``retrieval.search_shards`` for every node, then
-``retrieval.merge``. An error of the store is a part's result and not its failure, so the merge hears of all parts and
-raises the error itself. A job of a node that is lost goes to another, which finds the same, for the data are shared.
+None waits for another. A chord stands for the job that was asked: ``retrieval.search_shards`` for every node, then
+``retrieval.merge``. The caller sends it, or the job is replaced by it when it has embedded the query. An error of the
+store is a part's result and not its failure, so the merge hears of all parts and raises the error itself. A job of a
+node that is lost goes to another, which finds the same, for the data are shared.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import redis
 from celery import Celery, chord
+from celery.canvas import Signature
 
 from cluster_tasks import errors
 from cluster_tasks.errors import (
@@ -28,7 +29,7 @@ from cluster_tasks.errors import (
 from cluster_tasks.shards.documents import Mode
 from cluster_tasks.shards.shard_map import ANY_NODE, Shares
 from cluster_tasks.tasks.apps import cluster_of
-from cluster_tasks.tasks.base import ClusterTask
+from cluster_tasks.tasks.base import ClusterTask, expiry
 from cluster_tasks.tasks.kept import Ticket, kept_of
 from cluster_tasks.tasks.ready_made import backends_of, ready_made
 
@@ -84,26 +85,40 @@ def best_node(app: Celery, collection: str, **_: Any) -> str | None:
     return next(iter(shares.of_nodes)) if shares is not None and len(shares.of_nodes) == 1 else None
 
 
-def shares_of(task: ClusterTask, collection: str, k: int) -> Shares | None:
-    """Say which nodes are to search a collection for a job; None: the job itself."""
-    if task.request.is_eager or task.request.called_directly or k > WIDE:
-        return None
-    shares = cluster_of(task.app).shard_map.shares(collection)
+def shares_of(app: Celery, collection: str, k: int) -> Shares | None:
+    """Say which nodes are to search a collection; None: one job is, anywhere."""
+    shares = cluster_of(app).shard_map.shares(collection) if k <= WIDE else None
     return shares if shares is not None and len(shares.of_nodes) > 1 else None
+
+
+def shares_for(task: ClusterTask, collection: str, k: int) -> Shares | None:
+    """Say which nodes are to search a collection for a job; None: the job itself."""
+    # A job that is run here and now cannot be replaced.
+    is_here = task.request.is_eager or task.request.called_directly
+    return None if is_here else shares_of(task.app, collection, k)
 
 
 def search_nodes(
     task: ClusterTask, shares: Shares, asked: Asked, *, allow_partial: bool = False, ticket: Ticket | None = None
 ) -> dict[str, Any]:
     """Let the nodes search, and one of them answer in the place of ``task``. Does not return: see ``Task.replace``."""
-    app, deadline = task.app, _deadline(task)
-    part, merge = app.tasks[SEARCH_SHARDS], app.tasks[MERGE]
+    deadline, priority = expiry(task.request.expires), (task.request.delivery_info or {}).get("priority")
+    jobs = jobs_of(task.app, shares, asked, deadline, priority, allow_partial=allow_partial, ticket=ticket)
+    replaced: dict[str, Any] = task.replace(jobs)
+    return replaced
+
+
+def jobs_of(
+    app: Celery, shares: Shares, asked: Asked, deadline: float | None, priority: int | None, *,
+    allow_partial: bool = False, ticket: Ticket | None = None,
+) -> Signature:  # fmt: skip
+    """Return the jobs of a search over nodes, until ``deadline`` in seconds since 1970."""
+    part, options = app.tasks[SEARCH_SHARDS], {} if priority is None else {"priority": priority}
     header = [
-        part.s(asked, shares.generation, list(numbers), node_id, deadline, allow_partial)
+        part.s(asked, shares.generation, list(numbers), node_id, deadline, allow_partial).set(**options)
         for node_id, numbers in shares.of_nodes.items()
     ]
-    replaced: dict[str, Any] = task.replace(chord(header, merge.s(asked, allow_partial, ticket)))
-    return replaced
+    return chord(header, app.tasks[MERGE].s(asked, allow_partial, ticket).set(**options))
 
 
 def search_here(app: Celery, asked: Asked, *, allow_partial: bool = False) -> dict[str, Any]:
@@ -125,7 +140,8 @@ def _named(app: Celery, node_id: str = ANY_NODE, **_: Any) -> str:
     return node_id
 
 
-@ready_made(SEARCH_SHARDS, request_type="retrieval", prefers=_named)
+# Its chord is told of its result, and nobody else is to be.
+@ready_made(SEARCH_SHARDS, request_type="retrieval", prefers=_named, ignore_result=True)
 def search_shards(
     task: ClusterTask,
     asked: Asked,
@@ -236,14 +252,6 @@ def _read(parts: Sequence[Part]) -> list[Candidates]:
 def _error_of(name: str, words: str) -> Exception:
     error: Exception = getattr(errors, name)(words)
     return error
-
-
-def _deadline(task: ClusterTask) -> float | None:
-    """When a job expires, in seconds since 1970, as its sender's clock has it."""
-    expires = task.request.expires
-    if isinstance(expires, str):
-        expires = datetime.fromisoformat(expires)
-    return expires.timestamp() if isinstance(expires, datetime) else expires
 
 
 def _forget(app: Celery, jobs: Sequence[str]) -> None:

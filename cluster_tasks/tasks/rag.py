@@ -15,7 +15,7 @@ from cluster_tasks.shards.documents import Mode
 from cluster_tasks.tasks.arguments import AnswerArguments, CacheUse
 from cluster_tasks.tasks.base import ClusterTask
 from cluster_tasks.tasks.embedding import EMBED
-from cluster_tasks.tasks.fanout import asking, best_node, search_here, search_nodes, shares_of
+from cluster_tasks.tasks.fanout import asking, best_node, search_here, search_nodes, shares_for
 from cluster_tasks.tasks.llm import conversation
 from cluster_tasks.tasks.ready_made import ready_made
 from cluster_tasks.tasks.retrieval import mode_of
@@ -83,7 +83,7 @@ def search_step(
     """Search for a question with the vector that ``embedding.embed`` returned, or without."""
     vector, model = (None, None) if embedded is None else (embedded["vectors"][0], embedded["model"])
     asked = asking(collection, k, where, mode, question, vector, model)
-    if (shares := shares_of(task, collection, k)) is not None:
+    if (shares := shares_for(task, collection, k)) is not None:
         return search_nodes(task, shares, asked)
     return search_here(task.app, asked)
 

@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from celery import Celery
+from celery.canvas import Signature
 
 from cluster_tasks.errors import CollectionMismatch, CollectionNotFound, LockLost, LockTaken
 from cluster_tasks.shards.documents import Document, Mode
@@ -24,7 +25,16 @@ from cluster_tasks.tasks.arguments import (
 )
 from cluster_tasks.tasks.base import ClusterTask
 from cluster_tasks.tasks.embedding import embed_texts
-from cluster_tasks.tasks.fanout import Asked, asking, best_node, search_here, search_nodes, shares_of
+from cluster_tasks.tasks.fanout import (
+    Asked,
+    asking,
+    best_node,
+    jobs_of,
+    search_here,
+    search_nodes,
+    shares_for,
+    shares_of,
+)
 from cluster_tasks.tasks.kept import kept_of
 from cluster_tasks.tasks.ready_made import backends_of, ready_made
 
@@ -105,9 +115,24 @@ def known_search(
     return _whole(found, allow_partial) if found else None
 
 
+def search_at_once(
+    app: Celery, deadline: float | None, priority: int | None, collection: str, query: str | None = None,
+    vector: list[float] | None = None, k: int = 5, where: dict[str, Any] | None = None, mode: Mode | None = None,
+    allow_partial: bool = False, cache: CacheUse = None,
+) -> Signature | None:  # fmt: skip
+    """The jobs on the nodes that have the shards, where nothing has to be embedded before; else None."""
+    chosen = mode_of(mode, query)
+    if (query is not None and chosen != "text") or (shares := shares_of(app, collection, k)) is None:
+        return None
+    kept = None if cache is False else kept_of(app)
+    ticket = kept.look_for_search(collection, [query, vector, k, where, chosen])[1] if kept else None
+    asked = asking(collection, k, where, chosen, query, vector, None)
+    return jobs_of(app, shares, asked, deadline, priority, allow_partial=allow_partial, ticket=ticket)
+
+
 @ready_made(
     "retrieval.search", request_type="retrieval", affinity="collection", prefers=best_node, arguments=SearchArguments,
-    known=known_search,
+    known=known_search, instead=search_at_once,
 )  # fmt: skip
 def search(
     task: ClusterTask,
@@ -162,7 +187,7 @@ def search(
             # The vector may have been kept from when the same name stood for another model.
             return search_here(task.app, asked("refresh"), allow_partial=allow_partial)
 
-    if (shares := shares_of(task, collection, k)) is not None:
+    if (shares := shares_for(task, collection, k)) is not None:
         found, ticket = kept.look_for_search(collection, key) if kept else (None, None)
         if found is not None and cache != "refresh":
             return _whole(found, allow_partial)

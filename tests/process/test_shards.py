@@ -122,6 +122,8 @@ def test_a_search_over_eight_shards_on_two_nodes_is_one_job_on_each(site: Site, 
             assert sum(received(PARTS, *nodes)) == 2 * number
             assert sum(received("retrieval.merge", *nodes)) == number
             assert found == search_in_one_process(site, "the otter of house 5", 12, mode)
+            # Where nothing is embedded the caller sends the parts itself.
+            assert sum(received("retrieval.search", *nodes)) == number - 1
         assert site.get("retrieval.search", "docs", "otter", allow_partial=True)["missing"] == []
         wait_until(lambda: not list(site.app.backend.client.scan_iter("chord-unlock*")), END_S)
     assert "ERROR" not in "".join(node.read_log() for node in nodes)
