@@ -6,7 +6,7 @@ import inspect
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, tzinfo
 from functools import cached_property, partial, wraps
 from typing import Any, ClassVar
 
@@ -140,7 +140,7 @@ class ClusterTask(Task):  # type: ignore[misc]
         instead = type(self).instead
         if instead is None or self.app.conf.task_always_eager:
             return None
-        signature = instead(self.app, expiry(expires), priority, **self._given(bound))
+        signature = instead(self.app, expiry(expires, self.app.timezone), priority, **self._given(bound))
         # Its parents are no business of those who want its result.
         return None if signature is None else self.AsyncResult(signature.apply_async(task_id=task_id or uuid()).id)
 
@@ -218,12 +218,15 @@ class ClusterTask(Task):  # type: ignore[misc]
         return signature
 
 
-def expiry(expires: Any) -> float | None:
-    """Return when a job expires, in seconds since 1970, of what Celery is told or tells of it."""
+def expiry(expires: Any, timezone: tzinfo) -> float | None:
+    """Return when a job expires, in seconds since 1970, of what Celery is told or tells of it.
+
+    ``timezone`` is that of times which name none.
+    """
     if isinstance(expires, str):
         expires = datetime.fromisoformat(expires)
     if isinstance(expires, datetime):
-        return expires.timestamp()
+        return (expires if expires.tzinfo else expires.replace(tzinfo=timezone)).timestamp()
     return None if expires is None else time.time() + float(expires)
 
 

@@ -102,7 +102,10 @@ def search_nodes(
     task: ClusterTask, shares: Shares, asked: Asked, *, allow_partial: bool = False, ticket: Ticket | None = None
 ) -> dict[str, Any]:
     """Let the nodes search, and one of them answer in the place of ``task``. Does not return: see ``Task.replace``."""
-    deadline, priority = expiry(task.request.expires), (task.request.delivery_info or {}).get("priority")
+    deadline, priority = (
+        expiry(task.request.expires, task.app.timezone),
+        (task.request.delivery_info or {}).get("priority"),
+    )
     jobs = jobs_of(task.app, shares, asked, deadline, priority, allow_partial=allow_partial, ticket=ticket)
     replaced: dict[str, Any] = task.replace(jobs)
     return replaced
