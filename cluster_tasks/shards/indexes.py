@@ -4,11 +4,12 @@
 English words to their stems and leaves out the commonest. Words of 41 characters and more, and writing without blanks
 between words such as Chinese, are found as a whole only.
 
-``vectors-N`` is for vectors, of tables that have INDEX_FROM rows or more and a dimension that 8 divides; N is the number
-of rows that it was trained with. It keeps BITS for each number of a vector (RaBitQ), in partitions of some 4,000 rows of
-which a search reads ``tables.PROBES``: all of them, up to 160,000 rows, so that its recall depends on no clusters in the
-data; and a share beyond. The nearest are then ranked by the vectors themselves, so a score is exact. With fewer bits it
-missed most of the ten nearest among vectors without any structure; with 8 it takes four times as long to build.
+``vectors-N`` is for vectors, of tables that have INDEX_FROM rows or more and a dimension that 8 divides; N is the
+number of rows that it was trained with. It keeps BITS for each number of a vector (RaBitQ), in partitions of some 4,000
+rows of which a search reads ``tables.PROBES``: all of them, up to 160,000 rows, so that its recall depends on no
+clusters in the data; and a share beyond. The nearest are then ranked by the vectors themselves, so a score is exact.
+With fewer bits it missed most of the ten nearest among vectors without any structure; with 8 it takes four times as
+long to build.
 
 Rows that were written since an index was last brought up to date are found all the same: each search reads them.
 """
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 
 WORDS = "words"
 VECTORS = "vectors-"
-INDEX_FROM = 20_000
-"""Rows of a shard. An exact search in fewer takes some 10 ms of two cores, at 384 dimensions."""
+INDEX_FROM = 10_000
+"""Rows of a shard. An exact search in fewer takes no longer than one with an index, at 384 dimensions."""
 BITS = 4
 GROWTH = 4
 """A table that has grown so many times gets a new index of vectors: the old partitions have become too large."""
