@@ -22,6 +22,7 @@ def count_commands(forks: Forks, url: str) -> int:
     """How many commands there are to die at, if Redis knows all scripts."""
     first = Stage.set_up(forks, url, "first")
     assert first.cluster.health.fail_over(VICTIM, first.cluster.epochs.beats()[VICTIM], 3.0)
+    first.cluster.health.tell_registry()
     stage = Stage.set_up(forks, url, "second")
     count = wait_until(partial(commands_told, stage.coordinator("alone")), END_S, "a coordinator fails over")
     for done in (first, stage):
