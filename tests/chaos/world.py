@@ -250,7 +250,7 @@ class World:
     def hold_back(self, member: Member, tag: str) -> None:
         """Do not begin with a job yet."""
         unacked, not_started = self._keys_of(member)
-        self.broker.placer.hold_back(unacked, not_started, tag)
+        self.broker.placer.hold_back(unacked, not_started, [tag])
         member.held_back.add(tag)
 
     def commit(self, member: Member, tag: str, leave: bool = False) -> None:
