@@ -175,8 +175,9 @@ class ClusterChannel(stock.Channel):
         encoded: str = dumps(message)
         size = self._unpacked(message, len(encoded))
         if 0 < self.cluster_max_message_bytes < size:
+            known = f"{size} bytes" if size == len(encoded) else f"at least {size} bytes uncompressed"
             raise PayloadTooLarge(
-                f"the message of a job of {message['headers'].get('task')} has {size} bytes and may have "
+                f"the message of a job of {message['headers'].get('task')} has {known} and may have "
                 f"{self.cluster_max_message_bytes}: store its arguments elsewhere, or raise cluster_max_message_bytes"
             )
         return encoded
