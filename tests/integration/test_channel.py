@@ -13,7 +13,7 @@ from kombu import Consumer
 from cluster_tasks import Cluster
 from cluster_tasks.broker import deliveries
 from cluster_tasks.broker.deliveries import Deliveries
-from cluster_tasks.broker.placement import placing_script
+from cluster_tasks.broker.placement import fetching_script
 from cluster_tasks.clock import ManualClock
 from cluster_tasks.router import cluster_queue
 from tests.broker import Broker
@@ -42,7 +42,7 @@ def consumer(node: Deliveries, redis_server: RedisServer) -> Iterator[Any]:
             made = Consumer(channel, [cluster_queue(node.queue)], on_message=lambda message: None)
             made.consume()
             channel.client.connection = channel.client.connection_pool.get_connection()
-            channel.client.script_load(placing_script("fetch"))
+            channel.client.script_load(fetching_script())
             yield made
 
 
