@@ -22,6 +22,7 @@ from cluster_tasks import errors
 from cluster_tasks.errors import (
     CollectionMismatch,
     CollectionNotFound,
+    InvalidArguments,
     LayoutChanged,
     SearchIncomplete,
     StoreUnavailable,
@@ -41,7 +42,7 @@ logger = logging.getLogger(__name__)
 SEARCH_SHARDS, MERGE = "retrieval.search_shards", "retrieval.merge"
 WIDE = 1_000
 """A search for more passages is one job: to send them all to a merge would take longer than to find them."""
-TOLD = (CollectionMismatch, CollectionNotFound, LayoutChanged, StoreUnavailable)
+TOLD = (CollectionMismatch, CollectionNotFound, InvalidArguments, LayoutChanged, StoreUnavailable)
 """Errors of a part that its merge is told of."""
 PASSING = (StoreUnavailable.__name__, SearchIncomplete.__name__)
 """Those that others of the collection's shards do not share."""
@@ -102,10 +103,8 @@ def search_nodes(
     task: ClusterTask, shares: Shares, asked: Asked, *, allow_partial: bool = False, ticket: Ticket | None = None
 ) -> dict[str, Any]:
     """Let the nodes search, and one of them answer in the place of ``task``. Does not return: see ``Task.replace``."""
-    deadline, priority = (
-        expiry(task.request.expires, task.app.timezone),
-        (task.request.delivery_info or {}).get("priority"),
-    )
+    deadline = expiry(task.request.expires, task.app.timezone)
+    priority = (task.request.delivery_info or {}).get("priority")
     jobs = jobs_of(task.app, shares, asked, deadline, priority, allow_partial=allow_partial, ticket=ticket)
     replaced: dict[str, Any] = task.replace(jobs)
     return replaced

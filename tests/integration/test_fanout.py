@@ -16,6 +16,7 @@ from cluster_tasks import Cluster
 from cluster_tasks.errors import (
     CollectionMismatch,
     CollectionNotFound,
+    InvalidArguments,
     LayoutChanged,
     SearchIncomplete,
     StoreUnavailable,
@@ -119,6 +120,8 @@ def test_what_is_wrong_with_all_shards_is_no_partial_result(app: Celery, tmp_pat
     parts = [part(app, asked, shard, allow_partial=True) for shard in range(SHARDS)]
     with pytest.raises(CollectionMismatch, match="7 dimensions"):
         merged(app, asked, *parts, allow_partial=True)
+    with pytest.raises(InvalidArguments, match="surrogates"):
+        merged(app, ask("text"), part(app, {**ask("text"), "text": "\ud800"}, 0), allow_partial=True)
     nowhere = ask("vector", collection="dogs")
     with pytest.raises(CollectionNotFound, match="did you mean 'docs'"):
         merged(app, nowhere, part(app, nowhere, 0), part(app, nowhere, 1), allow_partial=True)
