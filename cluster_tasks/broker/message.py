@@ -64,11 +64,13 @@ class Placement:
 
 
 def job_of(message: bytes) -> str:
-    """The id of the job of a message as it came; empty if it names none."""
+    """The id of the job of a message as it came; empty if it names none, or what can be none."""
     try:
-        return str(json.loads(message)["headers"]["id"] or "")
-    except (ValueError, TypeError, KeyError, RecursionError):
+        job_id: str = json.loads(message)["headers"]["id"]
+        job_id.encode()
+    except (AttributeError, ValueError, TypeError, KeyError, RecursionError):
         return ""
+    return job_id
 
 
 def place_message(payload: dict[str, Any], message: bytes | str, keys: Keys, queue: str = "") -> Placement:
