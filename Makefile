@@ -3,7 +3,8 @@ PYTHON ?= python3
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 # Tests of real processes wait a lot: more of them run at a time than there are cores.
-PYTEST_PROCESSES ?= 3
+PYTEST_PROCESSES ?= 4
+CHAOS_PROCESSES ?= 3
 CHAOS_ARGS ?=
 CHAOS_SEED ?= $(shell python3 -c 'import random; print(random.randrange(10**9))')
 
@@ -22,7 +23,7 @@ test: $(VENV)/.installed-dev
 # What measures times runs first and alone.
 chaos: $(VENV)/.installed-dev
 	@seed=$(CHAOS_SEED); status=0; \
-	for part in "-m timed" "-m 'not timed' --numprocesses $(PYTEST_PROCESSES) --dist loadfile"; do \
+	for part in "-m timed" "-m 'not timed' --numprocesses $(CHAOS_PROCESSES) --dist loadfile"; do \
 		eval "$(bin)/python -m pytest tests/chaos --chaos full --chaos-seed $$seed $$part $(CHAOS_ARGS)" || status=1; \
 	done; exit $$status
 
