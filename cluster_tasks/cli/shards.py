@@ -98,8 +98,8 @@ def move(cluster: Cluster, shard: Shard, node: str, as_json: bool) -> None:
     """Let NODE hold shard NUMBER of COLLECTION in the place of its primary.
 
     A node that holds it already becomes its primary. The node that held it is asked until NODE is ready. It stays there
-    unless another node would have too many shards, or too few, for its share. NODE is an id, or what stands before the
-    @ if only one node has that name.
+    while nodes and collections stay as they are; a move that a plan would take back at once, for balance, is refused.
+    NODE is an id, or what stands before the @ if only one node has that name.
 
     \b
     Example: celery -A cluster_tasks cluster shards move docs/0 gpu1@host

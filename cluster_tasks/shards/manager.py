@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from cluster_tasks.broker.epochs import EpochTable
 from cluster_tasks.errors import InvalidArguments, NodeNotFound, ShardNotFound
@@ -51,7 +52,7 @@ class ShardManager:
         if unknown:
             logger.info("shards stay where they are: the registry does not know %s", ", ".join(sorted(unknown)))
             return False
-        holders = [holder_of(node) for node in nodes if node.id in standing and can_hold(node)]
+        holders = _holders(nodes, standing)
         inputs = divisions, sorted(holders, key=lambda holder: holder.node_id)
         if self._planned == (before.version, inputs):
             return False
@@ -68,15 +69,16 @@ class ShardManager:
     def move(self, shard: Shard, node_id: str) -> Assigned:
         """Put a node in the place of the primary of a shard; return who holds the shards of its collection now.
 
-        A node that holds the shard already becomes its primary. It stays so while no plan has to move something for
-        balance. Raises ShardNotFound, and NodeNotFound or InvalidArguments for a node that cannot hold shards.
+        A node that holds the shard already becomes its primary. Later plans leave the shard there while nodes and
+        collections stay as they are. Raises ShardNotFound, NodeNotFound, and InvalidArguments for a node that cannot
+        hold shards, or that a plan would make give one away again.
         """
         while True:
             before = self._table.read()
             assigned = before.collections.get(shard.collection)
             if assigned is None or not 0 <= shard.number < len(assigned.nodes):
                 raise ShardNotFound(f"no shard {shard} is assigned")
-            self._check_holder(node_id)
+            holders = self._holders_with(node_id)
             held = assigned.nodes[shard.number]
             kept = [other for other in (held if node_id in held else held[1:]) if other != node_id]
             nodes = list(assigned.nodes)
@@ -84,11 +86,14 @@ class ShardManager:
             after = Assigned(assigned.generation, tuple(nodes))
             if after == assigned:
                 return after
+            wanted = replace(before, collections={**before.collections, shard.collection: after})
+            self._check_stays(node_id, shard, wanted, holders)
             event = self._entry("shard moved", shard=str(shard), node=node_id, before=list(held))
             if self._table.write(before.version, {shard.collection: after}, event):
                 return after
 
-    def _check_holder(self, node_id: str) -> None:
+    def _holders_with(self, node_id: str) -> list[Holder]:
+        """Return all holders. Raises NodeNotFound and InvalidArguments if the node is none."""
         nodes, standing = {node.id: node for node in self._nodes()}, self._epochs.beats()
         if node_id not in nodes or node_id not in standing:
             raise NodeNotFound(node_id, nodes)
@@ -96,6 +101,15 @@ class ShardManager:
             raise InvalidArguments(
                 f"node {node_id} cannot hold shards: it drains, or has not the roles {NodeRole.WORKER} and "
                 f"{NodeRole.CACHE}, or does not serve {SERVED}"
+            )
+        return _holders(nodes.values(), standing)
+
+    def _check_stays(self, node_id: str, shard: Shard, wanted: Assignments, holders: Sequence[Holder]) -> None:
+        """Raise InvalidArguments if a plan would take anything from a node that is given a shard."""
+        planned = Assignments(collections=self._placed(self._table.divisions(), holders, wanted))
+        if not wanted.shards_of(node_id).keys() <= planned.shards_of(node_id).keys():
+            raise InvalidArguments(
+                f"with shard {shard} node {node_id} would have too many: a plan would take one away again at once"
             )
 
     def _placed(
@@ -130,6 +144,10 @@ def can_hold(node: Node) -> bool:
 def holder_of(node: Node) -> Holder:
     """Return a node as the plan sees it: its capacity is the jobs that it runs at a time."""
     return Holder(node.id, max(1, node.capacity.max_connections), node.metadata.get(ZONE, ""))
+
+
+def _holders(nodes: Iterable[Node], standing: Container[str]) -> list[Holder]:
+    return [holder_of(node) for node in nodes if node.id in standing and can_hold(node)]
 
 
 def _by_shard(collections: Mapping[str, Assigned]) -> Assignment:

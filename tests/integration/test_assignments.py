@@ -261,6 +261,24 @@ def test_a_shard_is_moved_by_hand_and_plans_leave_it_there(site: Site) -> None:
     assert site.held()[1] == {held[1], free}
 
 
+def test_a_move_that_a_plan_would_take_back_is_refused(site: Site) -> None:
+    site.join("a", "b")
+    site.table.announce("docs", Division(GENERATION, 8))
+    manager = site.manager(replicas=1)
+    manager.plan()
+
+    def move_all() -> None:
+        for number in range(8):
+            manager.move(Shard("docs", number), "a")
+
+    with pytest.raises(InvalidArguments, match="node a would have too many"):
+        move_all()
+    held = site.held()
+    assert held.count({"a"}) == 5, "a quarter above its share"
+    assert not manager.plan()
+    assert site.held() == held
+
+
 def test_moves_that_cannot_be_are_refused(site: Site) -> None:
     site.join("a")
     site.join("worker", roles=frozenset({NodeRole.WORKER}))
