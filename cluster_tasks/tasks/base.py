@@ -6,13 +6,15 @@ import inspect
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime, tzinfo
 from functools import cached_property, partial, wraps
 from typing import Any, ClassVar
 
 import redis
 from celery import Task, states
-from celery.canvas import Signature
+from celery.canvas import Signature, _chord
+from celery.exceptions import Ignore
 from celery.utils import uuid
 from kombu.exceptions import OperationalError
 from pydantic import BaseModel, ValidationError
@@ -141,8 +143,7 @@ class ClusterTask(Task):  # type: ignore[misc]
         if instead is None or self.app.conf.task_always_eager:
             return None
         signature = instead(self.app, expiry(expires, self.app.timezone), priority, **self._given(bound))
-        # Its parents are no business of those who want its result.
-        return None if signature is None else self.AsyncResult(signature.apply_async(task_id=task_id or uuid()).id)
+        return None if signature is None else _alone(signature.apply_async(task_id=task_id or uuid()))
 
     def _given(self, bound: inspect.BoundArguments) -> dict[str, Any]:
         given = {name: value for name, value in bound.arguments.items() if name != self._rest_of_arguments}
@@ -209,6 +210,13 @@ class ClusterTask(Task):  # type: ignore[misc]
             return ""
         return "" if found is None else str(found)
 
+    def on_replace(self, sig: Signature) -> Any:
+        """Send what this task is replaced by, and listen for no part of it."""
+        if self.request.is_eager or not isinstance(sig, _chord):
+            return super().on_replace(sig)
+        _alone(sig.delay())
+        raise Ignore("Replaced by new task")
+
     def signature_from_request(self, request: Any = None, *args: Any, **options: Any) -> Signature:
         """Celery sends a retry to the queue it came from; a retry of ours is balanced anew."""
         signature = super().signature_from_request(request, *args, **options)
@@ -216,6 +224,20 @@ class ClusterTask(Task):  # type: ignore[misc]
         if keys.owns(str(signature.options.get("queue", ""))):
             del signature.options["queue"]
         return signature
+
+
+def _alone(result: Any) -> Any:
+    """Return the result of the body of a chord without those of its parts, in which nobody is interested.
+
+    Celery would listen for each of them, and be sent what it holds, until their group, which is in a cycle, is
+    collected.
+    """
+    parent, result.parent = result.parent, None
+    for part in getattr(parent, "results", None) or ():
+        if (let_go := getattr(part.backend, "on_result_fulfilled", None)) is not None:
+            with suppress(redis.RedisError, OperationalError):
+                let_go(part)
+    return result
 
 
 def expiry(expires: Any, timezone: tzinfo) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gc
 import json
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -94,6 +95,16 @@ def test_a_search_that_embeds_nothing_is_sent_to_each_node_that_is_to_search(app
     assert (asked["collection"], asked["vector"], asked["k"], asked["mode"]) == ("docs", [1.0, 2.0], 5, "vector")
     assert (generation, shards, node_id, allow_partial) == (GENERATION, [0, 2], "a", False)
     assert 0 < deadline - datetime.now(UTC).timestamp() <= 600
+
+
+def test_a_caller_listens_for_the_search_and_not_for_its_parts(app: Celery) -> None:
+    hold(app, "a", "b")
+    result = app.tasks["retrieval.search"].delay("docs", vector=[1.0])
+    consumer = app.backend.result_consumer
+    app.backend.add_pending_result(result)
+    assert consumer.subscribed_to == {app.backend.get_key_for_task(result.id)}
+    gc.collect()
+    assert consumer.subscribed_to == {app.backend.get_key_for_task(result.id)}
 
 
 @pytest.mark.parametrize(
