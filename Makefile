@@ -18,7 +18,7 @@ demo: $(VENV)/.installed
 	@$(bin)/cluster-tasks demo $(DEMO_ARGS)
 
 test: $(VENV)/.installed-dev
-	@$(bin)/python -m pytest --numprocesses $(PYTEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
+	@$(bin)/python -m pytest --numprocesses $(PYTEST_PROCESSES) --dist worksteal $(PYTEST_ARGS)
 
 # What measures times runs first and alone.
 chaos: $(VENV)/.installed-dev

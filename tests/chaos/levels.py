@@ -25,6 +25,7 @@ def add_options(parser: pytest.Parser) -> None:
 def configure(config: pytest.Config) -> None:
     """Choose the seed, once for all processes of a run."""
     config.addinivalue_line("markers", "chaos(level): a scenario of the chaos suite, and the least level that runs it")
+    config.addinivalue_line("markers", "slow: no scenario, and left out at the least level")
     config.addinivalue_line("markers", "timed: it measures times, so that nothing may run beside it")
     if config.option.chaos_seed is None:
         config.option.chaos_seed = random.SystemRandom().randrange(10**9)
@@ -36,9 +37,10 @@ def header(config: pytest.Config) -> str:
 
 
 def is_left_out(item: pytest.Item, level: str) -> bool:
-    """Whether a test is a scenario of a level above ``level``."""
+    """Whether a test is of a level above ``level``."""
     mark = item.get_closest_marker("chaos")
-    return mark is not None and LEVELS.index(mark.args[0]) > LEVELS.index(level)
+    least = mark.args[0] if mark else LEVELS[item.get_closest_marker("slow") is not None]
+    return LEVELS.index(least) > LEVELS.index(level)
 
 
 def at_level(level: str, values: dict[str, T]) -> T:

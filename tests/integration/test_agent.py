@@ -25,7 +25,7 @@ from workers.executions import Executions
 END_S = 60.0
 QUICK = {"CLUSTER_LEASE_S": "2", "CLUSTER_HEARTBEAT_S": "0.25", "CLUSTER_HEALTH_CHECK_S": "0.1"}
 
-MAY_WAIT = {"cluster-load report", "cluster-ejection", "cluster-rebalance"}
+MAY_WAIT = {"cluster-load report", "cluster-ejection", "cluster-rebalance", "cluster-shards"}
 """The threads of an agent that nobody waits for."""
 
 NewAgent = Callable[..., NodeAgent]

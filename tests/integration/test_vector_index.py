@@ -143,6 +143,7 @@ def test_a_dimension_that_has_no_index_is_searched_exactly(tmp_path: Path) -> No
     assert [passage.score for passage in passages] == pytest.approx(np.sort(vectors @ vectors[5])[::-1][:10], abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise", ["clustered", "without structure"])
 def test_of_a_hundred_thousand_the_ten_nearest_are_found(tmp_path: Path, noise: str) -> None:
     if noise == "clustered":

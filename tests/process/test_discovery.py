@@ -152,6 +152,7 @@ def test_who_drains_is_what_the_fence_says(jobs: Jobs, new_worker: NewWorker) ->
 
 
 # Of a registry in Redis the demo itself is the test: tests/process/test_machine.py.
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("discovery", ["consul", "etcd"], indirect=True)
 def test_the_demo_ends_as_well_with_each_registry(
