@@ -19,7 +19,7 @@ from cluster_tasks.model import Node
 from workers.demo.corpus import Passage
 from workers.demo.record import ACCEPTED, COMMITTED, EXECUTED, Record, redis_time_s
 from workers.demo.report import Loss, Repetition, Report, report
-from workers.demo.traffic import Job, indexing, mixed, repeated
+from workers.demo.traffic import COLLECTION, OPTIMIZE, Job, indexing, mixed, repeated
 from workers.local import LocalCluster
 
 STILL_S = 60.0
@@ -62,6 +62,8 @@ class Story:
         for job_id, state in self._states(sent).items():
             if state != states.SUCCESS:
                 raise ClusterError(f"indexing failed: {state} {self._local.app.AsyncResult(job_id).result!r}")
+        # As after every large change: until then words are looked up in what was added one by one.
+        self._local.app.tasks[OPTIMIZE].delay(COLLECTION).get(timeout=STILL_S)
         self._console.print(f"{len(passages)} passages are indexed")
 
     def repeat(self, passages: Sequence[Passage]) -> Repetition | None:

@@ -11,6 +11,7 @@ from typing import Any
 from workers.demo.corpus import SEED, Passage
 
 COLLECTION = "demo"
+OPTIMIZE = "retrieval.optimize"
 INDEXED_AT_ONCE = 100
 EMBEDDED_AT_ONCE = 16
 READ_AT_ONCE = 24
