@@ -105,7 +105,7 @@ class RedisCache(Cache):
             return True
         values = {key: as_bytes(key, values[key]) for key in keys}
         too_large = self._too_large(values)
-        entries = {key: Entry(values[key], ttl_s, ttl_s, kept_s, cost_s, generation or "") for key in keys}
+        entries = {key: Entry(value, ttl_s, ttl_s, kept_s, cost_s) for key, value in values.items()}
         try:
             if generation is not None:
                 self._put(entries, too_large, generation, replaces)
@@ -183,7 +183,9 @@ class RedisCache(Cache):
 
     def commit(self, leases: Leases, entries: Mapping[str, Entry], *, replaces: bool = False) -> int:
         too_large = self._too_large({key: entry.value for key, entry in entries.items()})
-        if too_large:
+        if too_large and replaces:
+            self.delete(*too_large)
+        elif too_large:
             self.hold({key: leases[key] for key in too_large}, SHARED_S, shared=True)
         calls = [
             ("store", self._places(key),

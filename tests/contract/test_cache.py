@@ -462,7 +462,9 @@ def test_a_value_that_would_drive_out_all_others_is_not_stored(redis_server: Red
     }  # fmt: skip
     assert cache.get_many(["k", "m"]) == {"m": b"1"}
     assert cache.get_or_compute("k", lambda: b"not large any more") == cache.get("k")
-    assert caches.sums()["redis.too_large"] == 4
+    assert cache.get_or_compute("k", lambda: large, refresh=Refresh.NOW) == large
+    assert cache.get("k") is None, "nor is the older value there any more"
+    assert caches.sums()["redis.too_large"] == 5
     caches.close()
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 from celery import Celery, chain, group, signals
 from celery.bin.base import CLIContext
 from click.testing import CliRunner, Result
@@ -21,7 +22,9 @@ from cluster_tasks.cli.cache import JOBS_AT_ONCE
 from cluster_tasks.cli.cluster import cluster as cluster_commands
 from cluster_tasks.cluster import cluster_of
 from cluster_tasks.errors import InvalidArguments, ProviderUnavailable
+from cluster_tasks.keys import Keys
 from cluster_tasks.tasks import embedding, llm, rag, retrieval
+from cluster_tasks.tasks.kept import kept_of
 from cluster_tasks.testing import CHAT_PATH, EMBEDDINGS_PATH, FakeOpenAI
 from tests.integration.ready_made import WITHIN_S, node
 from tests.servers import redis_for_results
@@ -225,6 +228,27 @@ def test_a_search_is_known_until_its_collection_changes(site: Site) -> None:
         assert find(k=9)["cached"] is True
     site.get("retrieval.delete_documents", "birds", ids=["hen"])
     assert "hen" not in ids(find(k=9))
+
+
+def test_searches_that_could_not_be_made_void_are_as_soon_as_the_cache_is_back(site: Site) -> None:
+    kept = kept_of(site.app)
+    assert kept is not None
+    _, before = kept.look_for_search("debts", ["asked"])
+    assert before is not None
+    kept.keep_search("debts", before, {"collection": "debts", "passages": []})
+    assert kept.find_search("debts", ["asked"])
+    state = Keys("kept").cache_state("search.debts")
+    with redis.Redis.from_url(site.cache.url) as client:
+        stored = client.hget(state, "generation")
+        assert stored
+        # It takes no writes, and keeps what it has.
+        client.config_set("min-replicas-to-write", 1)
+        try:
+            kept.forget_searches("debts")
+            assert client.hget(state, "generation") == stored
+        finally:
+            client.config_set("min-replicas-to-write", 0)
+        wait_until(lambda: client.hget(state, "generation") != stored, WITHIN_S, "nobody has to search for it")
 
 
 def test_a_question_is_answered_from_what_is_kept(site: Site) -> None:

@@ -264,6 +264,19 @@ def test_a_memory_without_room_is_refused(bounds: dict[str, int]) -> None:
         memory_of(**bounds)
 
 
+def test_an_entry_ages_from_when_it_was_asked_for_and_is_kept_no_longer_than_it_may() -> None:
+    clock = ManualClock()
+    memory, _ = memory_of(clock)
+    asked_at_s = clock.monotonic()
+    clock.advance(10.0)
+    memory.put("n", "k", an_entry(ttl_s=60.0), as_of_s=asked_at_s, for_s=30.0)
+    found = memory.get("n", "k")
+    assert found is not None
+    assert (found.ttl_s, found.left_s) == (60.0, 50.0)
+    clock.advance(20.0)
+    assert memory.get("n", "k") is None
+
+
 def test_a_lease_that_has_run_out_is_anybody_s() -> None:
     clock = ManualClock()
     cache = LocalCache(memory_of(clock)[0])

@@ -100,6 +100,7 @@ def read_pdf(data: bytes) -> str:
     except DependencyError:
         raise UnreadableFile("it is encrypted, with AES") from None
     except Exception as exc:
+        # A damaged file makes pypdf stumble in any way.
         raise UnreadableFile(f"it is no PDF that can be read: {type(exc).__name__}") from exc
     return f"\n{PAGE_END}\n".join(pages)
 
