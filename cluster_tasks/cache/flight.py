@@ -186,19 +186,12 @@ class _Flight:
         return self._compute_under(lease, replaces=True)
 
     def _compute_under(self, lease: Leases, *, replaces: bool = False) -> bytes | None:
-        values, _ = compute_under(self._cache, lease, self._compute_key, self._entry, replaces=replaces)
+        entry_of = lasting(self._ttl_s, self._generation, self._kept_s, self._negative_ttl_s)
+        values, _ = compute_under(self._cache, lease, self._compute_key, entry_of, replaces=replaces)
         return values[self._key]
 
     def _compute_key(self, _: list[str]) -> Values:
         return {self._key: self._compute()}
-
-    def _entry(self, value: bytes | None, cost_s: float) -> Entry | None:
-        """What is stored of a value; None: nothing."""
-        ttl_s = self._negative_ttl_s if value is None else self._ttl_s
-        # What it was computed from may be void if the generation is not known.
-        if ttl_s is None or self._generation is None:
-            return None
-        return Entry(value, ttl_s, ttl_s, self._kept_s, cost_s, self._generation)
 
 
 def is_due(entry: Entry) -> bool:

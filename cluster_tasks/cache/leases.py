@@ -74,12 +74,15 @@ def computed(cache: Cache, compute: ComputeMany, keys: list[str]) -> tuple[Value
     return values, cost_s / max(1, len(values))
 
 
-def lasting(ttl_s: float, generation: str | None) -> EntryOf:
-    """Store all values for ``ttl_s``, as of a generation, and nothing of what there is not."""
+def lasting(ttl_s: float, generation: str | None, kept_s: float = 0.0, negative_ttl_s: float | None = None) -> EntryOf:
+    """Store values for ``ttl_s`` as of a generation, and that there is nothing for ``negative_ttl_s``, if given."""
 
     def entry_of(value: bytes | None, cost_s: float) -> Entry | None:
+        lasts_s = negative_ttl_s if value is None else ttl_s
         # What a value was computed from may be void if the generation is not known.
-        return None if value is None or generation is None else Entry(value, ttl_s, ttl_s, 0.0, cost_s, generation)
+        if lasts_s is None or generation is None:
+            return None
+        return Entry(value, lasts_s, lasts_s, kept_s, cost_s, generation)
 
     return entry_of
 
