@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
 LEVELS = ("core", "short", "full")
 RECOVERY = "chaos recovery"
 """Name of the property under which a scenario reports how long the failovers took."""
+REMARK = "chaos remark"
+"""Name of the property under which a scenario reports what else it measured."""
 
 T = TypeVar("T")
 
@@ -50,8 +52,9 @@ def at_level(level: str, values: dict[str, T]) -> T:
 
 def tell_recoveries(reporter: pytest.TerminalReporter) -> None:
     """Print what the scenarios of the run reported of their failovers."""
-    reports = [report for kind in ("passed", "failed") for report in reporter.stats.get(kind, [])]
-    told = [(report.nodeid, times) for report in reports for name, times in report.user_properties if name == RECOVERY]
+    for name, remark in _reported(reporter, REMARK):
+        reporter.line(f"{name}: {remark}")
+    told = _reported(reporter, RECOVERY)
     if not told:
         return
     reporter.section("failovers, in seconds after the kill")
@@ -59,6 +62,11 @@ def tell_recoveries(reporter: pytest.TerminalReporter) -> None:
     for name, times in [*told, ("all", everything)]:
         if times:
             reporter.line(f"{name}: {summary(times)}")
+
+
+def _reported(reporter: pytest.TerminalReporter, wanted: str) -> list[tuple[str, Any]]:
+    reports = [report for kind in ("passed", "failed") for report in reporter.stats.get(kind, [])]
+    return [(report.nodeid, value) for report in reports for name, value in report.user_properties if name == wanted]
 
 
 def summary(times: Sequence[tuple[float, float]]) -> str:

@@ -3,109 +3,32 @@
 from __future__ import annotations
 
 import re
-import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from celery import Celery
 
-from cluster_tasks import Cluster
 from cluster_tasks.cluster import cluster_of
 from cluster_tasks.errors import StoreUnavailable
 from cluster_tasks.shards.placement import Shard
-from cluster_tasks.shards.store import CollectionStore
-from cluster_tasks.tasks import rag, retrieval
-from cluster_tasks.tasks.ready_made import backends_of
 from tests.process.accounts import END_S
 from tests.process.nodes import WorkerProcess, running
+from tests.process.sites import COUNT, SHARDS, WORDS, Site, of_a_thread, searching, site_on
 from tests.waiting import wait_until
 from workers.redis_server import RedisServer
 
 # Celery's own way to store a result that expires.
 pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated setex")
-# Celery has a connection for results in each thread, and leaves it to be collected with the thread.
-of_a_thread = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
-DECLARED = (rag, retrieval)
-SHARDS, COUNT = 8, 80
-WORDS = ["whale", "eagle", "mouse", "tiger", "zebra", "otter", "raven", "snake"]
-DOCUMENTS = [{"id": f"d{number}", "text": f"The {WORDS[number % 8]} of house {number}."} for number in range(COUNT)]
 PARTS = "retrieval.search_shards"
 
 
-@dataclass
-class Site:
-    """Who sends jobs to nodes that hold shards."""
-
-    app: Celery
-    new_node: Callable[..., WorkerProcess]
-
-    @property
-    def cluster(self) -> Cluster:
-        return cluster_of(self.app)
-
-    @property
-    def store(self) -> CollectionStore:
-        return backends_of(self.app).store
-
-    def send(self, job: str, *args: Any, **kwargs: Any) -> Any:
-        return self.app.tasks[job].delay(*args, **kwargs)
-
-    def get(self, job: str, *args: Any, **kwargs: Any) -> Any:
-        return self.send(job, *args, **kwargs).get(timeout=END_S)
-
-    def ids(self, *args: Any, **kwargs: Any) -> list[str]:
-        """What a search finds."""
-        return [passage["id"] for passage in self.get("retrieval.search", *args, **kwargs)["passages"]]
-
-    def fill(self, collection: str = "docs", documents: list[dict[str, str]] = DOCUMENTS) -> None:
-        assert self.get("retrieval.add_documents", collection, documents)["count"] == len(documents)
-
-    def ready(self, collection: str = "docs") -> list[frozenset[str]]:
-        found = self.cluster.assignments.whereabouts(collection)
-        return list(found.ready) if found else []
-
-    def wait_until_ready(self, replicas: int, collection: str = "docs", nodes: int | None = None) -> None:
-        """Wait until every shard is in memory where it is to be, on so many nodes each."""
-
-        def are_ready() -> bool:
-            found = self.cluster.assignments.whereabouts(collection)
-            if found is None:
-                return False
-            held = list(map(frozenset, found.assigned.nodes))
-            on = frozenset[str]().union(*held)
-            return (
-                all(len(nodes) == replicas for nodes in held)
-                and list(found.ready) == held
-                and len(on) == (nodes or len(on))
-            )
-
-        wait_until(are_ready, END_S, f"{collection} is in memory")
-        # What this process knew of it is out of date by now.
-        shown = self.cluster.shard_map
-        wait_until(lambda: shown.shares(collection) is not None, END_S)
-
-
 @pytest.fixture
-def site(redis_server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
-    """A cluster whose collections have eight shards, each on one node; ``new_node`` says what is otherwise."""
-    environ = {
-        "CLUSTER_BROKER_URL": redis_server.url, "CLUSTER_DATA_DIR": str(tmp_path / "data"),
-        "CLUSTER_SHARDS": str(SHARDS),
-    }  # fmt: skip
-    for name, value in environ.items():
-        monkeypatch.setenv(name, value)
-
-    def new_node(name: str, *, pool: str = "threads", slots: int = 2, replicas: int = 1, **more: str) -> WorkerProcess:
-        own = {**environ, "CLUSTER_ROLES": "worker,cache", "CLUSTER_SHARD_REPLICAS": str(replicas), **more}
-        return WorkerProcess(name, redis_server.url, tmp_path, app="cluster_tasks", pool=pool, slots=slots, environ=own)
-
-    with Celery("sender", set_as_current=False) as app:
-        Cluster(app)
-        yield Site(app, new_node)
+def site(redis_server: RedisServer, tmp_path: Path) -> Iterator[Site]:
+    """A cluster without nodes."""
+    with site_on(redis_server.url, tmp_path) as made:
+        yield made
 
 
 def received(job: str, *nodes: WorkerProcess) -> list[int]:
@@ -219,70 +142,3 @@ def test_a_shard_moves_and_a_collection_is_split_while_they_are_searched(site: S
             site.wait_until_ready(2)
             wait_until(searches.more(5), END_S)
     assert searches.wrong == []
-
-
-@of_a_thread
-def test_the_loss_of_a_holder_loses_no_document_and_fails_no_search(site: Site) -> None:
-    nodes = {name: site.new_node(name, replicas=2) for name in "abc"}
-    with running(*nodes.values()):
-        site.fill()
-        site.wait_until_ready(2, nodes=3)
-        with searching(site) as searches:
-            for round_number, victim in enumerate("ab"):
-                added = [
-                    site.send("retrieval.add_documents", "docs", [{"id": f"{round_number}-{each}", "text": "a barn"}])
-                    for each in range(20)
-                ]
-                nodes[victim].kill()
-                wait_until(partial(is_replaced, site, victim), END_S, "the others have all shards in memory")
-                assert [each.get(timeout=END_S)["count"] for each in added] == [1] * 20
-                wait_until(searches.more(5), END_S)
-                nodes[victim].start().wait_ready()
-                site.wait_until_ready(2, nodes=3)
-        assert searches.wrong == []
-        expected = {each["id"] for each in DOCUMENTS} | {f"{rounds}-{each}" for rounds in (0, 1) for each in range(20)}
-        assert site.store.count("docs") == len(expected)
-        assert set(site.ids("docs", "house barn", mode="text", k=200)) == expected
-
-
-def is_replaced(site: Site, victim: str) -> bool:
-    """Whether every shard is in memory on two others."""
-    found = site.cluster.assignments.whereabouts("docs")
-    assert found is not None
-    held = zip(found.assigned.nodes, found.ready, strict=True)
-    return all(f"{victim}@test" not in nodes and len(nodes) == 2 and ready >= set(nodes) for nodes, ready in held)
-
-
-class searching:  # noqa: N801 - used as a function
-    """Searches on and on for the first documents, and notes what was wrong."""
-
-    def __init__(self, site: Site) -> None:
-        self._site, self._stop = site, threading.Event()
-        self._thread = threading.Thread(target=self._run)
-        self.done, self.wrong = 0, list[object]()
-
-    def more(self, number: int) -> Callable[[], bool]:
-        """A condition: so many more searches were done."""
-        wanted = self.done + number
-        return lambda: self.done >= wanted
-
-    def __enter__(self) -> searching:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        # Those that are there from the beginning.
-        wanted = {each["id"] for each in DOCUMENTS}
-        while not self._stop.is_set():
-            try:
-                found = self._site.ids("docs", "house", mode="text", k=COUNT)
-            except Exception as exc:  # noqa: BLE001 - whatever it is, the test is told
-                self.wrong.append(exc)
-            else:
-                if set(found) != wanted or len(found) != len(wanted):
-                    self.wrong.append(sorted(wanted ^ set(found)))
-            self.done += 1
