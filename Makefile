@@ -20,7 +20,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	@$(bin)/python -m pytest --numprocesses $(PYTEST_PROCESSES) --dist worksteal $(PYTEST_ARGS)
 
-# What measures times runs first and alone.
+# What measures times or fills the machine runs first and alone.
 chaos: $(VENV)/.installed-dev
 	@seed=$(CHAOS_SEED); status=0; \
 	for part in "-m timed" "-m 'not timed' --numprocesses $(CHAOS_PROCESSES) --dist loadfile"; do \

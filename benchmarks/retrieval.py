@@ -41,12 +41,12 @@ def texts(rows: int, rng: np.random.Generator) -> Iterator[str]:
         yield " ".join(WORDS[numbers])
 
 
-def fill(store: CollectionStore, stored: Array, words: list[str]) -> None:
+def fill(store: CollectionStore, stored: Array, words: list[str], collection: str = "docs") -> None:
     """Store the documents, in batches too small for the index to be built in between."""
     for start in range(0, len(stored), BATCH):
         part = slice(start, start + BATCH)
         documents = [Document(id=str(start + n), text=text) for n, text in enumerate(words[part])]
-        store.upsert("docs", documents, stored[part], "model")
+        store.upsert(collection, documents, stored[part], "model")
 
 
 def timed(search: Callable[[int], list[int]]) -> tuple[dict[str, float], list[set[int]]]:

@@ -28,7 +28,7 @@ def configure(config: pytest.Config) -> None:
     """Choose the seed, once for all processes of a run."""
     config.addinivalue_line("markers", "chaos(level): a scenario of the chaos suite, and the least level that runs it")
     config.addinivalue_line("markers", "slow: no scenario, and left out at the least level")
-    config.addinivalue_line("markers", "timed: it measures times, so that nothing may run beside it")
+    config.addinivalue_line("markers", "timed: it measures times or fills the machine: nothing may run beside it")
     if config.option.chaos_seed is None:
         config.option.chaos_seed = random.SystemRandom().randrange(10**9)
 

@@ -51,7 +51,7 @@ def times(redis_binary: str, tmp_path: Path, rng: random.Random) -> Iterator[Tim
 
 
 @pytest.mark.chaos("core")
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 def test_clocks_that_are_set_by_five_minutes_lose_and_double_nothing(times: Times, by_level: ByLevel) -> None:
     chaos, rng = times.chaos, times.chaos.rng
     with chaos.load() as load:

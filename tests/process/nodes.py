@@ -16,7 +16,7 @@ import psutil
 from tests.process.forks import Fork
 from tests.waiting import wait_until
 
-START_S = 60.0
+START_S = 120.0
 STOP_S = 60.0
 
 
