@@ -76,7 +76,7 @@ class Site:
                 and len(on) == (nodes or len(on))
             )
 
-        wait_until(are_ready, END_S, f"{collection} is in memory")
+        wait_until(are_ready, 3 * END_S, f"{collection} is in memory")
         # What this process knew of it is out of date by now.
         shown = self.cluster.shard_map
         wait_until(lambda: shown.shares(collection) is not None, END_S)
