@@ -17,6 +17,7 @@ from cluster_tasks.tasks.base import ClusterTask
 from cluster_tasks.tasks.embedding import EMBED
 from cluster_tasks.tasks.fanout import asking, best_node, search_here, search_nodes, shares_for
 from cluster_tasks.tasks.llm import conversation
+from cluster_tasks.tasks.queries import fitting
 from cluster_tasks.tasks.ready_made import ready_made
 from cluster_tasks.tasks.retrieval import mode_of
 
@@ -81,7 +82,13 @@ def search_step(
     mode: Mode = "vector",
 ) -> dict[str, Any]:
     """Search for a question with the vector that ``embedding.embed`` returned, or without."""
-    vector, model = (None, None) if embedded is None else (embedded["vectors"][0], embedded["model"])
+    vector, model = None, None
+    if embedded is not None:
+        vector, model = embedded["vectors"][0], embedded["model"]
+        if question is not None:
+            # What a node of older code embedded does not say whether it was kept.
+            cached = embedded.get("cached", False)
+            vector, model = fitting(task.app, collection, question, vector, model, cached=cached)
     asked = asking(collection, k, where, mode, question, vector, model)
     if (shares := shares_for(task, collection, k)) is not None:
         return search_nodes(task, shares, asked)

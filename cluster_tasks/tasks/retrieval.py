@@ -9,7 +9,7 @@ from typing import Any
 from celery import Celery
 from celery.canvas import Signature
 
-from cluster_tasks.errors import CollectionMismatch, CollectionNotFound, LockLost, LockTaken
+from cluster_tasks.errors import CollectionNotFound, LockLost, LockTaken
 from cluster_tasks.shards.documents import Document, Mode
 from cluster_tasks.shards.ingest.splitting import WHOLE, Split, document_of
 from cluster_tasks.shards.ingest.splitting import split as split_document
@@ -36,6 +36,7 @@ from cluster_tasks.tasks.fanout import (
     shares_of,
 )
 from cluster_tasks.tasks.kept import kept_of
+from cluster_tasks.tasks.queries import query_vector
 from cluster_tasks.tasks.ready_made import backends_of, ready_made
 
 OPTIMIZE_WITHIN_S = 3600.0
@@ -173,19 +174,14 @@ def search(
     key = [query, vector, k, where, chosen]
     kept = None if cache is False else kept_of(task.app)
 
-    def asked(use: CacheUse = cache) -> Asked:
-        embedded = None if query is None or chosen == "text" else embed_texts(task.app, [query], cache=use)
-        return asking(collection, k, where, chosen, query, embedded.vectors[0] if embedded else vector,
-                      embedded.model if embedded else None)  # fmt: skip
+    def asked() -> Asked:
+        if query is None or chosen == "text":
+            return asking(collection, k, where, chosen, query, vector, None)
+        made, model = query_vector(task.app, collection, query, cache)
+        return asking(collection, k, where, chosen, query, made, model)
 
     def here() -> dict[str, Any]:
-        try:
-            return search_here(task.app, asked(), allow_partial=allow_partial)
-        except CollectionMismatch:
-            if query is None or chosen == "text" or cache is False:
-                raise
-            # The vector may have been kept from when the same name stood for another model.
-            return search_here(task.app, asked("refresh"), allow_partial=allow_partial)
+        return search_here(task.app, asked(), allow_partial=allow_partial)
 
     if (shares := shares_for(task, collection, k)) is not None:
         found, ticket = kept.look_for_search(collection, key) if kept else (None, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from cluster_tasks.cluster import cluster_of
 from cluster_tasks.errors import StoreUnavailable
 from cluster_tasks.shards.placement import Shard
+from cluster_tasks.tasks.kept import Embedded, kept_of
 from tests.process.accounts import END_S
 from tests.process.nodes import WorkerProcess, running
 from tests.process.sites import COUNT, SHARDS, WORDS, Site, of_a_thread, searching, site_on
@@ -122,6 +124,27 @@ def test_what_a_search_over_nodes_found_is_kept_until_the_collection_changes(
         site.fill(documents=[{"id": "new", "text": "a house"}])
         assert "new" in [passage["id"] for passage in asked()["passages"]]
         assert sum(received(PARTS, *nodes)) == 6
+        cluster_of(site.app).caches.close()
+
+
+def test_a_kept_vector_that_does_not_fit_is_made_anew_before_nodes_are_asked(
+    site: Site, redis_server: RedisServer
+) -> None:
+    url = redis_server.url.replace("/0", "/1")
+    nodes = [site.new_node(name, CLUSTER_CACHE_URL=url) for name in "ab"]
+    site.app.conf.update(cluster_cache_url=url)
+    with running(*nodes):
+        site.fill()
+        site.wait_until_ready(1, nodes=2)
+        kept = kept_of(site.app)
+        assert kept is not None
+        for number, job in enumerate(("retrieval.search", "rag.answer"), start=1):
+            question = f"Where does the otter live, asks {job}?"
+            # From when the same name stood for another model.
+            kept.keep_vectors({question: Embedded("local-hash", "local-hash", struct.pack("<2f", 1, 2))}, None)
+            arguments = ("docs", question) if job == "retrieval.search" else (question, "docs")
+            assert len(site.get(job, *arguments)["passages"]) == 5
+            assert sum(received(PARTS, *nodes)) == 2 * number
         cluster_of(site.app).caches.close()
 
 
