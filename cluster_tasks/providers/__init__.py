@@ -15,6 +15,7 @@ from cluster_tasks.providers.base import (
     EmbeddingProvider,
     EmbeddingRequest,
     EmbeddingResult,
+    Quote,
     Usage,
 )
 from cluster_tasks.providers.local import ExtractiveChat, HashEmbeddings
@@ -33,6 +34,7 @@ __all__ = [
     "HashEmbeddings",
     "OpenAIChat",
     "OpenAIEmbeddings",
+    "Quote",
     "Usage",
     "chat_fallbacks",
     "chat_provider",

@@ -72,6 +72,17 @@ class Usage(_Value):
     total_tokens: int = 0
 
 
+class Quote(_Value):
+    """A part of an answer that is one of a passage, but for white space. Places are those of characters, from 0."""
+
+    start: int
+    end: int
+    passage: int
+    """Its number, from 1."""
+    passage_start: int
+    passage_end: int
+
+
 class ChatResult(_Value):
     """What the model answered."""
 
@@ -91,6 +102,8 @@ class ChatResult(_Value):
     """Whether it was made before, for an equal request."""
     age_s: float = 0.0
     """How long ago that was."""
+    quotes: list[Quote] = Field(default_factory=list)
+    """Where the text was taken from the passages as it is; only ``local-extractive`` knows."""
 
 
 class EmbeddingRequest(_Value):

@@ -11,20 +11,25 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cluster_tasks.errors import ConfigurationError, ProviderError
-from cluster_tasks.providers.base import ChatRequest, ChatResult, EmbeddingRequest, EmbeddingResult, Usage
+from cluster_tasks.providers.base import (
+    ChatRequest,
+    ChatResult,
+    EmbeddingRequest,
+    EmbeddingResult,
+    Quote,
+    Usage,
+)
+from cluster_tasks.providers.sentences import sentence_spans
 
 WORD = re.compile(r"\w+")
-SENTENCE_END = re.compile(
-    r"(?<=[.!?])\s+|(?<=[。！？])"  # noqa: RUF001 - the full-width marks are meant
-    r"|\n\s*\n|\n(?=\s*(?:[-*•#]|\d+[.)]\s))"
-)
+FILLED = re.compile(r"\S+")
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 """2^64 divided by the golden ratio: the multiplier of Fibonacci hashing (Knuth, TAOCP vol. 3, section 6.4)."""
 
@@ -90,6 +95,7 @@ class ExtractiveChat:
     The question is the last user message. Sentences are ranked by Okapi BM25 (Robertson and Zaragoza, "The
     Probabilistic Relevance Framework", 2009) over the passages; those that reach half of the best score are taken
     while they fit into ``max_tokens`` words. Without a word in common the answer is empty. Usage counts words.
+    ``quotes`` says where each sentence is from.
     """
 
     name = "local-extractive"
@@ -107,8 +113,10 @@ class ExtractiveChat:
         if request.tools or request.response_format:
             raise _needs_model("a request with tools or a response format")
         sentences = _sentences(request.passages)
-        scores = _bm25(_stems(_question(request)), [_stems(sentence) for sentence in sentences])
-        text, cut = _best(sentences, scores, request.max_tokens or self.default_max_words)
+        scores = _bm25(_stems(_question(request)), [_stems(sentence.text) for sentence in sentences])
+        most = request.max_tokens or self.default_max_words
+        chosen, cut = _best(sentences, scores, most, request.passages)
+        text = " ".join(sentence.text for sentence in chosen)
         asked = _count([*(text_of(message) for message in request.messages), *request.passages])
         answered = _count([text])
         return ChatResult(
@@ -117,6 +125,7 @@ class ExtractiveChat:
             usage=Usage(prompt_tokens=asked, completion_tokens=answered, total_tokens=asked + answered),
             finish_reason="length" if cut else "stop",
             provider=self.name,
+            quotes=_quotes(chosen),
         )
 
     def close(self) -> None:
@@ -150,10 +159,38 @@ def _question(request: ChatRequest) -> str:
     return text_of(asked)
 
 
-def _sentences(passages: Iterable[str]) -> list[str]:
-    parts = (" ".join(part.split()) for passage in passages for part in SENTENCE_END.split(passage))
-    # Chunks of a document overlap: a sentence counts once.
-    return list(dict.fromkeys(part for part in parts if part))
+class _Sentence(NamedTuple):
+    text: str
+    """With single blanks between its words."""
+    passage: int
+    """Its number, from 0."""
+    start: int
+    end: int
+
+    def shortened(self, passages: Sequence[str], words: int) -> _Sentence:
+        found = list(FILLED.finditer(passages[self.passage], self.start, self.end))[:words]
+        return self._replace(text=" ".join(word[0] for word in found), end=found[-1].end())
+
+
+def _sentences(passages: Sequence[str]) -> list[_Sentence]:
+    sentences: dict[str, _Sentence] = {}
+    for number, passage in enumerate(passages):
+        for start, end in sentence_spans(passage):
+            text = " ".join(passage[start:end].split())
+            # Chunks of a document overlap: a sentence counts once.
+            sentences.setdefault(text, _Sentence(text, number, start, end))
+    return list(sentences.values())
+
+
+def _quotes(sentences: Iterable[_Sentence]) -> list[Quote]:
+    quotes, start = [], 0
+    for text, passage, passage_start, passage_end in sentences:
+        end = start + len(text)
+        quotes.append(
+            Quote(start=start, end=end, passage=passage + 1, passage_start=passage_start, passage_end=passage_end)
+        )
+        start = end + 1
+    return quotes
 
 
 def _stems(text: str) -> list[str]:
@@ -178,21 +215,23 @@ def _bm25(question: Iterable[str], sentences: Sequence[Sequence[str]], k1: float
     ]
 
 
-def _best(sentences: Sequence[str], scores: Sequence[float], max_words: int) -> tuple[str, bool]:
+def _best(
+    sentences: Sequence[_Sentence], scores: Sequence[float], max_words: int, passages: Sequence[str]
+) -> tuple[list[_Sentence], bool]:
     """The chosen sentences in their order, and whether the limit left one out or cut one short."""
     best = max(scores, default=0.0)
     ranked = [i for i in sorted(range(len(scores)), key=lambda i: -scores[i]) if best and scores[i] >= best / 2]
     chosen: list[int] = []
     left = max_words
     for i in ranked:
-        size = _count([sentences[i]])
+        size = _count([sentences[i].text])
         if size > left:
             break
         chosen.append(i)
         left -= size
     if ranked and not chosen:
-        return " ".join(sentences[ranked[0]].split()[:max_words]), True
-    return " ".join(sentences[i] for i in sorted(chosen)), len(chosen) < len(ranked)
+        return [sentences[ranked[0]].shortened(passages, max_words)], True
+    return [sentences[i] for i in sorted(chosen)], len(chosen) < len(ranked)
 
 
 def _count(texts: Iterable[str]) -> int:

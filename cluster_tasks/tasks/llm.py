@@ -74,7 +74,7 @@ def generate(
     Returns ``text``, ``tool_calls``, ``model``, ``usage`` (``prompt_tokens``, ``completion_tokens``,
     ``total_tokens``), ``finish_reason``, ``provider``, ``degraded`` and ``degraded_reason``: where the provider is
     unavailable, one of ``cluster_llm_fallbacks`` answers, else sentences of the passages do. ``allow_degraded=False``
-    takes an answer of the provider only.
+    takes an answer of the provider only. Of sentences of passages ``quotes`` says where they are from.
 
     With ``cluster_cache_url``, answers at temperature 0 are kept, and those of calls with ``cache=True``; an equal
     request gets them, marked ``cached`` and with ``age_s``. ``cache=False`` neither looks nor keeps, ``"refresh"``

@@ -49,6 +49,14 @@ def answer(
     returns them. If nothing matches, the model is not asked: ``text`` is empty and ``finish_reason`` is
     ``no_passages``. Fails as the jobs it is made of do. ``cache`` is theirs, too, and ``mode`` that of the search:
     ``"text"`` embeds nothing.
+
+    ``citations`` lists the passages that the answer cites, in the order in which it does: ``number`` (from 1, in
+    ``passages``), ``id``, ``document`` (the id of the document), its ``heading``, ``page`` and ``start`` there, None
+    where they are not known, and ``spans``, the sentences of the answer that cite it, each from ``start`` to ``end``
+    in ``text``. The sentences of ``local-extractive`` are passages word by word: their spans say where, by
+    ``passage_start`` and ``passage_end``; those of other answers are told by their markers, as in [1]. Numbers that no
+    passage has are ``unknown_citations``. An answer with a ``response_format`` other than text has neither: brackets
+    mean something else in it.
     """
     sampling = {
         "model": model,
@@ -110,13 +118,14 @@ def generate_step(
 ) -> dict[str, Any]:
     """Answer from the passages that ``rag.search`` returned."""
     from cluster_tasks.providers import ChatResult
+    from cluster_tasks.tasks.citing import cited
 
     passages = found["passages"]
     if not passages:
         nothing = ChatResult(text="", model=model or "", finish_reason=NO_PASSAGES, provider="")
-        return {**nothing.model_dump(mode="json"), "passages": []}
+        return {**nothing.model_dump(mode="json"), "passages": [], "citations": [], "unknown_citations": []}
     texts = [passage["text"] for passage in passages]
     # The job itself, run here and now.
     generate = task.app.tasks["llm.generate"]
     generated = generate(question, passages=texts, model=model, session_id=session_id, **sampling)
-    return {**generated, "passages": passages}
+    return {**generated, "passages": passages, **cited(generated, passages, sampling.get("response_format"))}

@@ -99,6 +99,7 @@ def test_chat_brings_text_model_usage_and_reason(connect: Callable[..., ChatProv
         "degraded_reason": "",
         "cached": False,
         "age_s": 0.0,
+        "quotes": [],
     }
 
 

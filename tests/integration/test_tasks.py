@@ -263,7 +263,7 @@ def test_a_model_gets_every_parameter_and_its_answer_comes_back(remote: Run, pro
     assert result == {
         "text": "Let me see.", "tool_calls": [call], "model": "other", "finish_reason": "tool_calls",
         "usage": {"prompt_tokens": 4, "completion_tokens": 3, "total_tokens": 7}, "provider": "openai",
-        "degraded": False, "degraded_reason": "", "cached": False, "age_s": 0.0,
+        "degraded": False, "degraded_reason": "", "cached": False, "age_s": 0.0, "quotes": [],
     }  # fmt: skip
 
 
@@ -355,6 +355,10 @@ def test_an_answer_comes_with_the_passages_it_was_made_from(run: Run, docs: str)
     assert result["passages"][0]["id"] == "sky"
     assert len(result["passages"]) == 2
     assert result["model"] == "local-extractive"
+    [citation] = result["citations"]
+    assert (citation["number"], citation["id"], citation["document"]) == (1, "sky", "sky")
+    whole = {"start": 0, "end": len(result["text"]), "passage_start": 0, "passage_end": len(result["text"])}
+    assert (citation["spans"], result["unknown_citations"]) == ([whole], [])
     result = run("rag.answer", "Why is the sky blue? Ask the cat", docs, where={"topic": "animals"})
     assert result["text"] == DOCUMENTS[1]["text"]
     assert {passage["id"] for passage in result["passages"]} == {"cat", "hen"}
@@ -378,6 +382,7 @@ def test_without_a_passage_no_model_is_asked(remote: Run, provider: FakeOpenAI) 
     asked = provider.counts[CHAT_PATH]
     result = remote("rag.answer", "Why?", "docs", where={"topic": "history"})
     assert (result["text"], result["passages"], result["finish_reason"]) == ("", [], "no_passages")
+    assert (result["citations"], result["unknown_citations"]) == ([], [])
     assert result["usage"]["total_tokens"] == 0
     assert provider.counts[CHAT_PATH] == asked
 

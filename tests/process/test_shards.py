@@ -86,6 +86,7 @@ def test_small_nodes_answer_questions_over_shards_of_others_without_waiting_for_
         for word, answer in zip(WORDS, [each.get(timeout=END_S) for each in asked], strict=True):
             assert len(answer["passages"]) == 5
             assert word in answer["passages"][0]["text"]
+            assert [each["id"] for each in answer["citations"]][:1] == [answer["passages"][0]["id"]]
         assert sum(received(PARTS, *nodes)) == 2 * len(WORDS)
 
 
