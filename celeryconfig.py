@@ -4,8 +4,8 @@ Keys that begin with ``cluster_`` are the cluster's; a variable wins over its ke
 ``cluster_lease_s``). All others are Celery's own. What stands behind a ``#`` shows the default.
 
 Addresses and passwords belong into variables, not here: ``CLUSTER_BROKER_URL``, ``CLUSTER_RESULT_BACKEND``,
-``CLUSTER_REGISTRY_URL``, ``CLUSTER_LLM_API_KEY``, ``CLUSTER_EMBEDDING_API_KEY``, ``CLUSTER_ALERT_URL``,
-``CLUSTER_ALERT_SECRET``, ``CLUSTER_FLOWER_PASSWORD``.
+``CLUSTER_REGISTRY_URL``, ``CLUSTER_LLM_API_KEY``, ``CLUSTER_EMBEDDING_API_KEY``, ``CLUSTER_RERANK_API_KEY``,
+``CLUSTER_ALERT_URL``, ``CLUSTER_ALERT_SECRET``, ``CLUSTER_FLOWER_PASSWORD``.
 """
 
 # --- Which node gets a job -------------------------------------------------------------------------------------------
@@ -83,13 +83,18 @@ cluster_drain_timeout_s = 30.0
 # cluster_llm_model = "name-of-the-model"
 # cluster_embedding_base_url = "http://127.0.0.1:8000/v1"
 # cluster_embedding_model = "name-of-the-model"
+# What ranks passages anew where rerank=True asks for it: an endpoint that takes /rerank as Jina and Cohere do.
+# cluster_rerank_base_url = "http://127.0.0.1:8000/v1"
+# cluster_rerank_model = "name-of-the-model"
 # Who answers when that one is unavailable, in this order; without base_url another model of the same endpoint.
 # cluster_llm_fallbacks = [{"model": "a-smaller-one"}, {"base_url": "http://backup:8000/v1", "model": "name"}]
 # The same model at other addresses:
 # cluster_embedding_fallbacks = [{"base_url": "http://backup:8000/v1"}]
+# cluster_rerank_fallbacks = [{"model": "a-smaller-one"}]
 # How long a request may take, how often it is repeated, and how long it waits for its turn under a limit.
 # cluster_llm_timeout_s = 120.0
 # cluster_embedding_timeout_s = 30.0
+# cluster_rerank_timeout_s = 30.0
 # cluster_provider_max_retries = 4
 # cluster_provider_wait_s = 10.0
 # What an endpoint may be asked by the whole cluster in a minute; 0: no limit. Fallbacks have keys of the same names.
@@ -97,6 +102,8 @@ cluster_drain_timeout_s = 30.0
 # cluster_llm_tokens_per_minute = 0
 # cluster_embedding_requests_per_minute = 0
 # cluster_embedding_tokens_per_minute = 0
+# cluster_rerank_requests_per_minute = 0
+# cluster_rerank_tokens_per_minute = 0
 # cluster_breaker_failure_threshold = 5
 # cluster_breaker_success_threshold = 2
 # cluster_breaker_timeout_s = 30.0

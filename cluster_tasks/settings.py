@@ -210,6 +210,14 @@ class ClusterSettings(BaseSettings):
     """Other places of the same model: vectors of two models cannot be compared."""
     embedding_requests_per_minute: Limit = 0
     embedding_tokens_per_minute: Limit = 0
+    rerank_base_url: SecretUrl | None = None
+    """An endpoint that takes ``/rerank`` as Jina and Cohere do; None: ``local-mmr``."""
+    rerank_model: str | None = None
+    rerank_api_key: SecretStr | None = None
+    rerank_timeout_s: Seconds = 30.0
+    rerank_fallbacks: Fallbacks = ()
+    rerank_requests_per_minute: Limit = 0
+    rerank_tokens_per_minute: Limit = 0
     provider_max_retries: Annotated[int, Field(ge=0, le=20)] = 4
     """Repeats of a request after 429, 5xx or a broken connection."""
     provider_wait_s: Annotated[float, Field(ge=0)] = 10.0
@@ -357,8 +365,8 @@ class ClusterSettings(BaseSettings):
 
     @model_validator(mode="after")
     def _check_fallbacks(self) -> Self:
-        for purpose, first in (("llm", self.llm_base_url), ("embedding", self.embedding_base_url)):
-            if getattr(self, f"{purpose}_fallbacks") and not first:
+        for purpose in ("llm", "embedding", "rerank"):
+            if getattr(self, f"{purpose}_fallbacks") and not getattr(self, f"{purpose}_base_url"):
                 raise ValueError(f"{purpose}_fallbacks are set but {purpose}_base_url is not: fall back from what?")
         for fallback in self.embedding_fallbacks:
             if fallback.base_url is None or fallback.model not in (None, self.embedding_model):

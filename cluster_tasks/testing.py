@@ -28,11 +28,12 @@ from itertools import chain, repeat
 from typing import Any, Literal, Self
 
 from cluster_tasks.providers.base import EmbeddingRequest
-from cluster_tasks.providers.local import HashEmbeddings, text_of
+from cluster_tasks.providers.local import HashEmbeddings, text_of, words_of
 
 CHAT_PATH = "/v1/chat/completions"
 EMBEDDINGS_PATH = "/v1/embeddings"
 MODELS_PATH = "/v1/models"
+RERANK_PATH = "/v1/rerank"
 MODELS = ("fake-chat", "fake-embedding")
 
 
@@ -67,8 +68,9 @@ class FakeOpenAI:
     """An OpenAI-compatible server that answers chat with the last user message and embeds by ``local-hash``.
 
     Serves ``POST /v1/chat/completions`` (whole or as server-sent events), ``POST /v1/embeddings`` (floats or
-    base64) and ``GET /v1/models``. Faults are used up in the order in which they were asked for, one by each
-    request; ``times=None`` means from now on, until ``recover``. All methods may be called from any thread.
+    base64), ``POST /v1/rerank`` (by the share of the query's words that a text has) and ``GET /v1/models``. Faults
+    are used up in the order in which they were asked for, one by each request; ``times=None`` means from now on,
+    until ``recover``. All methods may be called from any thread.
     """
 
     def __init__(self, *, latency_s: float = 0.0, api_key: str | None = None, dimensions: int = 384) -> None:
@@ -83,6 +85,7 @@ class FakeOpenAI:
         """Requests by path, failed ones too."""
         self._faults: Iterator[_Fault] = iter(())
         self._replies: deque[dict[str, Any]] = deque()
+        self._rankings: deque[Any] = deque()
         self._lock = threading.Lock()
         self._released = threading.Event()
         self._stopping = threading.Event()
@@ -134,6 +137,10 @@ class FakeOpenAI:
         message = {"role": "assistant", "content": content, **({"tool_calls": calls} if calls else {})}
         reason = finish_reason or ("tool_calls" if calls else "stop")
         self._replies.append({"message": message, "finish_reason": reason})
+
+    def rank(self, results: Any) -> None:
+        """Answer the next reranking with these ``results``, whatever they are. Calls queue up."""
+        self._rankings.append(results)
 
     def fail(
         self, status: int, *, times: int | None = 1, message: str = "told to fail", retry_after_s: float | None = None
@@ -217,6 +224,16 @@ class FakeOpenAI:
             "usage": _usage(texts),
         }
 
+    def _rerank(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        query, texts = _required(body, "query"), _required(body, "documents")
+        words = set(words_of(query))
+        scores = [len(words & set(words_of(text))) / max(1, len(words)) for text in texts]
+        best = sorted(range(len(texts)), key=lambda index: -scores[index])[: body.get("top_n") or len(texts)]
+        results: Any = [{"index": index, "relevance_score": scores[index]} for index in best]
+        with self._lock:
+            results = self._rankings.popleft() if self._rankings else results
+        return {"model": _required(body, "model"), "results": results, "usage": _usage([query, *texts])}
+
 
 class _Handler(BaseHTTPRequestHandler):
     server: _Server
@@ -255,6 +272,8 @@ class _Handler(BaseHTTPRequestHandler):
                 return self.server.fake._chat(request.body)
             case "POST", "/v1/embeddings":
                 return self.server.fake._embeddings(request.body)
+            case "POST", "/v1/rerank":
+                return self.server.fake._rerank(request.body)
             case "GET", "/v1/models":
                 data = [{"id": name, "object": "model", "created": 0, "owned_by": "fake"} for name in MODELS]
                 return {"object": "list", "data": data}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeVar
 
 from cluster_tasks.breaker import BreakerPolicy
 from cluster_tasks.errors import CircuitOpen, ProviderError, ProviderLimited, ProviderUnavailable
@@ -25,6 +27,7 @@ from cluster_tasks.providers import (
     embedding_fallbacks,
     embedding_provider,
 )
+from cluster_tasks.providers.base import Answer
 from cluster_tasks.providers.local import text_of
 from cluster_tasks.settings import ClusterSettings, Fallback
 
@@ -33,6 +36,7 @@ ANSWER_TOKENS = 256
 """What an answer is taken to need, where the request sets no limit; the reply corrects it."""
 SHORTEST_WINDOW_S = 300.0
 Stored = Callable[[], ChatResult | None]
+A = TypeVar("A", bound=Answer)
 
 
 class GuardedChat:
@@ -93,31 +97,16 @@ class ChatGateway:
         self._models, self._stand_ins = models, stand_ins
 
     def chat(self, request: ChatRequest, allow_degraded: bool = True, stored: Stored = lambda: None) -> ChatResult:
-        """Answer as the first model does; if it is unavailable, as the next that is not, and marked ``degraded``.
+        """Answer as ``first_available`` says.
 
         ``stored`` returns what was answered before, or None, and is asked after all models.
-        A model that the request names is that of the first provider; the others answer with their own. A provider
-        whose limits are used up is passed over for other models, but never for a stand-in: the wait is short.
-        Raises what the first provider raised; ProviderLimited if any of them has to be waited for. If
-        ``allow_degraded`` is false, only the first is asked.
+        A model that the request names is that of the first provider; the others answer with their own.
         """
         first, *others = self._models
-        try:
-            return first.chat(request)
-        except ProviderUnavailable as exc:
-            if not allow_degraded:
-                raise
-            cause = exc
         handed_on = request.model_copy(update={"model": None})
-        errors: list[ProviderError] = [cause]
-        if result := _first_answer(others, handed_on, errors):
-            return _degraded(result, cause)
-        for error in errors:
-            if isinstance(error, ProviderLimited):
-                raise error
-        if result := stored() or _first_answer(self._stand_ins, handed_on, errors):
-            return _degraded(result, cause)
-        raise cause
+        models = [partial(first.chat, request), *(partial(other.chat, handed_on) for other in others)]
+        stand_ins = (partial(stand_in.chat, handed_on) for stand_in in self._stand_ins)
+        return first_available(models, [stored, *stand_ins], allow_degraded)
 
     def close(self) -> None:
         """Close this process's connections. Safe to repeat."""
@@ -155,9 +144,9 @@ def chat_gateway(settings: ClusterSettings, around: Neighbourhood) -> ChatGatewa
     if not isinstance(first, OpenAIChat):
         return ChatGateway([first])
     limits = [Limits(settings.llm_requests_per_minute, settings.llm_tokens_per_minute)]
-    limits += map(_limits, settings.llm_fallbacks)
+    limits += map(limits_of, settings.llm_fallbacks)
     models = [
-        GuardedChat(provider, _guard(settings, around, provider.endpoint, limit))
+        GuardedChat(provider, guard_of(settings, around, provider.endpoint, limit))
         for provider, limit in zip([first, *chat_fallbacks(settings)], limits, strict=True)
     ]
     return ChatGateway(models, [FromPassages()])
@@ -169,10 +158,10 @@ def embedding_gateway(settings: ClusterSettings, around: Neighbourhood) -> Embed
     if not isinstance(first, OpenAIEmbeddings):
         return first
     limits = [Limits(settings.embedding_requests_per_minute, settings.embedding_tokens_per_minute)]
-    limits += map(_limits, settings.embedding_fallbacks)
+    limits += map(limits_of, settings.embedding_fallbacks)
     return EmbeddingGateway(
         [
-            GuardedEmbeddings(provider, _guard(settings, around, provider.endpoint, limit))
+            GuardedEmbeddings(provider, guard_of(settings, around, provider.endpoint, limit))
             for provider, limit in zip([first, *embedding_fallbacks(settings)], limits, strict=True)
         ]
     )
@@ -185,28 +174,56 @@ def chat_tokens(request: ChatRequest) -> int:
     return characters // CHARACTERS_A_TOKEN + (request.max_tokens or ANSWER_TOKENS)
 
 
-def _first_answer(
-    providers: Sequence[ChatProvider], request: ChatRequest, errors: list[ProviderError]
-) -> ChatResult | None:
-    for provider in providers:
+def first_available(
+    models: Sequence[Callable[[], A]], stand_ins: Sequence[Callable[[], A | None]], allow_degraded: bool
+) -> A:
+    """Return what the first model does; if it is unavailable, what the next does that is not, marked ``degraded``.
+
+    Stand-ins come after all models; None: it has nothing. A provider whose limits are used up is passed over for other
+    models, but never for a stand-in: the wait is short. Raises what the first provider raised; ProviderLimited if any
+    of them has to be waited for. If ``allow_degraded`` is false, only the first is asked.
+    """
+    first, *others = models
+    try:
+        return first()
+    except ProviderUnavailable as exc:
+        if not allow_degraded:
+            raise
+        cause = exc
+    errors: list[ProviderError] = [cause]
+    if result := _first_answer(others, errors):
+        return _degraded(result, cause)
+    for error in errors:
+        if isinstance(error, ProviderLimited):
+            raise error
+    if result := _first_answer(stand_ins, errors):
+        return _degraded(result, cause)
+    raise cause
+
+
+def _first_answer(asked: Sequence[Callable[[], A | None]], errors: list[ProviderError]) -> A | None:
+    for ask in asked:
         try:
-            return provider.chat(request)
+            if result := ask():
+                return result
         except ProviderError as exc:
             errors.append(exc)
     return None
 
 
-def _degraded(result: ChatResult, cause: ProviderUnavailable) -> ChatResult:
+def _degraded(result: A, cause: ProviderUnavailable) -> A:
     reasons = ((CircuitOpen, "circuit_open"), (ProviderLimited, "rate_limited"), (ProviderUnavailable, "unavailable"))
     reason = next(word for kind, word in reasons if isinstance(cause, kind))
     return result.model_copy(update={"degraded": True, "degraded_reason": reason})
 
 
-def _limits(fallback: Fallback) -> Limits:
+def limits_of(fallback: Fallback) -> Limits:
+    """What a fallback may be sent."""
     return Limits(fallback.requests_per_minute, fallback.tokens_per_minute)
 
 
-def _guard(settings: ClusterSettings, around: Neighbourhood, endpoint: Endpoint, limits: Limits) -> Guard:
+def guard_of(settings: ClusterSettings, around: Neighbourhood, endpoint: Endpoint, limits: Limits) -> Guard:
+    """What the requests to an endpoint pass."""
     failures = settings.breaker_failure_threshold
     # A server that hangs fails after all its time-outs: two such rounds must fit into the window.
     longest_s = endpoint.timeout_s * (endpoint.max_retries + 1)

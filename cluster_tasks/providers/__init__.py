@@ -1,4 +1,4 @@
-"""Backends of language models and embeddings: any OpenAI-compatible URL, or local ones that need no server."""
+"""Backends of language models, embeddings and rankings: any compatible URL, or local ones that need no server."""
 
 from __future__ import annotations
 
@@ -16,10 +16,15 @@ from cluster_tasks.providers.base import (
     EmbeddingRequest,
     EmbeddingResult,
     Quote,
+    Rank,
+    RerankProvider,
+    RerankRequest,
+    RerankResult,
     Usage,
 )
-from cluster_tasks.providers.local import ExtractiveChat, HashEmbeddings
+from cluster_tasks.providers.local import ExtractiveChat, HashEmbeddings, MarginalRelevance
 from cluster_tasks.providers.openai import Endpoint, OpenAIChat, OpenAIEmbeddings, Purpose
+from cluster_tasks.providers.rerank import HttpReranker
 from cluster_tasks.settings import ClusterSettings, Fallback
 
 __all__ = [
@@ -32,14 +37,22 @@ __all__ = [
     "Endpoint",
     "ExtractiveChat",
     "HashEmbeddings",
+    "HttpReranker",
+    "MarginalRelevance",
     "OpenAIChat",
     "OpenAIEmbeddings",
     "Quote",
+    "Rank",
+    "RerankProvider",
+    "RerankRequest",
+    "RerankResult",
     "Usage",
     "chat_fallbacks",
     "chat_provider",
     "embedding_fallbacks",
     "embedding_provider",
+    "rerank_fallbacks",
+    "rerank_provider",
 ]
 
 
@@ -70,6 +83,19 @@ def embedding_provider(settings: ClusterSettings) -> EmbeddingProvider:
 def embedding_fallbacks(settings: ClusterSettings) -> list[OpenAIEmbeddings]:
     """The providers of ``embedding_fallbacks``. Raises as ``chat_fallbacks`` does."""
     return [OpenAIEmbeddings(_endpoint_of(each, settings, "EMBEDDING")) for each in settings.embedding_fallbacks]
+
+
+def rerank_provider(settings: ClusterSettings) -> RerankProvider:
+    """The provider of ``rerank_base_url``, else ``local-mmr``. Raises as ``chat_provider`` does."""
+    if settings.rerank_base_url is None:
+        _check_no_url("RERANK", settings.rerank_model, settings.rerank_api_key, MarginalRelevance.name)
+        return MarginalRelevance()
+    return HttpReranker(_first_endpoint(settings, "RERANK", settings.rerank_base_url))
+
+
+def rerank_fallbacks(settings: ClusterSettings) -> list[HttpReranker]:
+    """The providers of ``rerank_fallbacks``. Raises as ``chat_fallbacks`` does."""
+    return [HttpReranker(_endpoint_of(each, settings, "RERANK")) for each in settings.rerank_fallbacks]
 
 
 def _first_endpoint(settings: ClusterSettings, purpose: Purpose, base_url: SecretUrl) -> Endpoint:

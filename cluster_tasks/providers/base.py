@@ -1,4 +1,4 @@
-"""What a backend of language models or embeddings is asked, what it answers, and the two protocols.
+"""What a backend of language models, embeddings or rankings is asked, what it answers, and the three protocols.
 
 Requests and results are frozen and go through JSON: ``model_dump(mode="json")`` turns vectors into lists.
 """
@@ -83,7 +83,16 @@ class Quote(_Value):
     passage_end: int
 
 
-class ChatResult(_Value):
+class Answer(_Value):
+    """What one of several providers answered."""
+
+    degraded: bool = False
+    """Whether something else answered than the first provider, for that was not to be had."""
+    degraded_reason: str = ""
+    """Why: ``circuit_open``, ``rate_limited`` or ``unavailable``."""
+
+
+class ChatResult(Answer):
     """What the model answered."""
 
     text: str
@@ -94,10 +103,6 @@ class ChatResult(_Value):
     finish_reason: str = "stop"
     """``stop``, ``length``, ``tool_calls`` or a word of the provider."""
     provider: str
-    degraded: bool = False
-    """Whether something else answered than the first provider, for that was not to be had."""
-    degraded_reason: str = ""
-    """Why: ``circuit_open``, ``rate_limited`` or ``unavailable``."""
     cached: bool = False
     """Whether it was made before, for an equal request."""
     age_s: float = 0.0
@@ -122,6 +127,42 @@ class EmbeddingResult(_Value):
     provider: str
     cached: bool = False
     """Whether all of them were made before."""
+
+
+class RerankRequest(_Value):
+    """Texts that a search found, the best first, to be ranked anew."""
+
+    query: str
+    texts: tuple[str, ...] = Field(min_length=1)
+    scores: tuple[float, ...]
+    """What the search gave each text, to be compared with each other only."""
+    top: int = Field(ge=1)
+    """So many of them are wanted."""
+    model: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(self.scores) != len(self.texts):
+            raise ValueError(f"{len(self.texts)} texts have {len(self.scores)} scores")
+        return self
+
+
+class Rank(_Value):
+    """A place in a ranking."""
+
+    index: int
+    """Of the text, from 0."""
+    score: float | None = None
+    """Higher is better, on a scale of the model's own; None: nobody has judged it."""
+
+
+class RerankResult(Answer):
+    """The best texts, best first: as many as were wanted, if there were so many."""
+
+    ranking: list[Rank]
+    model: str
+    usage: Usage = Usage()
+    provider: str
 
 
 class ChatProvider(Protocol):
@@ -151,6 +192,20 @@ class EmbeddingProvider(Protocol):
 
     def embed(self, request: EmbeddingRequest) -> EmbeddingResult:
         """Embed the texts of ``request``. Raises as ``ChatProvider.chat`` does."""
+
+    def close(self) -> None:
+        """Release connections. Safe to repeat; a later call opens them again."""
+
+
+class RerankProvider(Protocol):
+    """A backend of rankings. Safe to share between threads and to carry across a fork."""
+
+    @property
+    def name(self) -> str:
+        """What answers, for logs and results."""
+
+    def rerank(self, request: RerankRequest) -> RerankResult:
+        """Rank the texts of ``request``. Raises as ``ChatProvider.chat`` does."""
 
     def close(self) -> None:
         """Release connections. Safe to repeat; a later call opens them again."""

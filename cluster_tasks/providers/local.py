@@ -1,6 +1,7 @@
 """Providers that need no download and no server. They are lexical: they compare words, not meaning.
 
-``local-hash`` embeds by hashed n-grams, ``local-extractive`` answers with sentences of the given passages.
+``local-hash`` embeds by hashed n-grams, ``local-extractive`` answers with sentences of the given passages,
+``local-mmr`` reranks what repeats itself.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from cluster_tasks.providers.base import (
     EmbeddingRequest,
     EmbeddingResult,
     Quote,
+    Rank,
+    RerankRequest,
+    RerankResult,
     Usage,
 )
 from cluster_tasks.providers.sentences import sentence_spans
@@ -132,6 +136,37 @@ class ExtractiveChat:
         """Do nothing: there is nothing to release."""
 
 
+class MarginalRelevance:
+    """Rankings ``local-mmr``: as the search found it, but what repeats itself behind what says something else.
+
+    Each place is given to the text with the greatest ``balance`` × relevance − (1 − ``balance``) × redundancy, which is
+    its score: maximal marginal relevance (Carbonell and Goldstein, "The Use of MMR, Diversity-Based Reranking for
+    Reordering Documents and Producing Summaries", SIGIR 1998). Relevance is the score of the search, from 0 for the
+    least of the texts to 1 for the best; redundancy the greatest cosine similarity to a text placed before, by
+    ``local-hash``: words in common. The query is not read: nothing fits it better afterwards.
+    """
+
+    name = "local-mmr"
+    balance = 0.7
+
+    def rerank(self, request: RerankRequest) -> RerankResult:
+        """Rank the texts. Raises ConfigurationError if the request names another model."""
+        _check_model(request.model, self.name, "RERANK")
+        vectors = HashEmbeddings().embed(EmbeddingRequest(texts=request.texts)).vectors
+        relevance, redundancy = _scaled(request.scores), np.zeros(len(request.texts))
+        ranking: list[Rank] = []
+        for _ in range(min(request.top, len(request.texts))):
+            values = self.balance * relevance - (1 - self.balance) * redundancy
+            values[[rank.index for rank in ranking]] = -np.inf
+            best = int(values.argmax())
+            ranking.append(Rank(index=best, score=float(values[best])))
+            redundancy = np.maximum(redundancy, vectors @ vectors[best])
+        return RerankResult(ranking=ranking, model=self.name, provider=self.name)
+
+    def close(self) -> None:
+        """Do nothing: there is nothing to release."""
+
+
 def text_of(message: Any) -> str:
     """The text of a chat message, whose content is a string, a list of parts, or missing."""
     content = message.get("content") or ""
@@ -191,6 +226,12 @@ def _quotes(sentences: Iterable[_Sentence]) -> list[Quote]:
         )
         start = end + 1
     return quotes
+
+
+def _scaled(scores: Sequence[float]) -> NDArray[np.float64]:
+    array = np.asarray(scores, dtype=np.float64)
+    spread = np.ptp(array)
+    return (array - array.min()) / spread if spread else np.ones(len(array))
 
 
 def _stems(text: str) -> list[str]:

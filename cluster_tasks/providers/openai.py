@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 CONNECT_TIMEOUT_S = 5.0
 PASSING_STATUSES = frozenset({408, 409, 429})
-Purpose = Literal["LLM", "EMBEDDING"]
+Purpose = Literal["LLM", "EMBEDDING", "RERANK"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ class Endpoint:
         raise ConfigurationError(f"no model is named: set CLUSTER_{self.purpose}_MODEL or name one in the request")
 
 
-class _Connection:
+class Connection:
     """The SDK's client of one endpoint, one for each process, and the one place where its errors are mapped."""
 
     def __init__(self, endpoint: Endpoint) -> None:
@@ -170,7 +170,7 @@ class OpenAIChat:
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
-        self._connection = _Connection(endpoint)
+        self._connection = Connection(endpoint)
 
     def chat(self, request: ChatRequest) -> ChatResult:
         """Answer ``request``; of several choices the first. Raises as ``ChatProvider.chat`` does."""
@@ -190,7 +190,7 @@ class OpenAIChat:
         choice = next(iter(getattr(reply, "choices", None) or ()), None)
         message = getattr(choice, "message", None)
         if choice is None or message is None:
-            raise self._connection.error(f"the reply is no chat completion: {_excerpt(reply)}")
+            raise self._connection.error(f"the reply is no chat completion: {excerpt(reply)}")
         return ChatResult(
             text=message.content or message.refusal or "",
             tool_calls=[call.model_dump(mode="json", exclude_unset=True) for call in message.tool_calls or ()],
@@ -212,7 +212,7 @@ class OpenAIEmbeddings:
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
-        self._connection = _Connection(endpoint)
+        self._connection = Connection(endpoint)
 
     def embed(self, request: EmbeddingRequest) -> EmbeddingResult:
         """Embed all texts in one request. Raises as ``ChatProvider.chat`` does."""
@@ -226,7 +226,7 @@ class OpenAIEmbeddings:
     def _result(self, reply: Any, asked: str, count: int) -> EmbeddingResult:
         rows = getattr(reply, "data", None) or ()
         if len(rows) != count:
-            raise self._connection.error(f"{count} texts brought {len(rows)} vectors: {_excerpt(reply)}")
+            raise self._connection.error(f"{count} texts brought {len(rows)} vectors: {excerpt(reply)}")
         with self._connection.errors_mapped():
             # Validation makes the array, and refuses rows of different lengths.
             return EmbeddingResult.model_validate(
@@ -247,6 +247,7 @@ def _usage(reply: Any) -> Usage:
     return Usage(**{name: getattr(reply.usage, name, None) or 0 for name in Usage.model_fields})
 
 
-def _excerpt(reply: object) -> str:
+def excerpt(reply: object) -> str:
+    """The beginning of a reply, for an error."""
     text = reply if isinstance(reply, str) else repr(reply)
     return text if len(text) <= 200 else f"{text[:200]}…"

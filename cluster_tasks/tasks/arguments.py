@@ -27,6 +27,8 @@ MAX_K = 10_000
 """The most passages that a search returns, as in the store."""
 MAX_LISTED = 10_000
 """The most documents that one job lists."""
+MAX_CANDIDATES = 1000
+"""The most passages that are ranked anew: providers take no more in a request."""
 
 NOT_EXTRA = frozenset({"prompt", "messages", "passages", "tools", "extra", "stream"})
 """No further parameters of a provider: a job has them under this name, or cannot have them."""
@@ -52,6 +54,16 @@ def _check_where(where: dict[str, Any]) -> dict[str, Any]:
     return where
 
 
+def _check_rerank(rerank: bool | str | None, candidates: int | None, k: int) -> None:
+    if not rerank:
+        if candidates is not None:
+            raise ValueError("candidates are what rerank chooses from: expected rerank, too")
+    elif k > MAX_CANDIDATES:
+        raise ValueError(f"with rerank, k is {MAX_CANDIDATES} at most")
+    elif candidates is not None and candidates < k:
+        raise ValueError(f"{candidates} candidates are fewer than k={k}")
+
+
 def _listed(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
@@ -69,6 +81,9 @@ Where = Annotated[dict[str, Any], AfterValidator(_check_where)]
 CacheUse = Annotated[bool, Field(strict=True)] | Literal["refresh"] | None
 """False: neither read nor kept; ``"refresh"``: computed anew and kept; True: kept although it would not be; None: as is
 usual."""
+Rerank = Annotated[bool, Field(strict=True)] | Text | None
+"""True: by the model of the settings; a name: by that model; ``"local"``: by ``local-mmr``."""
+Candidates = Annotated[int, Field(ge=1, le=MAX_CANDIDATES)] | None
 
 
 class _Arguments(BaseModel):
@@ -144,6 +159,9 @@ class SearchArguments(_Arguments):
     mode: Mode | None = None
     allow_partial: Annotated[bool, Field(strict=True)] = False
     cache: CacheUse = None
+    rerank: Rerank = None
+    candidates: Candidates = None
+    allow_degraded: bool = True
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -151,6 +169,9 @@ class SearchArguments(_Arguments):
             raise ValueError("expected either query or vector")
         if self.query is None and self.mode not in (None, "vector"):
             raise ValueError(f"mode {self.mode!r} needs a query")
+        if self.query is None and self.rerank:
+            raise ValueError("rerank needs a query")
+        _check_rerank(self.rerank, self.candidates, self.k)
         return self
 
 
@@ -191,3 +212,10 @@ class AnswerArguments(Sampling):
     k: Count = 5
     where: Where | None = None
     mode: Mode | None = None
+    rerank: Rerank = None
+    candidates: Candidates = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _check_rerank(self.rerank, self.candidates, self.k)
+        return self

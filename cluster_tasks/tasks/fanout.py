@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import redis
 from celery import Celery, chord
@@ -33,6 +33,7 @@ from cluster_tasks.tasks.apps import cluster_of
 from cluster_tasks.tasks.base import ClusterTask, expiry
 from cluster_tasks.tasks.kept import Ticket, kept_of
 from cluster_tasks.tasks.ready_made import backends_of, ready_made
+from cluster_tasks.tasks.reranking import Reranking, is_degraded, reranked
 
 if TYPE_CHECKING:
     from cluster_tasks.shards.documents import Candidates
@@ -59,6 +60,8 @@ class Asked(TypedDict):
     vector: list[float] | None
     model: str | None
     """That made the vector; None: nobody says."""
+    rerank: NotRequired[Reranking]
+    """How what is found is ranked anew."""
 
 
 class Part(TypedDict):
@@ -73,11 +76,13 @@ class Part(TypedDict):
 
 
 def asking(
-    collection: str, k: int, where: dict[str, Any] | None, mode: Mode, text: str | None, vector: Any, model: str | None
-) -> Asked:
+    collection: str, k: int, where: dict[str, Any] | None, mode: Mode, text: str | None, vector: Any,
+    model: str | None, rerank: Reranking | None = None,
+) -> Asked:  # fmt: skip
     """Return what is searched for; ``vector`` is an array, a list or None."""
     listed = None if vector is None else [float(number) for number in vector]
-    return Asked(collection=collection, k=k, where=where, mode=mode, text=text, vector=listed, model=model)
+    asked = Asked(collection=collection, k=k, where=where, mode=mode, text=text, vector=listed, model=model)
+    return {**asked, "rerank": rerank} if rerank else asked
 
 
 def best_node(app: Celery, collection: str, **_: Any) -> str | None:
@@ -124,7 +129,11 @@ def jobs_of(
 
 
 def search_here(app: Celery, asked: Asked, *, allow_partial: bool = False) -> dict[str, Any]:
-    """Search all shards in this process. Raises as ``CollectionStore.search`` does."""
+    """Search all shards in this process. Raises as ``CollectionStore.search`` and ``reranked`` do."""
+    return _reranked(app, asked, _found_here(app, asked, allow_partial=allow_partial))
+
+
+def _found_here(app: Celery, asked: Asked, *, allow_partial: bool) -> dict[str, Any]:
     store = backends_of(app).store
     try:
         found = store.search(*_query(asked), text=asked["text"], mode=asked["mode"])
@@ -170,7 +179,7 @@ def merge(
     """Put together what ``retrieval.search_shards`` found on each node; fail with the first error if one failed.
 
     With ``allow_partial`` the shards that could not be searched are named. If the collection was divided anew
-    meanwhile, all of it is searched here.
+    meanwhile, all of it is searched here. What is to be ranked anew is, here as well.
     """
     failed = [part["error"] for part in parts if part["error"]]
     names = {name for name, _ in failed}
@@ -179,12 +188,13 @@ def merge(
     elif failed and not (allow_partial and names <= set(PASSING)):
         raise _error_of(*min(failed, key=lambda error: error[0] in PASSING))
     else:
-        result = _combined(asked, _read(parts))
+        result = _reranked(task.app, asked, _combined(asked, _read(parts)))
         if allow_partial:
             result["missing"] = sorted(number for part in parts for number in part["missing"])
     kept = kept_of(task.app)
-    if kept is not None and ticket is not None and not result.get("missing"):
-        kept.keep_search(asked["collection"], ticket, {key: result[key] for key in ("collection", "passages")})
+    if kept is not None and ticket is not None and not result.get("missing") and not is_degraded(result):
+        lasting = {key: value for key, value in result.items() if key != "missing"}
+        kept.keep_search(asked["collection"], ticket, lasting)
     _forget(task.app, [part["job"] for part in parts])
     return {**result, "cached": False}
 
@@ -193,7 +203,12 @@ def _query(asked: Asked) -> tuple[Any, ...]:
     import numpy as np
 
     vector = None if asked["vector"] is None else np.asarray(asked["vector"])
-    return asked["collection"], vector, asked["k"], asked["where"], asked["model"]
+    return asked["collection"], vector, _wanted(asked), asked["where"], asked["model"]
+
+
+def _wanted(asked: Asked) -> int:
+    """How many passages are to be found."""
+    return asked["rerank"]["candidates"] if "rerank" in asked else asked["k"]
 
 
 def _candidates(
@@ -231,8 +246,12 @@ def _search(app: Celery, asked: Asked, generation: int, shards: Sequence[int]) -
 def _combined(asked: Asked, found: Sequence[Candidates]) -> dict[str, Any]:
     from cluster_tasks.shards.fusion import combine
 
-    passages = combine(asked["mode"], found, asked["k"])
+    passages = combine(asked["mode"], found, _wanted(asked))
     return {"collection": asked["collection"], "passages": [passage.model_dump(mode="json") for passage in passages]}
+
+
+def _reranked(app: Celery, asked: Asked, found: dict[str, Any]) -> dict[str, Any]:
+    return reranked(app, found, asked["text"], asked["k"], asked.get("rerank"))
 
 
 def _part(

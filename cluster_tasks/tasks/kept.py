@@ -23,6 +23,7 @@ from cluster_tasks.errors import CacheUnavailable
 from cluster_tasks.settings import ClusterSettings
 from cluster_tasks.tasks.apps import Configured, cluster_of
 from cluster_tasks.tasks.arguments import CacheUse
+from cluster_tasks.tasks.reranking import is_degraded
 
 logger = logging.getLogger(__name__)
 
@@ -106,17 +107,28 @@ class Kept:
     # Searches: void as soon as their collection changes.
 
     def search(self, collection: str, asked: Sequence[Any], compute: Callable[[], Any], use: CacheUse) -> Any:
-        """Return what ``compute`` returns for what is ``asked`` of a collection, which JSON can say."""
+        """Return what ``compute`` returns for what is ``asked`` of a collection, which JSON can say.
+
+        What was to be ranked by a model, and was not, is not kept.
+        """
         self._pay(collection)
         key = self._search_key(asked)
         if use != "refresh" and (found := self._searches(collection).get_json(key)) is not None:
             return {**found, "cached": True}
-        made = self._searches(collection).get_or_compute(
-            key,
-            lambda: json.dumps(compute()).encode(),
-            self._settings.cache_search_ttl_s,
-            refresh=Refresh.NOW if use == "refresh" else Refresh.NEVER,
-        )
+
+        def make() -> bytes:
+            found = compute()
+            if is_degraded(found):
+                raise _NotKept(found)
+            return json.dumps(found).encode()
+
+        refresh = Refresh.NOW if use == "refresh" else Refresh.NEVER
+        try:
+            made = self._searches(collection).get_or_compute(
+                key, make, self._settings.cache_search_ttl_s, refresh=refresh
+            )
+        except _NotKept as exc:
+            return exc.result
         assert made is not None
         return json.loads(made)
 
@@ -186,7 +198,8 @@ class Kept:
 
     def _search_key(self, asked: Sequence[Any]) -> str:
         settings = self._settings
-        return digest(_place(settings.embedding_base_url), settings.embedding_model, *asked)
+        embedding = _place(settings.embedding_base_url), settings.embedding_model
+        return digest(*embedding, _place(settings.rerank_base_url), settings.rerank_model, *asked)
 
     # Answers.
 
@@ -218,7 +231,7 @@ class Kept:
                 key, make, self._settings.cache_ttl_s, refresh=refresh, kept_s=self._settings.cache_kept_s
             )
         except _NotKept as exc:
-            return exc.answer
+            return exc.result
         assert made is not None
         answer: dict[str, Any] = json.loads(made)
         return answer
@@ -241,8 +254,8 @@ class Kept:
 class _NotKept(Exception):
     """Leaves a computation with an answer for all who wait for it, and nobody else."""
 
-    def __init__(self, answer: dict[str, Any]) -> None:
-        self.answer = answer
+    def __init__(self, result: dict[str, Any]) -> None:
+        self.result = result
 
 
 _kept: WeakKeyDictionary[Celery, Kept] = WeakKeyDictionary()

@@ -1,7 +1,8 @@
 """``rag.answer``: a question is answered from a collection, in three jobs of which none waits for another.
 
 ``embedding.embed`` → ``rag.search`` → ``rag.generate``: each gets the result of the one before as first argument, and
-goes to the node that its own request type prefers. A search for words alone embeds nothing, and is two jobs.
+goes to the node that its own request type prefers. A search for words alone embeds nothing, and is two jobs. Where the
+shards lie on several nodes, ``rag.search`` is replaced by a job on each and their merge; that one then reranks.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from typing import Any
 from celery import chain
 
 from cluster_tasks.shards.documents import Mode
-from cluster_tasks.tasks.arguments import AnswerArguments, CacheUse
+from cluster_tasks.tasks.arguments import AnswerArguments, CacheUse, Rerank
 from cluster_tasks.tasks.base import ClusterTask
 from cluster_tasks.tasks.embedding import EMBED
 from cluster_tasks.tasks.fanout import asking, best_node, search_here, search_nodes, shares_for
 from cluster_tasks.tasks.llm import conversation
 from cluster_tasks.tasks.queries import fitting
 from cluster_tasks.tasks.ready_made import ready_made
+from cluster_tasks.tasks.reranking import Reranking, reranking_of
 from cluster_tasks.tasks.retrieval import mode_of
 
 NO_PASSAGES = "no_passages"
@@ -41,14 +43,16 @@ def answer(
     allow_degraded: bool = True,
     mode: Mode | None = None,
     cache: CacheUse = None,
+    rerank: Rerank = None,
+    candidates: int | None = None,
     **extra: Any,
 ) -> dict[str, Any]:
     """Answer a question from the ``k`` passages of a collection that fit it best among those that match ``where``.
 
     Returns what ``llm.generate`` returns and ``passages``, those that the model was given, as ``retrieval.search``
     returns them. If nothing matches, the model is not asked: ``text`` is empty and ``finish_reason`` is
-    ``no_passages``. Fails as the jobs it is made of do. ``cache`` is theirs, too, and ``mode`` that of the search:
-    ``"text"`` embeds nothing.
+    ``no_passages``. Fails as the jobs it is made of do. ``cache`` and ``allow_degraded`` are theirs, too, and ``mode``,
+    ``rerank`` and ``candidates`` those of the search: ``"text"`` embeds nothing.
 
     ``citations`` lists the passages that the answer cites, in the order in which it does: ``number`` (from 1, in
     ``passages``), ``id``, ``document`` (the id of the document), its ``heading``, ``page`` and ``start`` there, None
@@ -71,10 +75,12 @@ def answer(
     }
     steps = task.app.tasks
     asked = (collection, k, where, question, mode_of(mode, question))
+    reranking = reranking_of(rerank, candidates, k, allow_degraded)
+    options = {"rerank": reranking} if reranking else {}
     if mode == "text":
-        finding = [steps["rag.search"].s(None, *asked)]
+        finding = [steps["rag.search"].s(None, *asked, **options)]
     else:
-        finding = [steps[EMBED].s(question, cache=cache), steps["rag.search"].s(*asked)]
+        finding = [steps[EMBED].s(question, cache=cache), steps["rag.search"].s(*asked, **options)]
     replaced: dict[str, Any] = task.replace(chain(*finding, steps["rag.generate"].s(question, **sampling)))
     return replaced
 
@@ -88,8 +94,9 @@ def search_step(
     where: dict[str, Any] | None,
     question: str | None = None,
     mode: Mode = "vector",
+    rerank: Reranking | None = None,
 ) -> dict[str, Any]:
-    """Search for a question with the vector that ``embedding.embed`` returned, or without."""
+    """Search for a question with the vector that ``embedding.embed`` returned, or without, and rerank what is found."""
     vector, model = None, None
     if embedded is not None:
         vector, model = embedded["vectors"][0], embedded["model"]
@@ -97,7 +104,7 @@ def search_step(
             # What a node of older code embedded does not say whether it was kept.
             cached = embedded.get("cached", False)
             vector, model = fitting(task.app, collection, question, vector, model, cached=cached)
-    asked = asking(collection, k, where, mode, question, vector, model)
+    asked = asking(collection, k, where, mode, question, vector, model, rerank)
     if (shares := shares_for(task, collection, k)) is not None:
         return search_nodes(task, shares, asked)
     return search_here(task.app, asked)
@@ -120,12 +127,13 @@ def generate_step(
     from cluster_tasks.providers import ChatResult
     from cluster_tasks.tasks.citing import cited
 
+    searched = {key: found[key] for key in ("passages", "rerank") if key in found}
     passages = found["passages"]
     if not passages:
         nothing = ChatResult(text="", model=model or "", finish_reason=NO_PASSAGES, provider="")
-        return {**nothing.model_dump(mode="json"), "passages": [], "citations": [], "unknown_citations": []}
+        return {**nothing.model_dump(mode="json"), **searched, "citations": [], "unknown_citations": []}
     texts = [passage["text"] for passage in passages]
     # The job itself, run here and now.
     generate = task.app.tasks["llm.generate"]
     generated = generate(question, passages=texts, model=model, session_id=session_id, **sampling)
-    return {**generated, "passages": passages, **cited(generated, passages, sampling.get("response_format"))}
+    return {**generated, **searched, **cited(generated, passages, sampling.get("response_format"))}

@@ -17,6 +17,7 @@ from cluster_tasks.tasks.base import ClusterTask
 
 if TYPE_CHECKING:
     from cluster_tasks.gateway.fallbacks import ChatGateway
+    from cluster_tasks.gateway.rankings import RerankGateway
     from cluster_tasks.providers import EmbeddingProvider
     from cluster_tasks.shards.store import CollectionStore
 
@@ -78,6 +79,13 @@ class Backends:
         from cluster_tasks.gateway.fallbacks import embedding_gateway
 
         return embedding_gateway(self._settings, self._cluster.neighbourhood)
+
+    @cached_property
+    def reranker(self) -> RerankGateway:
+        """Who ranks what was found. Raises ConfigurationError."""
+        from cluster_tasks.gateway.rankings import rerank_gateway
+
+        return rerank_gateway(self._settings, self._cluster.neighbourhood)
 
     @cached_property
     def store(self) -> CollectionStore:

@@ -21,6 +21,7 @@ from cluster_tasks.tasks.arguments import (
     DeleteArguments,
     ListArguments,
     OptimizeArguments,
+    Rerank,
     SearchArguments,
 )
 from cluster_tasks.tasks.base import ClusterTask
@@ -38,6 +39,7 @@ from cluster_tasks.tasks.fanout import (
 from cluster_tasks.tasks.kept import kept_of
 from cluster_tasks.tasks.queries import query_vector
 from cluster_tasks.tasks.ready_made import backends_of, ready_made
+from cluster_tasks.tasks.reranking import Reranking, reranking_of
 
 OPTIMIZE_WITHIN_S = 3600.0
 """So long one job is let alone with a collection, and a job waits for its turn before it is not run any more."""
@@ -108,26 +110,31 @@ def _passage_ids(app: Celery, collection: str, document_ids: Collection[str]) ->
 def known_search(
     app: Celery, collection: str, query: str | None = None, vector: list[float] | None = None, k: int = 5,
     where: dict[str, Any] | None = None, mode: Mode | None = None, allow_partial: bool = False, cache: CacheUse = None,
+    rerank: Rerank = None, candidates: int | None = None, allow_degraded: bool = True,
 ) -> dict[str, Any] | None:  # fmt: skip
     """What was found before, in a collection that has not changed since."""
     if cache in (False, "refresh") or (kept := kept_of(app)) is None:
         return None
-    found: dict[str, Any] | None = kept.find_search(collection, [query, vector, k, where, mode_of(mode, query)])
+    reranking = reranking_of(rerank, candidates, k, allow_degraded)
+    identity = _identity(query, vector, k, where, mode_of(mode, query), reranking)
+    found: dict[str, Any] | None = kept.find_search(collection, identity)
     return _whole(found, allow_partial) if found else None
 
 
 def search_at_once(
     app: Celery, deadline: float | None, priority: int | None, collection: str, query: str | None = None,
     vector: list[float] | None = None, k: int = 5, where: dict[str, Any] | None = None, mode: Mode | None = None,
-    allow_partial: bool = False, cache: CacheUse = None,
+    allow_partial: bool = False, cache: CacheUse = None, rerank: Rerank = None, candidates: int | None = None,
+    allow_degraded: bool = True,
 ) -> Signature | None:  # fmt: skip
     """The jobs on the nodes that have the shards, where nothing has to be embedded before; else None."""
-    chosen = mode_of(mode, query)
+    chosen, reranking = mode_of(mode, query), reranking_of(rerank, candidates, k, allow_degraded)
     if (query is not None and chosen != "text") or (shares := shares_of(app, collection, k)) is None:
         return None
     kept = None if cache is False else kept_of(app)
-    ticket = kept.look_for_search(collection, [query, vector, k, where, chosen])[1] if kept else None
-    asked = asking(collection, k, where, chosen, query, vector, None)
+    identity = _identity(query, vector, k, where, chosen, reranking)
+    ticket = kept.look_for_search(collection, identity)[1] if kept else None
+    asked = asking(collection, k, where, chosen, query, vector, None, reranking)
     return jobs_of(app, shares, asked, deadline, priority, allow_partial=allow_partial, ticket=ticket)
 
 
@@ -145,6 +152,9 @@ def search(
     mode: Mode | None = None,
     allow_partial: bool = False,
     cache: CacheUse = None,
+    rerank: Rerank = None,
+    candidates: int | None = None,
+    allow_degraded: bool = True,
 ) -> dict[str, Any]:
     """Find the ``k`` documents that fit a query or a vector best, among those whose metadata match ``where``.
 
@@ -159,6 +169,13 @@ def search(
     to be compared within one search only, in ``"text"``; in ``"hybrid"`` the sum of 1 / (60 + rank) over both rankings,
     which says nothing of how well a passage fits: whoever wants a least score asks for ``"vector"``.
 
+    With ``rerank`` so many ``candidates`` are searched for (five for each that is wanted, 25 at least and 1,000 at
+    most), and the ``k`` best of them chosen by a reranking model: that of the settings, else ``local-mmr``, if it is
+    True; one of another name; ``local-mmr``, which only parts what repeats itself, if it is ``"local"``. Passages then
+    have a ``rerank_score``, by which they are ordered, and the result ``rerank``: ``provider``, ``model``, ``degraded``
+    and ``degraded_reason``. Where no model is available the order of the search remains, and ``rerank_score`` is None;
+    with ``allow_degraded=False`` the job fails as ``llm.generate`` does.
+
     Fails with CollectionNotFound, and with CollectionMismatch if the collection was made with another embedding model
     or the vector has another dimension.
 
@@ -170,27 +187,27 @@ def search(
     with StoreUnavailable or SearchIncomplete. With ``allow_partial`` the rest is searched, and ``missing`` lists the
     numbers of such shards.
     """
-    chosen = mode_of(mode, query)
-    key = [query, vector, k, where, chosen]
+    chosen, reranking = mode_of(mode, query), reranking_of(rerank, candidates, k, allow_degraded)
+    identity = _identity(query, vector, k, where, chosen, reranking)
     kept = None if cache is False else kept_of(task.app)
 
     def asked() -> Asked:
         if query is None or chosen == "text":
-            return asking(collection, k, where, chosen, query, vector, None)
+            return asking(collection, k, where, chosen, query, vector, None, reranking)
         made, model = query_vector(task.app, collection, query, cache)
-        return asking(collection, k, where, chosen, query, made, model)
+        return asking(collection, k, where, chosen, query, made, model, reranking)
 
     def here() -> dict[str, Any]:
         return search_here(task.app, asked(), allow_partial=allow_partial)
 
     if (shares := shares_for(task, collection, k)) is not None:
-        found, ticket = kept.look_for_search(collection, key) if kept else (None, None)
+        found, ticket = kept.look_for_search(collection, identity) if kept else (None, None)
         if found is not None and cache != "refresh":
             return _whole(found, allow_partial)
         return search_nodes(task, shares, asked(), allow_partial=allow_partial, ticket=ticket)
     if kept is None or allow_partial:
         return {**here(), "cached": False}
-    found = kept.search(collection, key, here, cache)
+    found = kept.search(collection, identity, here, cache)
     return {"cached": False, **found}
 
 
@@ -255,6 +272,14 @@ def list_documents(
         "documents": [whole.model_dump(mode="json") for whole in found],
         "next": found[-1].id if len(found) == limit else None,
     }
+
+
+def _identity(
+    query: str | None, vector: list[float] | None, k: int, where: dict[str, Any] | None, mode: Mode,
+    reranking: Reranking | None,
+) -> list[Any]:  # fmt: skip
+    """What decides what a search finds in a collection."""
+    return [query, vector, k, where, mode, reranking]
 
 
 def _forget_searches(app: Celery, collection: str) -> None:

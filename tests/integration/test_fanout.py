@@ -88,6 +88,17 @@ def test_what_nodes_find_is_merged_to_what_one_would_have_found(
     assert whole == {**found, "missing": []}
 
 
+@pytest.mark.parametrize("mode", ["text", "hybrid"])
+def test_what_nodes_find_is_ranked_when_it_is_merged(app: Celery, mode: Mode) -> None:
+    asked: Asked = {**ask(mode), "rerank": {"model": "local", "candidates": 20, "allow_degraded": True}}
+    found = merged(app, asked, part(app, asked, 0, 3), part(app, asked, 1, 2))
+    assert found == {**search_here(app, asked), "cached": False}
+    assert len(found["passages"]) == 7
+    assert found["rerank"]["model"] == "local-mmr"
+    stale = part(app, asked, 0, 1, generation=GENERATION + 1)
+    assert merged(app, asked, stale, part(app, asked, 2, 3)) == found
+
+
 def test_a_part_that_fails_fails_the_search_unless_a_partial_result_will_do(app: Celery, tmp_path: Path) -> None:
     asked = ask("hybrid")
     hide(app, tmp_path, 2)

@@ -26,11 +26,14 @@ from cluster_tasks.providers import (
     EmbeddingProvider,
     EmbeddingRequest,
     HashEmbeddings,
+    RerankProvider,
+    RerankRequest,
     chat_provider,
     embedding_provider,
+    rerank_provider,
 )
 from cluster_tasks.settings import ClusterSettings
-from cluster_tasks.testing import CHAT_PATH, EMBEDDINGS_PATH, FakeOpenAI
+from cluster_tasks.testing import CHAT_PATH, EMBEDDINGS_PATH, RERANK_PATH, FakeOpenAI
 from tests.waiting import wait_until
 
 KEY = "sk-very-secret"
@@ -72,6 +75,17 @@ def embeddings(server: FakeOpenAI) -> Iterator[EmbeddingProvider]:
         {"embedding_base_url": server.base_url, "embedding_model": "fake-embedding", "embedding_api_key": KEY}
     )
     provider = embedding_provider(settings)
+    yield provider
+    provider.close()
+
+
+@pytest.fixture
+def reranker(server: FakeOpenAI) -> Iterator[RerankProvider]:
+    settings = ClusterSettings.model_validate(
+        {"rerank_base_url": server.base_url, "rerank_model": "fake-rerank", "rerank_api_key": KEY,
+         "provider_max_retries": 1}
+    )  # fmt: skip
+    provider = rerank_provider(settings)
     yield provider
     provider.close()
 
@@ -143,6 +157,65 @@ def test_embeddings_are_float32_in_the_order_of_the_texts(server: FakeOpenAI, em
     assert np.array_equal(result.vectors, HashEmbeddings().embed(request).vectors)
     assert (result.model, result.provider, result.usage.total_tokens) == ("fake-embedding", "openai", 4)
     assert server.counts[EMBEDDINGS_PATH] == 1
+
+
+TEXTS = ("A cat sleeps.", "A hen lays eggs.", "An owl hoots at night.")
+
+
+def rank(query: str = "who lays eggs", top: int = 3, **given: Any) -> RerankRequest:
+    return RerankRequest(query=query, texts=TEXTS, scores=(0.9, 0.8, 0.7), top=top, **given)
+
+
+def test_texts_are_ranked_in_one_request(server: FakeOpenAI, reranker: RerankProvider) -> None:
+    result = reranker.rerank(rank(top=2))
+    assert [(each.index, each.score) for each in result.ranking] == [(1, pytest.approx(2 / 3)), (0, 0.0)]
+    assert (result.model, result.provider, result.usage.total_tokens) == ("fake-rerank", "rerank", 15)
+    body = {"model": "fake-rerank", "query": "who lays eggs", "documents": list(TEXTS), "top_n": 2}
+    assert server.requests[-1].body == body
+    assert server.requests[-1].headers["authorization"] == f"Bearer {KEY}"
+    assert reranker.rerank(rank(model="other")).model == "other"
+    assert server.counts[RERANK_PATH] == 2
+
+
+def test_a_ranking_is_ordered_by_its_scores_of_equals_as_the_search_did(
+    server: FakeOpenAI, reranker: RerankProvider
+) -> None:
+    server.rank([{"index": index, "relevance_score": score} for index, score in ((0, -1), (2, 0.5), (1, 0.5))])
+    assert [each.index for each in reranker.rerank(rank(top=2)).ranking] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("results", "reason"),
+    [
+        (None, "valid list"),
+        ("none", "valid list"),
+        ([{"index": 0, "relevance_score": 1.0}], "3 texts were wanted, 1 came"),
+        ([{"index": n, "relevance_score": 1.0} for n in (0, 1, 3)], "indexes are not those of 3 texts"),
+        ([{"index": n, "relevance_score": 1.0} for n in (0, 1, 1)], "indexes are not those of 3 texts"),
+        ([{"index": -1, "relevance_score": 1.0}], "greater than or equal to 0"),
+        ([{"index": 0, "relevance_score": float("nan")}], "finite number"),
+        ([{"index": 0, "score": 1.0}], "Field required"),
+        ([{"index": "0", "relevance_score": 1.0}], "valid integer"),
+    ],
+)
+def test_a_reply_that_is_no_ranking_is_refused_and_not_guessed_from(
+    results: Any, reason: str, server: FakeOpenAI, reranker: RerankProvider
+) -> None:
+    server.rank(results)
+    with pytest.raises(ProviderError, match=rf"the reply is no ranking: .*{reason}"):
+        reranker.rerank(rank())
+
+
+def test_a_reranker_is_repeated_and_unavailable_like_the_others(server: FakeOpenAI, reranker: RerankProvider) -> None:
+    server.fail(429, retry_after_s=SOON_S)
+    assert reranker.rerank(rank()).ranking
+    server.fail(503, times=2, retry_after_s=SOON_S)
+    with pytest.raises(ProviderUnavailable, match="503"):
+        reranker.rerank(rank())
+    server.fail(422, message="too many documents")
+    with pytest.raises(ProviderError, match=r"422.*too many documents"):
+        reranker.rerank(rank())
+    assert server.counts[RERANK_PATH] == 5
 
 
 def test_a_429_is_repeated_until_it_succeeds(server: FakeOpenAI, connect: Callable[..., ChatProvider]) -> None:

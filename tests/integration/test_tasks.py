@@ -29,7 +29,7 @@ from cluster_tasks.shards.database import Database
 from cluster_tasks.shards.indexes import WORDS
 from cluster_tasks.tasks import embedding, llm, rag, retrieval
 from cluster_tasks.tasks.llm import FROM_PASSAGES
-from cluster_tasks.testing import CHAT_PATH, EMBEDDINGS_PATH, FakeOpenAI
+from cluster_tasks.testing import CHAT_PATH, EMBEDDINGS_PATH, RERANK_PATH, FakeOpenAI
 from tests.integration.ready_made import ROOT, WITHIN_S, Run, log_of, node, sender
 from tests.servers import redis_for_results
 from tests.waiting import wait_until
@@ -87,6 +87,7 @@ def remote(broker: str, directory: Path, provider: FakeOpenAI) -> Iterator[Run]:
     settings = {
         "CLUSTER_LLM_BASE_URL": provider.base_url, "CLUSTER_LLM_MODEL": "fake-chat",
         "CLUSTER_EMBEDDING_BASE_URL": provider.base_url, "CLUSTER_EMBEDDING_MODEL": "fake-embedding",
+        "CLUSTER_RERANK_BASE_URL": provider.base_url, "CLUSTER_RERANK_MODEL": "fake-rerank",
         "CLUSTER_PROVIDER_MAX_RETRIES": "0",
     }  # fmt: skip
     with node(broker, "remote", directory, **settings) as app:
@@ -375,6 +376,32 @@ def test_a_model_gets_the_passages_as_numbered_context(remote: Run, provider: Fa
     assert question == {"role": "user", "content": "How many eggs does a hen lay?"}
     assert (body["temperature"], body["seed"]) == (0, 7)
     assert result["provider"] == "openai"
+
+
+def test_a_model_gets_the_passages_that_another_chose_and_its_markers_are_told_as_citations(
+    remote: Run, provider: FakeOpenAI
+) -> None:
+    manual = {"id": "manual", "text": "# Eggs\n\nA hen lays eggs.\n\n# Sleep\n\nA cat sleeps.\n"}
+    how = {"size": 30, "overlap": 0, "format": "markdown"}
+    remote("retrieval.add_documents", "manuals", [manual], split=how)
+    provider.reply("It sleeps [1]. It does not lay eggs [3].")
+    result = remote("rag.answer", "Does a cat sleep?", "manuals", k=1, rerank=True, candidates=2)
+    ranking = next(request for request in reversed(provider.requests) if request.path == RERANK_PATH)
+    assert (ranking.body["query"], len(ranking.body["documents"])) == ("Does a cat sleep?", 2)
+    assert [passage["id"] for passage in result["passages"]] == ["manual#1"]
+    assert result["rerank"]["model"] == "fake-rerank"
+    assert result["citations"] == [
+        {
+            "number": 1, "id": "manual#1", "document": "manual", "heading": "Sleep", "page": None,
+            "start": manual["text"].index("# Sleep"),
+            "spans": [{"start": 0, "end": 14, "passage_start": None, "passage_end": None}],
+        }
+    ]  # fmt: skip
+    assert result["unknown_citations"] == [3]
+    # The whole of it ends as the search does.
+    provider.fail(503)
+    with pytest.raises(ProviderUnavailable, match="503"):
+        remote("retrieval.search", "manuals", "a cat", mode="text", rerank=True, allow_degraded=False)
 
 
 def test_without_a_passage_no_model_is_asked(remote: Run, provider: FakeOpenAI) -> None:

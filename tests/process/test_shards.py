@@ -15,6 +15,7 @@ from cluster_tasks.cluster import cluster_of
 from cluster_tasks.errors import StoreUnavailable
 from cluster_tasks.shards.placement import Shard
 from cluster_tasks.tasks.kept import Embedded, kept_of
+from cluster_tasks.testing import RERANK_PATH, FakeOpenAI
 from tests.process.accounts import END_S
 from tests.process.nodes import WorkerProcess, running
 from tests.process.sites import COUNT, SHARDS, WORDS, Site, of_a_thread, searching, site_on
@@ -77,17 +78,50 @@ def test_where_one_node_has_all_shards_a_search_is_one_job_there(site: Site) -> 
         assert received("retrieval.search", holder, other)[0] == 10
 
 
-def test_small_nodes_answer_questions_over_shards_of_others_without_waiting_for_each_other(site: Site) -> None:
+@pytest.mark.parametrize("options", [{}, {"rerank": "local"}], ids=["as found", "reranked"])
+def test_small_nodes_answer_questions_over_shards_of_others_without_waiting_for_each_other(
+    site: Site, options: dict[str, str]
+) -> None:
     nodes = [site.new_node(name, pool="solo", slots=1) for name in "ab"]
     with running(*nodes):
         site.fill()
         site.wait_until_ready(1, nodes=2)
-        asked = [site.send("rag.answer", f"Where does the {word} live?", "docs") for word in WORDS]
+        asked = [site.send("rag.answer", f"Where does the {word} live?", "docs", **options) for word in WORDS]
         for word, answer in zip(WORDS, [each.get(timeout=END_S) for each in asked], strict=True):
             assert len(answer["passages"]) == 5
             assert word in answer["passages"][0]["text"]
             assert [each["id"] for each in answer["citations"]][:1] == [answer["passages"][0]["id"]]
+            assert ("rerank" in answer) == bool(options)
         assert sum(received(PARTS, *nodes)) == 2 * len(WORDS)
+
+
+def test_what_nodes_found_waits_in_redis_for_a_reranker_without_room(site: Site) -> None:
+    with FakeOpenAI() as server:
+        limited = {
+            "CLUSTER_RERANK_BASE_URL": server.base_url, "CLUSTER_RERANK_MODEL": "fake-rerank",
+            "CLUSTER_RERANK_REQUESTS_PER_MINUTE": "1", "CLUSTER_PROVIDER_WAIT_S": "0", "NO_PROXY": "127.0.0.1",
+        }  # fmt: skip
+        nodes = [site.new_node(name, pool="solo", slots=1, **limited) for name in "ab"]
+        with running(*nodes):
+            site.fill()
+            site.wait_until_ready(1, nodes=2)
+            search = partial(site.send, "retrieval.search", "docs", mode="text", rerank=True, k=3)
+            assert len(search("the otter of house 5").get(timeout=END_S)["passages"]) == 3
+            waiting = search("the raven of house 6")
+            wait_until(lambda: delayed_tasks(site) == ["retrieval.merge"], END_S)
+            assert site.ids("docs", "otter", mode="text"), "it keeps no slot"
+            # Room and its time come at once.
+            cluster = site.cluster
+            cluster.client.delete(cluster.keys.limits(f"rerank:fake-rerank@{server.base_url}"))
+            for member in cluster.client.zrange(cluster.keys.delayed, 0, -1):
+                cluster.client.zadd(cluster.keys.delayed, {member: 0}, xx=True)
+            assert "raven" in waiting.get(timeout=END_S)["passages"][0]["text"]
+            assert server.counts[RERANK_PATH] == 2
+            assert sum(received(PARTS, *nodes)) == 6
+
+
+def delayed_tasks(site: Site) -> list[str]:
+    return [job.payload["headers"]["task"] for job in site.cluster.delayed()]
 
 
 def test_a_shard_that_cannot_be_read_fails_a_search_unless_a_part_will_do(site: Site, tmp_path: Path) -> None:

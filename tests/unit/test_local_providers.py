@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,11 @@ from cluster_tasks.providers import (
     EmbeddingResult,
     ExtractiveChat,
     HashEmbeddings,
+    MarginalRelevance,
+    RerankRequest,
     chat_provider,
     embedding_provider,
+    rerank_provider,
 )
 from cluster_tasks.settings import ClusterSettings
 
@@ -200,22 +204,68 @@ def test_a_prompt_without_a_user_message_is_refused() -> None:
         ExtractiveChat().chat(ChatRequest(messages=({"role": "system", "content": "be kind"},), passages=("A.",)))
 
 
+REPEATED = (
+    "Backups run at two in the morning.",
+    "Backups run at two in the morning, every day.",
+    "Logs are kept for a week.",
+    "The weather is fine.",
+)
+
+
+def ranked(scores: tuple[float, ...], texts: tuple[str, ...] = REPEATED, top: int = 9) -> list[tuple[int, Any]]:
+    request = RerankRequest(query="backups?", texts=texts, scores=scores, top=top)
+    return [(rank.index, rank.score) for rank in MarginalRelevance().rerank(request).ranking]
+
+
+def test_what_repeats_a_better_text_comes_behind_what_says_something_else() -> None:
+    found = ranked((0.9, 0.89, 0.8, 0.1))
+    assert [index for index, _ in found] == [0, 2, 1, 3]
+    assert found[0][1] == pytest.approx(MarginalRelevance.balance)
+    assert ranked((0.9, 0.89, 0.8, 0.1), top=2) == found[:2]
+
+
+def test_what_has_nothing_in_common_is_ranked_as_the_search_did() -> None:
+    texts = ("Zebras.", "Computing!", "Why now?")
+    assert [index for index, _ in ranked((30.0, 20.0, -5.0), texts)] == [0, 1, 2]
+    assert ranked((7.0,), texts[:1]) == [(0, pytest.approx(MarginalRelevance.balance))]
+
+
+@given(st.lists(st.tuples(st.text(max_size=9), st.floats(-1e6, 1e6)), min_size=1, max_size=8), st.integers(1, 9))
+def test_every_text_has_one_place_and_scores_never_rise(found: list[tuple[str, float]], top: int) -> None:
+    texts, scores = zip(*found, strict=True)
+    ranking = ranked(scores, texts, top)
+    assert len({index for index, _ in ranking}) == len(ranking) == min(top, len(texts))
+    assert all(before >= after - 1e-6 for (_, before), (_, after) in pairwise(ranking))
+
+
+def test_a_request_to_rank_has_a_score_for_each_text() -> None:
+    with pytest.raises(ValidationError, match="2 texts have 1 scores"):
+        RerankRequest(query="a", texts=("b", "c"), scores=(1.0,), top=1)
+
+
 def test_another_model_is_not_silently_replaced() -> None:
     with pytest.raises(ConfigurationError, match="CLUSTER_LLM_BASE_URL"):
         ExtractiveChat().chat(ask("cats", "Cats purr.", model="gpt-large"))
     with pytest.raises(ConfigurationError, match="CLUSTER_EMBEDDING_BASE_URL"):
         HashEmbeddings().embed(EmbeddingRequest(texts=("a",), model="big-embedding"))
+    with pytest.raises(ConfigurationError, match="CLUSTER_RERANK_BASE_URL"):
+        MarginalRelevance().rerank(RerankRequest(query="a", texts=("b",), scores=(1.0,), top=1, model="big-reranker"))
 
 
 def test_without_settings_the_providers_are_local() -> None:
     assert chat_provider(ClusterSettings()).name == "local-extractive"
     assert embedding_provider(ClusterSettings()).name == "local-hash"
+    assert rerank_provider(ClusterSettings()).name == "local-mmr"
 
 
-@pytest.mark.parametrize("key", ["llm_model", "llm_api_key"])
-def test_a_model_or_key_without_a_url_is_an_error(key: str) -> None:
-    with pytest.raises(ConfigurationError, match=f"CLUSTER_{key.upper()} is set but CLUSTER_LLM_BASE_URL is not"):
-        chat_provider(ClusterSettings.model_validate({key: "given"}))
+@pytest.mark.parametrize(
+    ("key", "provider"),
+    [("llm_model", chat_provider), ("llm_api_key", chat_provider), ("rerank_model", rerank_provider)],
+)
+def test_a_model_or_key_without_a_url_is_an_error(key: str, provider: Any) -> None:
+    purpose = key.partition("_")[0].upper()
+    with pytest.raises(ConfigurationError, match=f"CLUSTER_{key.upper()} is set but CLUSTER_{purpose}_BASE_URL is not"):
+        provider(ClusterSettings.model_validate({key: "given"}))
 
 
 @pytest.mark.parametrize(
