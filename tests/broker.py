@@ -14,7 +14,7 @@ from celery import Celery
 from cluster_tasks.broker.epochs import EpochTable
 from cluster_tasks.broker.message import Placement, place_message
 from cluster_tasks.broker.message import job_of as job_named
-from cluster_tasks.broker.placement import Crash, Placer, fetching_script, let_go_arguments
+from cluster_tasks.broker.placement import Crash, Placer, Why, fetching_script, let_go_arguments
 from cluster_tasks.failover.evacuation import Evacuation
 from cluster_tasks.keys import ANY_TYPE, Keys, priority_suffixes
 from cluster_tasks.redis_store import connect, text
@@ -118,8 +118,8 @@ class Broker:
         self, node_id: str, epoch: str, moved: Sequence[tuple[str, Placement]], crash: Crash | None = None
     ) -> int:
         """Give back what an epoch holds."""
-        keys = self.keys
-        return self.placer.move_held(keys.unacked(node_id, epoch), keys.not_started(node_id, epoch), moved, crash)
+        source, not_started = self.keys.unacked(node_id, epoch), self.keys.not_started(node_id, epoch)
+        return self.placer.move_held(source, not_started, moved, Why.REQUEUE, crash)
 
     def listed(self, queue: str) -> list[str]:
         """The jobs of a list, the next one first, more urgent ones before others."""

@@ -18,7 +18,7 @@ from typing import Any
 import redis
 
 from cluster_tasks.broker.message import Delivery, Placement, job_of, replace_message
-from cluster_tasks.broker.placement import Crash, Placer
+from cluster_tasks.broker.placement import Crash, Placer, Why
 from cluster_tasks.broker.sequels import parse_attempt
 from cluster_tasks.clock import Clock
 from cluster_tasks.keys import ANY_TYPE, Keys
@@ -315,7 +315,7 @@ class Deliveries:
             if acked:
                 self._placer.let_go(unacked, acked)
             for tag, (placement, crash) in returned.items():
-                self._placer.move_held(unacked, not_started, [(tag, placement)], crash)
+                self._placer.move_held(unacked, not_started, [(tag, placement)], Why.REQUEUE, crash)
             for tag, message in unreadable.items():
                 self._placer.set_aside_held(unacked, tag, message)
         except redis.RedisError as exc:

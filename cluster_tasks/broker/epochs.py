@@ -194,6 +194,7 @@ class EpochTable:
         names = [keys.epochs, keys.beats, keys.serves, keys.draining, keys.backlog, keys.idle, keys.fenced]
         names += [keys.unacked(node_id, epoch), keys.remains_unacked(node_id, epoch), keys.bell(node_id)]
         names += [keys.tasks, keys.suspects_held, keys.slot_limits, keys.lost(node_id), keys.events]
+        names.append(keys.counters)
         arguments: list[str | float] = [queue, epoch, counter, f"{node_id}/{epoch}", ending]
         arguments += [keys.remains(node_id, epoch), LOST_LIVES_S if ending is Ending.LOST else 0]
         arguments += [MAX_EVENTS, len(suffixes), *suffixes, *chain(*event.items())]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from enum import StrEnum
 from typing import Any, cast
 
 import redis
@@ -16,6 +17,8 @@ from cluster_tasks.keys import Keys
 from cluster_tasks.redis_store import RememberedScript, load_script, script_source, text
 
 _PACKAGE = "cluster_tasks.broker"
+MOVED = "moved_"
+"""What the counters of moved jobs begin with; a Why follows."""
 UNDECODABLE_KEPT = 1_000
 """How many messages that nobody could read are kept for inspection."""
 CRASHES_LIVE_S = 7 * 24 * 3600
@@ -42,6 +45,28 @@ def let_go_arguments(keys: Keys, done: Mapping[str, str]) -> list[str]:
         for tag, job_id in done.items()
         for part in (tag, *((keys.terminal(job_id), keys.kept_end(job_id)) if job_id else ("", "")))
     ]
+
+
+class Why(StrEnum):
+    """Why jobs are moved that had a place: what they are counted under."""
+
+    FAILOVER = "failover"
+    """Their node was lost."""
+    DRAIN = "drain"
+    """Their node takes nothing new, or leaves."""
+    EJECTION = "ejection"
+    """Their node does its jobs worse than the others."""
+    REBALANCE = "rebalance"
+    """Their list was too long."""
+    ORPHAN = "orphan"
+    """They were found where no epoch stands."""
+    REQUEUE = "requeue"
+    """Their node could not run or end them, and gave them back."""
+
+    @property
+    def counter(self) -> str:
+        """Its field among the counters."""
+        return f"{MOVED}{self.value}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,19 +138,20 @@ class Placer:
         return cast(int, self._follow(names, [*arguments, *placement.arguments()])) >= 0
 
     def move_held(
-        self, source: str, not_started: str, held: Iterable[tuple[str, Placement]], crash: Crash | None = None
-    ) -> int:
+        self, source: str, not_started: str, held: Iterable[tuple[str, Placement]], why: Why,
+        crash: Crash | None = None,
+    ) -> int:  # fmt: skip
         """Move deliveries out of the hash ``source``; return how many were still there.
 
         Those whose tags are not in the set ``not_started`` are charged with ``crash``, if there was one.
         """
         keys = self._keys
-        arguments: list[Any] = [keys.bell_prefix, str(crash or ""), CRASHES_LIVE_S]
+        arguments: list[Any] = [keys.bell_prefix, str(crash or ""), CRASHES_LIVE_S, why.counter]
         for tag, placement in held:
             kind = placement.request_type
             arguments += [tag, placement.queue, placement.waiting, keys.suspect_queue(kind)]
             arguments += [keys.crashes(placement.job_id or tag), kind, placement.suffix, placement.message]
-        return cast(int, self._move_held([*self.index, source, not_started], arguments))
+        return cast(int, self._move_held([*self.index, source, not_started, keys.counters], arguments))
 
     def let_go(self, source: str, done: Mapping[str, str]) -> None:
         """Let go of deliveries of the hash ``source`` that are done: the ids of their jobs by tag, '' for none."""
@@ -140,10 +166,11 @@ class Placer:
         arguments = [self._keys.bell_prefix, job_id, *placement.arguments()]
         return bool(self._unquarantine([*self.index, self._keys.quarantine, self._keys.quarantined], arguments))
 
-    def move_listed(self, source: str, queue: str, listed: Sequence[Placement]) -> int:
+    def move_listed(self, source: str, queue: str, listed: Sequence[Placement], why: Why) -> int:
         """Move the head of the list ``source``, part of ``queue`` in the index; return how many were moved."""
         arguments = [part for placement in listed for part in placement.arguments()]
-        return cast(int, self._move_listed([*self.index, source], [self._keys.bell_prefix, queue, *arguments]))
+        names = [*self.index, source, self._keys.counters]
+        return cast(int, self._move_listed(names, [self._keys.bell_prefix, queue, why.counter, *arguments]))
 
     def move_newest(self, source: str, queue: str, first: int, listed: Sequence[Placement]) -> list[str]:
         """Move messages out of the list ``source``, part of ``queue`` in the index; return where those went that were.
@@ -151,7 +178,8 @@ class Placer:
         They come in the order in which they would be fetched; the last one was at the index ``first`` when it was read.
         """
         arguments = [part for placement in listed for part in placement.arguments()]
-        targets: Any = self._move_newest([*self.index, source], [self._keys.bell_prefix, queue, first, *arguments])
+        names, counter = [*self.index, source, self._keys.counters], Why.REBALANCE.counter
+        targets: Any = self._move_newest(names, [self._keys.bell_prefix, queue, first, counter, *arguments])
         return [text(target) for target in targets]
 
     def keep_undecodable(self, message: bytes) -> None:

@@ -10,7 +10,7 @@ from typing import Any, cast
 import redis
 
 from cluster_tasks.broker.message import Placement, replace_message
-from cluster_tasks.broker.placement import Crash, Placer
+from cluster_tasks.broker.placement import Crash, Placer, Why
 from cluster_tasks.errors import BrokerUnavailable
 from cluster_tasks.keys import BOUND, Keys, node_suffixes, priority_suffixes
 from cluster_tasks.redis_store import foreign_errors, text
@@ -46,15 +46,16 @@ class Evacuation:
         keys = self._keys
         with foreign_errors(BrokerUnavailable, f"evacuating {node_id}"):
             not_started = keys.not_started(node_id, epoch)
-            moved = Moved(self._move_hash(keys.remains_unacked(node_id, epoch), not_started, crash))
-            moved += Moved(listed=self._move_lists(keys.remains(node_id, epoch)))
+            why = Why.DRAIN if crash is None else Why.FAILOVER
+            moved = Moved(self._move_hash(keys.remains_unacked(node_id, epoch), not_started, why, crash))
+            moved += Moved(listed=self._move_lists(keys.remains(node_id, epoch), why))
             self._client.delete(not_started)
         return moved
 
     def hand_over(self, node_id: str) -> Moved:
         """Move the list of a node that drains; what it holds stays with it."""
         with foreign_errors(BrokerUnavailable, f"handing over the list of {node_id}"):
-            return Moved(listed=self._move_lists(self._keys.node_queue(node_id)))
+            return Moved(listed=self._move_lists(self._keys.node_queue(node_id), Why.DRAIN))
 
     def hand_back(
         self, node_id: str, epoch: str, crash: Crash | None = None, tags: Collection[str] | None = None
@@ -67,13 +68,14 @@ class Evacuation:
             source, not_started = self._keys.unacked(node_id, epoch), self._keys.not_started(node_id, epoch)
             held: dict[bytes, bytes] = cast(Any, self._client.hgetall(source))
             taken = {tag: held[tag] for tag in held if tags is None or text(tag) in tags}
-            return Moved(self._move_chunk(source, not_started, taken, crash))
+            return Moved(self._move_chunk(source, not_started, taken, Why.DRAIN, crash))
 
     def hand_over_unbound(self, node_id: str) -> Moved:
         """Move the list of a node that may not take from it; what no other node can run stays."""
         with foreign_errors(BrokerUnavailable, f"handing over the list of {node_id}"):
             queue = self._keys.node_queue(node_id)
-            return Moved(listed=sum(self._move_list(queue, suffix) for suffix in priority_suffixes()))
+            moved = (self._move_list(queue, suffix, Why.EJECTION) for suffix in priority_suffixes())
+            return Moved(listed=sum(moved))
 
     def move_orphans(self) -> Moved:
         """Move what belongs to no epoch that stands, and forget what no table of epochs knows any more.
@@ -99,30 +101,32 @@ class Evacuation:
                 node_id, _, epoch = name.rpartition("/")
                 if standing.get(keys.node_queue(node_id)) != epoch:
                     not_started = keys.not_started(node_id, epoch)
-                    moved += Moved(self._move_hash(keys.unacked(node_id, epoch), not_started, None))
+                    moved += Moved(self._move_hash(keys.unacked(node_id, epoch), not_started, Why.ORPHAN))
                     self._client.delete(not_started)
                     self._client.srem(keys.opened, name)
             for queue in queues:
                 node_id = keys.node_of(queue) or ""
                 if node_id and keys.node_queue(node_id) not in standing:
-                    moved += Moved(listed=self._move_lists(keys.node_queue(node_id)))
+                    moved += Moved(listed=self._move_lists(keys.node_queue(node_id), Why.ORPHAN))
         return moved
 
-    def _move_hash(self, source: str, not_started: str, crash: Crash | None) -> int:
+    def _move_hash(self, source: str, not_started: str, why: Why, crash: Crash | None = None) -> int:
         moved = 0
         while self._client.hlen(source):
             scan = self._client.hscan_iter(source, count=CHUNK)
             while chunk := dict(islice(scan, CHUNK)):
-                moved += self._move_chunk(source, not_started, chunk, crash)
+                moved += self._move_chunk(source, not_started, chunk, why, crash)
         return moved
 
-    def _move_chunk(self, source: str, not_started: str, chunk: dict[bytes, bytes], crash: Crash | None) -> int:
+    def _move_chunk(
+        self, source: str, not_started: str, chunk: dict[bytes, bytes], why: Why, crash: Crash | None
+    ) -> int:
         # Each goes to the front, so the one that was fetched first comes last.
         newest_first = sorted(chunk.items(), key=_fetched, reverse=True)
         # A crash tells as much; without one the message has to say that its job may have begun.
         idle: Any = self._client.smembers(not_started) if crash is None else chunk.keys()
         held = list(self._readable(source, newest_first, idle))
-        return self._placer.move_held(source, not_started, held, crash) if held else 0
+        return self._placer.move_held(source, not_started, held, why, crash) if held else 0
 
     def _readable(
         self, source: str, fields: Iterable[tuple[bytes, bytes]], idle: Collection[bytes]
@@ -133,10 +137,10 @@ class Evacuation:
             except ValueError:
                 self._placer.set_aside_held(source, tag, message)
 
-    def _move_lists(self, base: str) -> int:
-        return sum(self._move_list(base, suffix) for suffix in node_suffixes())
+    def _move_lists(self, base: str, why: Why) -> int:
+        return sum(self._move_list(base, suffix, why) for suffix in node_suffixes())
 
-    def _move_list(self, base: str, suffix: str) -> int:
+    def _move_list(self, base: str, suffix: str, why: Why) -> int:
         source, queue = base + suffix, base + (BOUND if suffix.startswith(BOUND) else "")
         moved = 0
         while messages := cast(list[bytes], self._client.lrange(source, -CHUNK, -1)):
@@ -147,7 +151,7 @@ class Evacuation:
                 except ValueError:
                     break
             if placements:
-                moved += self._placer.move_listed(source, queue, placements)
+                moved += self._placer.move_listed(source, queue, placements, why)
             else:
                 self._placer.set_aside_listed(source, queue, messages[-1])
         return moved

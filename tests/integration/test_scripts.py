@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import time
+from typing import Any
 
 import pytest
 
 from cluster_tasks.broker.delays import delayed_jobs
 from cluster_tasks.broker.epochs import Beat, Predecessor, Standing
 from cluster_tasks.broker.message import replace_message
-from cluster_tasks.broker.placement import UNDECODABLE_KEPT, Crash
-from cluster_tasks.redis_store import load_script
+from cluster_tasks.broker.placement import UNDECODABLE_KEPT, Crash, Why
+from cluster_tasks.redis_store import load_script, text
 from tests.broker import SUFFIXES, Broker, Fetched, job_of, make_message
 
 # place
@@ -387,6 +388,7 @@ def test_a_fence_puts_all_away_and_leaves_no_trace_of_the_node_but_that_it_was_l
     keys = {key.decode() for key in broker.client.scan_iter()}
     remains = broker.keys.remains("a", epoch)
     assert keys == {
+        broker.keys.counters,
         broker.keys.epoch_counter,
         broker.keys.fencing_token,
         broker.keys.opened,
@@ -466,10 +468,53 @@ def test_a_moved_list_stops_at_what_is_not_its_head(broker: Broker) -> None:
     for number in range(4):
         broker.publish(str(number), "a", "llm")
     placements = [replace_message(make_message(n, "llm"), broker.keys, delivered=False) for n in ("0", "1", "x", "2")]
-    assert broker.placer.move_listed("node.a", "node.a", placements) == 2
-    assert broker.placer.move_listed("node.a", "node.a", placements) == 0
+    assert broker.placer.move_listed("node.a", "node.a", placements, Why.DRAIN) == 2
+    assert broker.placer.move_listed("node.a", "node.a", placements, Why.DRAIN) == 0
     assert (broker.listed("node.a"), broker.waiting("llm")) == (["2", "3"], ["0", "1"])
     assert broker.epochs.lengths() == {"node.a": 2, "waiting.llm": 2}
+
+
+def counters(broker: Broker) -> dict[str, int]:
+    found: Any = broker.client.hgetall(broker.keys.counters)
+    return {text(name): int(number) for name, number in found.items()}
+
+
+def test_what_is_moved_is_counted_by_the_reason_in_the_step_that_moves_it(broker: Broker) -> None:
+    for node_id in ("a", "b"):
+        broker.open(node_id, "llm")
+    for number in range(3):
+        broker.publish(str(number), "a", "llm")
+    assert broker.evacuation.hand_over_unbound("a").listed == 3
+    broker.publish("late", "a", "llm")
+    broker.evacuation.hand_over("a")
+    broker.evacuation.hand_over("a")
+    assert counters(broker) == {"moved_ejection": 3, "moved_drain": 1}
+    message = make_message("4", "llm")
+    broker.put(message, "node.a")
+    placement = replace_message(message, broker.keys, delivered=False, queue="node.b")
+    for _ in range(2):
+        broker.placer.move_newest("node.a", "node.a", 0, [placement])
+    assert counters(broker)["moved_rebalance"] == 1
+
+
+def test_a_node_that_is_lost_is_counted_once_and_so_is_what_it_was_at_work_on(broker: Broker) -> None:
+    epoch = broker.open("a", "llm")
+    for number in range(3):
+        broker.publish(str(number), "a", "llm")
+    first, *_ = broker.fetch("a", epoch, want=2).messages
+    broker.placer.hold_back(broker.keys.unacked("a", epoch), broker.keys.not_started("a", epoch), [first])
+    for _ in range(2):
+        broker.epochs.fence("a", Beat(epoch, 0))
+        broker.evacuation.move_remains("a", epoch, Crash("a", epoch, "it died", 0.0))
+    assert counters(broker) == {"nodes_lost": 1, "crash_deliveries": 1, "moved_failover": 3}
+
+
+def test_a_node_that_leaves_is_not_counted_as_lost(broker: Broker) -> None:
+    epoch = broker.open("a", "llm")
+    broker.publish("job", "a", "llm")
+    broker.epochs.close("a", epoch)
+    broker.evacuation.move_remains("a", epoch)
+    assert counters(broker) == {"moved_drain": 1}
 
 
 def test_what_is_set_aside_leaves_its_list_and_the_index_once(broker: Broker) -> None:

@@ -4,7 +4,7 @@
 --
 -- KEYS     1 epochs, 2 beats, 3 serves, 4 draining, 5 backlog, 6 idle, 7 fenced epochs, 8 hash of its deliveries,
 --          9 new name of that hash, 10 its doorbell, 11 names of tasks, 12 suspects that nodes hold, 13 limits,
---          14 mark that it was lost, 15 events
+--          14 mark that it was lost, 15 events, 16 counters
 -- ARGV     1 list of the node, 2 epoch, 3 beat counter seen ('' for any), 4 field for the fenced epochs, 5 how it
 --          ends, 6 new name of the list, 7 seconds that the mark lives ('0': it was not lost), 8 events to keep,
 --          9 number of suffixes of all its lists; then the suffixes, and fields and values of the event (none: nothing
@@ -27,7 +27,10 @@ redis.call('SREM', KEYS[4], own)
 redis.call('ZREM', KEYS[5], own, own .. '.bound')
 redis.call('ZREM', KEYS[6], own)
 redis.call('DEL', KEYS[10])
-if ARGV[7] ~= '0' then redis.call('SET', KEYS[14], ARGV[2], 'EX', ARGV[7]) end
+if ARGV[7] ~= '0' then
+  redis.call('SET', KEYS[14], ARGV[2], 'EX', ARGV[7])
+  redis.call('HINCRBY', KEYS[16], 'nodes_lost', 1)
+end
 if ARGV[first_field] then
   redis.call('XADD', KEYS[15], 'MAXLEN', '~', ARGV[8], '*', unpack(ARGV, first_field))
 end
