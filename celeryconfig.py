@@ -67,6 +67,9 @@ cluster_drain_timeout_s = 30.0
 # cluster_roles = ["worker"]
 # cluster_address = None  # else the name of the host
 # cluster_port = 0
+# A coordinator serves the metrics of the cluster there: docs/metrics.md. 0: nowhere.
+# cluster_metrics_port = 0
+# cluster_metrics_host = "127.0.0.1"
 
 # --- What is the same for all ----------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ import redis
 from celery import Celery, signals
 from celery.app.routes import Router
 from kombu.utils.imports import symbol_by_name
+from prometheus_client.registry import Collector
 
 from cluster_tasks.balancing import create_balancer
 from cluster_tasks.breaker import BreakerPolicy
@@ -44,6 +45,9 @@ from cluster_tasks.failover.release import Release
 from cluster_tasks.gateway.guard import Neighbourhood
 from cluster_tasks.keys import Keys
 from cluster_tasks.locks import Locks, create_locks
+from cluster_tasks.metrics.collector import SCRAPE_S, ClusterCollector
+from cluster_tasks.metrics.in_flower import show_in_flower
+from cluster_tasks.metrics.snapshot import BrokerReader
 from cluster_tasks.model import Node, NodeEvent, NodeFilter, NodeStatus, check_node_id
 from cluster_tasks.redis_store import (
     CONNECT_TIMEOUT_S,
@@ -107,6 +111,7 @@ class Cluster:
         }  # fmt: skip
         register_control_tasks(app, duties)
         signals.worker_init.connect(self._check_runtime, weak=False)
+        show_in_flower(app, lambda: self.metrics)
         if app.configured:
             self._configure()
             self.settings  # noqa: B018 - a wrong setting is refused here, where it is set
@@ -241,6 +246,24 @@ class Cluster:
             self.epochs, self.evacuation, self.events, self.keys, self.clock, policy, settings.ejection_slow_factor,
             self.registry.list,
         )  # fmt: skip
+
+    @cached_property
+    def metrics(self) -> Collector:
+        """What Prometheus is told of the whole cluster; does I/O when it is scraped.
+
+        Coordinators and Flower serve it. For an app of yours that is scraped:
+        ``prometheus_client.REGISTRY.register(cluster.metrics)``.
+        """
+        settings = self.settings
+        client = connect(
+            self._broker_url, sentinel_master=settings.sentinel_master, health_check_interval=0,
+            socket_timeout=SCRAPE_S, socket_connect_timeout=SCRAPE_S,
+        )  # fmt: skip
+        breaker = BreakerPolicy(timeout_s=settings.breaker_timeout_s)
+        cache = self.caches.sums if settings.cache_url is not None else None
+        return ClusterCollector(
+            settings.lease_s, BrokerReader(client, self.keys, breaker).read, self.registry.list, cache
+        )
 
     @cached_property
     def assignments(self) -> AssignmentTable:

@@ -345,6 +345,20 @@ class Keys:
         """Hash of counters, such as ``stale_commits``."""
         return f"{self.name}:counters"
 
+    @property
+    def job_counts(self) -> str:
+        """Hash ``<request type> <what> …`` → number: how the jobs of all nodes ended; see ``metrics.counts``."""
+        return f"{self.name}:job_counts"
+
+    def node_counts(self, node_id: str) -> str:
+        """The same of one node, with what it holds and the last batch that it told."""
+        return f"{self.name}:node_counts:{check_node_id(node_id)}"
+
+    @property
+    def provider_counts(self) -> str:
+        """Hash ``<outcome> <provider>`` → number of requests."""
+        return f"{self.name}:provider_counts"
+
 
 def node_suffixes() -> tuple[str, ...]:
     """Return what follows the name of a node's list in those of all its lists, both kinds and every priority."""

@@ -188,6 +188,10 @@ class ClusterSettings(BaseSettings):
     """Where alerts are posted as JSON; None: they are events and lines of the log only."""
     alert_secret: SecretStr | None = None
     """Signs what is posted; None: it is not signed."""
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Where a coordinator serves the metrics of the cluster; 0: nowhere."""
+    metrics_host: str = "127.0.0.1"
+    """The address that it listens on. There is no password."""
     flower_password: SecretStr | None = None
     """Of the user ``cluster`` of the Flower that ``cluster-tasks up`` starts; None: who is on this machine may look."""
 

@@ -15,8 +15,10 @@ from cluster_tasks.broker.epochs import Beat, Predecessor, Standing
 from cluster_tasks.broker.placement import Crash
 from cluster_tasks.cluster import Cluster
 from cluster_tasks.errors import BrokerUnavailable, NodeNameTaken, NodeNotFound
+from cluster_tasks.metrics.counts import Teller
 from cluster_tasks.model import Load, Node, NodeStatus
 from cluster_tasks.redis_store import foreign_errors
+from workers.counting import counts
 from workers.executions import Executions
 from workers.heartbeat import HeartbeatProcess
 from workers.load import outcomes
@@ -90,6 +92,9 @@ class NodeAgent:
             self._duties.append(Periodic("ejection", self._settings.health_check_s, self._judge))
         # On a thread of its own: neither how long it takes nor its failure is any matter to those who watch.
         self._duties.append(Periodic("shards", self._settings.heartbeat_s, self._plan_shards))
+        self._teller = Teller(cluster.client, cluster.keys, node.id, counts)
+        if executions is not None:
+            self._duties.append(Periodic("counts", self._settings.heartbeat_s, self._tell_counts))
         if deliveries is not None:
             outcomes.alarm = self._alarm
             self._duties.append(Periodic("revocations", self._settings.heartbeat_s, self._learn_revocations))
@@ -171,6 +176,8 @@ class NodeAgent:
                 self._alerts.stop()
         # The heartbeat may have found itself fenced, and have begun another epoch, just before.
         self._give_back(in_good_order)
+        if self.beats:
+            self._tell_counts()
 
     def _give_back(self, in_good_order: bool) -> None:
         epoch, self._node = self._node.epoch, self._node.model_copy(update={"epoch": ""})
@@ -312,6 +319,11 @@ class NodeAgent:
         if (now_s := self._cluster.clock.monotonic()) - self._reaped_s > REAP_EVERY_S:
             self._reaped_s = now_s
             self._cluster.health.reap()
+
+    def _tell_counts(self) -> None:
+        if self._executions is not None:
+            held = {**dict.fromkeys(self._node.serves, 0), **self._executions.by_type()}
+            self._teller.tell(held, self._cluster.clock.monotonic())
 
     def _make_known(self, node: Node) -> None:
         # A record of an earlier epoch would take the report for its own.

@@ -252,6 +252,7 @@ def describe_coordinator(cluster: Cluster, hostname: str) -> Node:
         id=hostname,
         name=hostname.partition("@")[0],
         address=cluster.settings.address or socket.gethostname(),
+        port=cluster.settings.metrics_port,
         roles=frozenset({NodeRole.MASTER}),
         capacity=Capacity(max_connections=0, max_threads=0),
         metadata=cluster.settings.metadata,

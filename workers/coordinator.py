@@ -13,6 +13,7 @@ from cluster_tasks.tasks.control import CHECK_HEALTH, OPTIMIZE, REBALANCE
 from workers.agent import NodeAgent
 from workers.bootsteps import NodeStep, ResyncStep, describe_coordinator, join
 from workers.load import measure
+from workers.serving import MetricsServer
 
 
 class CoordinatorStep(bootsteps.StartStopStep):  # type: ignore[misc]
@@ -25,15 +26,19 @@ class CoordinatorStep(bootsteps.StartStopStep):  # type: ignore[misc]
         super().__init__(worker, **options)
         cluster = cluster_of(worker.app)
         self._agent = NodeAgent(cluster, describe_coordinator(cluster, worker.hostname), None, lambda: measure(0))
+        settings = cluster.settings
+        self._metrics = MetricsServer(cluster.metrics, settings.metrics_host, settings.metrics_port)
         self._beat = beat.EmbeddedService(worker.app, thread=True, scheduler_cls=beat.Scheduler)
 
     def start(self, worker: Any) -> None:
         join(self._agent)
         self._beat.start()
+        self._metrics.start()
 
     def stop(self, worker: Any) -> None:
         self._beat.stop()
         self._agent.stop()
+        self._metrics.stop()
 
     terminate = stop
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
 from typing import Any
 
 from celery.concurrency.prefork import TaskPool as PreforkPool
 from celery.worker import state
 
+from workers.counting import type_of
 from workers.request import ClusterRequest
 
 
@@ -35,6 +37,10 @@ class Executions:
     def tags(self) -> set[str]:
         """The deliveries that are with the pool, run or not."""
         return {_tag(request) for request in _requests()} - {""}
+
+    def by_type(self) -> Counter[str]:
+        """How many jobs of the cluster are here, by request type: with the pool, or waiting for it."""
+        return Counter(type_of(request.task) for request in _requests() if _tag(request))
 
     def foreign(self) -> list[str]:
         """The ids of jobs that came from queues that are not the cluster's and have not ended."""

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from copy import copy
+from datetime import datetime
 from functools import cache, partial
 from traceback import format_exception
 from typing import Any
@@ -39,6 +40,8 @@ from cluster_tasks.errors import (
     StaleCommit,
     UnavailableError,
 )
+from cluster_tasks.metrics.counts import Outcome
+from workers.counting import counts, type_of, waited_s
 from workers.load import outcomes
 
 logger = logging.getLogger(__name__)
@@ -58,6 +61,9 @@ class ClusterRequest(Request):  # type: ignore[misc]
     _letting_go: Callable[[], None] | None = None
     _accepted_s: float | None = None
     _erred = False
+    _outcome: Outcome | None = Outcome.SUCCEEDED
+    """How it ends, as far as is known; None: not here."""
+    _due: datetime | None = None
 
     def __init__(self, message: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(message, *args, **kwargs)
@@ -65,7 +71,8 @@ class ClusterRequest(Request):  # type: ignore[misc]
         if node is None or self._delivery is None:
             return
         # It has waited in Redis until its time came; the task still reads the time in its own request.
-        self._was_delayed, self._eta = self._eta is not None, None
+        self._due, self._eta = self._eta, None
+        self._was_delayed = self._due is not None
         # Celery puts its own in a subclass.
         self.on_success = self._on_outcome
         if not self._task.acks_late:
@@ -100,6 +107,7 @@ class ClusterRequest(Request):  # type: ignore[misc]
                 return not super().revoked()
             if any(attempt > attempt_of(self._context) for attempt in past.attempts):
                 # It is on its way as its own retry or replacement.
+                self._outcome = None
                 task_ready(self)
                 self.acknowledge()
                 return False
@@ -142,10 +150,12 @@ class ClusterRequest(Request):  # type: ignore[misc]
         with self._letting_go_last():
             self.acknowledge()
             if error is None:
+                self._outcome = None
                 complete(self._task.backend, self._context)
                 node.forget(self.id)
                 return
             self._failed = True
+            self._outcome = Outcome.QUARANTINED if isinstance(error, QuarantinedError) else Outcome.FAILED
             try:
                 raise error
             except ClusterError:
@@ -199,6 +209,7 @@ class ClusterRequest(Request):  # type: ignore[misc]
             self._on_end_not_stored(exc)
             return None
         self._failed, self._erred = not isinstance(exc, Retry | Ignore), not isinstance(exc, Ignore)
+        self._outcome = _outcome_of(exc)
         if isinstance(exc, WorkerLostError | SystemExit | KeyboardInterrupt):
             self._charge(str(exc) or repr(exc), exc_info.traceback or "")
         with self._letting_go_last():
@@ -209,6 +220,8 @@ class ClusterRequest(Request):  # type: ignore[misc]
 
     def _success_was_stored(self) -> Any:
         stored = super()._success_was_stored()
+        if stored:
+            self._outcome = Outcome.SUCCEEDED
         if stored and self._delivery is not None:
             # Celery takes the job for done, but its process may have died before it told its chord.
             complete(self._task.backend, self._context)
@@ -250,10 +263,13 @@ class ClusterRequest(Request):  # type: ignore[misc]
         if self._is_over():
             return
         self._failed = self._erred = not soft
+        if not soft:
+            self._outcome = Outcome.FAILED
         with self._letting_go_last():
             super().on_timeout(soft, timeout)
 
     def _announce_revoked(self, *args: Any) -> None:
+        self._outcome = Outcome.REVOKED
         with self._letting_go_last():
             super()._announce_revoked(*args)
         self._already_revoked = True
@@ -302,6 +318,7 @@ class ClusterRequest(Request):  # type: ignore[misc]
 
     def _on_refused(self, exc: StaleCommit) -> None:
         logger.warning("job %s[%s]: %s", self.name, self.id, exc)
+        self._outcome = Outcome.REFUSED
         self._letting_go = self._letting_go or self.acknowledge
         # Who ended it elsewhere may not know what follows: one who revoked it does not.
         with suppress(StaleCommit):
@@ -313,8 +330,19 @@ class ClusterRequest(Request):  # type: ignore[misc]
             return
         if not self.acknowledged:
             outcomes.record(not self._failed)
+            self._count()
             self._record_run()
         super().acknowledge()
+
+    def _count(self) -> None:
+        if self._delivery is None or self._outcome is None:
+            return
+        kind, started_s = type_of(self._task), self._accepted_s
+        if started_s is None:
+            counts.ended(kind, self._outcome)
+        else:
+            waited = waited_s(self._message.properties, self._due, started_s)
+            counts.ended(kind, self._outcome, time.monotonic() - started_s, waited)
 
     def _record_run(self) -> None:
         node, delivery = deliveries.current(), self._delivery
@@ -326,7 +354,15 @@ class ClusterRequest(Request):  # type: ignore[misc]
         if self._is_ending:
             self._letting_go = partial(self.reject, requeue)
             return
+        if not (requeue or self.acknowledged):
+            self._count()
         super().reject(requeue)
+
+
+def _outcome_of(error: BaseException) -> Outcome:
+    if isinstance(error, Retry):
+        return Outcome.RETRIED
+    return Outcome.REPLACED if isinstance(error, Ignore) else Outcome.FAILED
 
 
 def keeping_errors_in(task: Any) -> Callable[..., Any]:

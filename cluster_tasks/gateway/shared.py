@@ -52,7 +52,7 @@ class SharedBreaker:
     ) -> None:
         self._client, self._provider, self._policy, self._limits = client, provider, policy, limits
         self._longest_wait_s = longest_wait_s
-        self._keys = [keys.breaker(provider), keys.limits(provider)]
+        self._keys, self._counts = [keys.breaker(provider), keys.limits(provider)], keys.provider_counts
         self._admit, self._record = (load_script(client, __package__, name) for name in ("admit", "record"))
 
     def admit(self, tokens: int) -> Admission:
@@ -79,9 +79,9 @@ class SharedBreaker:
         lease = "" if permit.lease_until_s is None else f"{permit.lease_until_s:.3f}"
         with foreign_errors(BrokerUnavailable, f"telling the breaker of {self._provider}"):
             told = run_script(
-                self._client, self._record, self._keys,
+                self._client, self._record, [*self._keys, self._counts],
                 [outcome, permit.generation, lease, policy.failure_threshold, policy.success_threshold, policy.window,
-                 policy.window_s, policy.minimum_volume, admission.second, more],
+                 policy.window_s, policy.minimum_volume, admission.second, more, self._provider],
             )  # fmt: skip
         return Phase(text(told)) if told else None
 

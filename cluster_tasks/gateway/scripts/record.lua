@@ -1,14 +1,16 @@
 -- Take in how a request to a provider ended, as cluster_tasks/breaker.py does, and the tokens that it took.
 --
--- KEYS     1 breaker, 2 limits
+-- KEYS     1 breaker, 2 limits, 3 numbers of requests
 -- ARGV     1 outcome, 2 generation and 3 lease of the permit, 4 failure_threshold, 5 success_threshold, 6 window,
---          7 window_s, 8 minimum_volume, 9 second of the request or '', 10 tokens beyond those it had asked for
+--          7 window_s, 8 minimum_volume, 9 second of the request or '', 10 tokens beyond those it had asked for,
+--          11 provider
 -- Returns  'open' or 'closed' if this opened or closed the breaker, else ''
 
 local KEPT_S = 86400
 local clock = redis.call('TIME')
 local now = clock[1] + math.floor(clock[2] / 1000) / 1000
 
+redis.call('HINCRBY', KEYS[3], ARGV[1] .. ' ' .. ARGV[11], 1)
 if ARGV[9] ~= '' and ARGV[10] ~= '0' then
   local seconds = cjson.decode(redis.call('GET', KEYS[2]) or '[]')
   for _, entry in ipairs(seconds) do
