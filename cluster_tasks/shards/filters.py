@@ -1,4 +1,4 @@
-"""Metadata filters, compiled to the SQL that LanceDB evaluates before it ranks.
+"""Metadata filters, checked, and compiled to the SQL that LanceDB evaluates before it ranks.
 
 ``{"lang": "py", "year": {"gte": 2020, "lt": 2024}, "tag": {"in": ["a", "b"]}}`` matches the documents that
 meet all conditions. A document without the key, or with a value of another kind (text, number, truth value),
@@ -8,7 +8,7 @@ meets none on it but ``ne``. Text is ordered by code point.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from cluster_tasks.errors import InvalidArguments, did_you_mean
 from cluster_tasks.shards.documents import check_key, check_value, stored_key
@@ -23,14 +23,34 @@ MAX_CONDITIONS = 256
 _READERS = {"s": "json_get_string", "n": "json_get_float", "b": "json_get_bool"}
 
 
-def compile_where(where: Where) -> str:
-    """Return the SQL of ``where``; empty without conditions. Raises InvalidArguments that names the key."""
+class Condition(NamedTuple):
+    """What the metadata of a document must meet."""
+
+    key: str
+    operator: str
+    """One of OPERATORS."""
+    values: tuple[Any, ...]
+    """Text, numbers and truth values; one of them, but for ``in``."""
+
+
+def conditions_of(where: Where) -> list[Condition]:
+    """Return the conditions of ``where``. Raises InvalidArguments that names the key."""
     if not isinstance(where, Mapping):
         raise InvalidArguments(f"where: expected a mapping, got {where!r}")
     conditions = [_condition(key, name, operand) for key, name, operand in _flatten(where)]
     if len(conditions) > MAX_CONDITIONS:
         raise InvalidArguments(f"where: {len(conditions)} conditions, more than {MAX_CONDITIONS}")
-    return " AND ".join(conditions)
+    return conditions
+
+
+def compile_where(where: Where) -> str:
+    """Return the SQL of ``where``; empty without conditions. Raises InvalidArguments that names the key."""
+    return to_sql(conditions_of(where))
+
+
+def to_sql(conditions: Iterable[Condition]) -> str:
+    """Return the SQL that is true where all ``conditions`` are met; empty without any."""
+    return " AND ".join(map(_sql, conditions))
 
 
 def quote(text: str) -> str:
@@ -53,16 +73,16 @@ def _flatten(where: Where) -> Iterator[tuple[str, str, Any]]:
             yield key, name, operand
 
 
-def _condition(key: str, name: str, operand: Any) -> str:
+def _condition(key: str, name: str, operand: Any) -> Condition:
     try:
         check_key(key)
         if name == "in":
-            return _one_of(key, _elements(operand))
-        if name in ("eq", "ne"):
-            equal = _one_of(key, [check_value(operand)])
-            return equal if name == "eq" else f"NOT coalesce({equal}, false)"
-        if name in COMPARISONS:
-            return _compared(key, COMPARISONS[name], check_value(operand))
+            return Condition(key, name, tuple(_elements(operand)))
+        if name in OPERATORS:
+            value = check_value(operand)
+            if name in COMPARISONS and isinstance(value, bool):
+                raise TypeError("truth values have no order")
+            return Condition(key, name, (value,))
     except (TypeError, ValueError) as exc:
         raise InvalidArguments(f"where: {key!r}, {name!r}: {exc}") from None
     raise InvalidArguments(f"where: {key!r}: unknown operator {name!r}{did_you_mean(str(name), OPERATORS)}")
@@ -74,17 +94,19 @@ def _elements(operand: Any) -> list[Any]:
     return [check_value(element) for element in operand]
 
 
+def _sql(condition: Condition) -> str:
+    key, name, values = condition
+    if name in COMPARISONS:
+        return f"{_field(key, values[0])} {COMPARISONS[name]} {_literal(values[0])}"
+    equal = _one_of(key, values)
+    return f"NOT coalesce({equal}, false)" if name == "ne" else equal
+
+
 def _one_of(key: str, values: Iterable[Any]) -> str:
     literals: dict[str, list[str]] = {}
     for value in values:
         literals.setdefault(_field(key, value), []).append(_literal(value))
     return "(" + (" OR ".join(any_of(field, group) for field, group in literals.items()) or "false") + ")"
-
-
-def _compared(key: str, symbol: str, value: Any) -> str:
-    if isinstance(value, bool):
-        raise TypeError("truth values have no order")
-    return f"{_field(key, value)} {symbol} {_literal(value)}"
 
 
 def _field(key: str, value: Any) -> str:

@@ -32,6 +32,14 @@ def in_order(found: Iterable[R]) -> list[R]:
     return sorted(found, key=lambda each: (-each.score, each.id))
 
 
+def is_settled(found: Sequence[Ranked], limit: int, k: int) -> bool:
+    """Whether the first ``k`` of ``found``, the best first, are the best of a search that stopped at ``limit``.
+
+    If not, others as good as the k-th may lie beyond, in whatever order the engine has: the limit is to be widened.
+    """
+    return len(found) < limit or found[-1].score < found[k - 1].score
+
+
 def merge(rankings: Iterable[Iterable[R]], k: int) -> list[R]:
     """Return the ``k`` best of rankings whose scores mean the same, as of several shards."""
     return in_order(each for ranking in rankings for each in ranking)[:k]

@@ -41,6 +41,20 @@ def shard_of(document_id: str, shards: int) -> int:
     return int.from_bytes(digest, "big") % shards
 
 
+def check_fit(
+    collection: str, held: tuple[str, int], dimensions: int, embedding_model: str | None = None
+) -> None:  # fmt: skip
+    """Raise CollectionMismatch for vectors of another dimension or, if it is named, of another model.
+
+    ``held``: the model and the dimensions of the vectors that the collection holds.
+    """
+    if dimensions != held[1] or embedding_model not in (None, held[0]):
+        asked = f"{dimensions} dimensions" + (f" by {embedding_model!r}" if embedding_model else "")
+        raise CollectionMismatch(
+            f"collection {collection!r} holds vectors of {held[1]} dimensions by {held[0]!r}; got {asked}"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """A collection as it is stored: what its vectors are, and which tables hold its documents.
@@ -77,12 +91,7 @@ class Layout:
 
     def check_fit(self, dimensions: int, embedding_model: str | None = None) -> None:
         """Raise CollectionMismatch for vectors of another dimension or, if it is named, of another model."""
-        if dimensions != self.dimensions or embedding_model not in (None, self.embedding_model):
-            asked = f"{dimensions} dimensions" + (f" by {embedding_model!r}" if embedding_model else "")
-            raise CollectionMismatch(
-                f"collection {self.collection!r} holds vectors of {self.dimensions} dimensions by "
-                f"{self.embedding_model!r}; got {asked}"
-            )
+        check_fit(self.collection, (self.embedding_model, self.dimensions), dimensions, embedding_model)
 
 
 def generations(tables: Sequence[str], collection: str) -> dict[int, list[str]]:

@@ -1,67 +1,20 @@
-"""What is searched for, and how the tables of several shards are asked for it at once."""
+"""How the tables of several shards are asked at once for what is searched for."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Self, get_args
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
-from cluster_tasks.errors import InvalidArguments, did_you_mean
 from cluster_tasks.shards import tables
 from cluster_tasks.shards.database import Database
-from cluster_tasks.shards.documents import Candidates, Document, Mode, Passage
-from cluster_tasks.shards.filters import Where, compile_where
+from cluster_tasks.shards.documents import Candidates, Document, Passage
+from cluster_tasks.shards.filters import to_sql
 from cluster_tasks.shards.fusion import depth, merge, rank
+from cluster_tasks.shards.query import Query
 
 if TYPE_CHECKING:
     from lancedb.table import Table
-
-MAX_K = 10_000
-
-
-@dataclass(frozen=True, slots=True)
-class Query:
-    """What is searched for."""
-
-    mode: Mode
-    k: int
-    vector: NDArray[np.float32]
-    """Of length 1; empty where the mode needs none."""
-    text: str
-    condition: str
-    """SQL that documents must meet; empty: none."""
-
-    @classmethod
-    def of(
-        cls, vector: tables.Vectors | None, text: str | None, k: int, where: Where | None, mode: Mode | None
-    ) -> Self:
-        """Check what was asked for. ``mode`` None: what there is to search with decides. Raises InvalidArguments."""
-        if not 1 <= k <= MAX_K:
-            raise InvalidArguments(f"k={k} is not between 1 and {MAX_K}")
-        if mode is None:
-            mode = "hybrid" if vector is not None and text else "text" if vector is None else "vector"
-        if mode not in get_args(Mode):
-            raise InvalidArguments(f"unknown mode {mode!r}{did_you_mean(str(mode), get_args(Mode))}")
-        if mode != "text" and vector is None:
-            raise InvalidArguments(f"mode={mode!r} needs a vector")
-        if mode != "vector":
-            _check_text(mode, text)
-        array = np.zeros((1, 0)) if mode == "text" or vector is None else np.asarray(vector)[np.newaxis]
-        unit = array[0].astype(np.float32) if mode == "text" else tables.unit_rows(array, rows=1)[0]
-        return cls(mode, k, unit, text or "", compile_where(where or {}))
-
-
-def _check_text(mode: Mode, text: str | None) -> None:
-    if not text:
-        raise InvalidArguments(f"mode={mode!r} needs a text")
-    try:
-        text.encode()
-    except UnicodeEncodeError as exc:
-        raise InvalidArguments(f"text: {exc}") from None
 
 
 def best(database: Database, shards: Sequence[Table], query: Query) -> list[Passage]:
@@ -87,13 +40,13 @@ def _rankings(
     database: Database, shards: Sequence[Table], query: Query
 ) -> tuple[list[list[tables.Hit]], list[list[tables.Hit]]]:
     """Return what the vector finds in each table, and what the text does; nothing for what the mode leaves out."""
-    enough = depth(query.mode, query.k)
+    enough, condition = depth(query.mode, query.k), to_sql(query.conditions)
     asked: list[Callable[[], list[tables.Hit]]] = []
     if query.mode != "text":
-        asked += [partial(tables.nearest, table, query.vector, enough, query.condition) for table in shards]
+        asked += [partial(tables.nearest, table, query.vector, enough, condition) for table in shards]
     by_vector = len(asked)
     if query.mode != "vector":
-        asked += [partial(tables.matching, table, query.text, enough, query.condition) for table in shards]
+        asked += [partial(tables.matching, table, query.text, enough, condition) for table in shards]
     found = database.map(lambda search: search(), asked)
     return found[:by_vector], found[by_vector:]
 

@@ -17,8 +17,9 @@ from cluster_tasks.shards.indexes import optimize, warm
 from cluster_tasks.shards.layout import Layout, check_collection, check_shards
 from cluster_tasks.shards.layouts import SILENCE_S, Layouts
 from cluster_tasks.shards.making import clean, drop, make
+from cluster_tasks.shards.query import Query
 from cluster_tasks.shards.resharding import Resharding
-from cluster_tasks.shards.searching import Query
+from cluster_tasks.shards.vectors import Vectors, unit_rows
 from cluster_tasks.shards.writers import Writers
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class CollectionStore:
         return self._layouts.live(collection)
 
     def upsert(
-        self, collection: str, documents: Sequence[Document], vectors: tables.Vectors, embedding_model: str, *,
+        self, collection: str, documents: Sequence[Document], vectors: Vectors, embedding_model: str, *,
         new_shards: int | None = None, shards: Shards = None, generation: int | None = None,
     ) -> int:  # fmt: skip
         """Insert documents, or replace those of the same id; return how many, without those outside ``shards``.
@@ -78,7 +79,7 @@ class CollectionStore:
         check_collection(collection)
         if not documents:
             return 0
-        units = tables.unit_rows(vectors, rows=len(documents))
+        units = unit_rows(vectors, rows=len(documents))
         last = {document.id: row for row, document in enumerate(documents)}
         number = self._shards if new_shards is None else check_shards(new_shards)
         make(self._database, self._catalogue, collection, number, embedding_model, units.shape[1])
@@ -128,7 +129,7 @@ class CollectionStore:
         return self._layouts.write(collection, generation, write)
 
     def search(
-        self, collection: str, vector: tables.Vectors | None = None, k: int = 5, where: Where | None = None,
+        self, collection: str, vector: Vectors | None = None, k: int = 5, where: Where | None = None,
         embedding_model: str | None = None, *, text: str | None = None, mode: Mode | None = None,
         shards: Shards = None, generation: int | None = None,
     ) -> list[Passage]:  # fmt: skip
@@ -142,7 +143,7 @@ class CollectionStore:
         return self._ask(collection, query, embedding_model, shards, generation, searching.best)
 
     def candidates(
-        self, collection: str, vector: tables.Vectors | None = None, k: int = 5, where: Where | None = None,
+        self, collection: str, vector: Vectors | None = None, k: int = 5, where: Where | None = None,
         embedding_model: str | None = None, *, text: str | None = None, mode: Mode | None = None,
         shards: Shards = None, generation: int | None = None,
     ) -> Candidates:  # fmt: skip

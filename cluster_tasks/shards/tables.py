@@ -19,18 +19,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster_tasks.errors import InvalidArguments, StaleWriter
+from cluster_tasks.errors import StaleWriter
 from cluster_tasks.shards.documents import Document, decode_metadata, encode_metadata
-from cluster_tasks.shards.fusion import in_order
+from cluster_tasks.shards.fusion import in_order, is_settled
 from cluster_tasks.shards.indexes import INDEX_FROM, vector_indexes
+from cluster_tasks.shards.vectors import similarity
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from lancedb.query import LanceQueryBuilder, LanceVectorQueryBuilder
     from lancedb.table import Table
-
-Vectors = NDArray[np.floating[Any]]
-
 
 UNLOCKED = 0
 """The token of rows that were written without a lock: whoever has one may replace them."""
@@ -49,19 +47,6 @@ class Hit(NamedTuple):
     row_id: int
     table: Table
     """In the very version that was searched: row ids mean nothing in another."""
-
-
-def unit_rows(vectors: Vectors, rows: int) -> NDArray[np.float32]:
-    """Scale each row to length 1; a zero row stays zero. Raises InvalidArguments unless ``rows`` finite vectors."""
-    array = np.asarray(vectors, dtype=np.float64)
-    if array.ndim != 2 or len(array) != rows or not array.size:
-        raise InvalidArguments(f"vectors of shape {array.shape} do not give {rows} documents one vector each")
-    lengths = np.linalg.norm(array, axis=1, keepdims=True)
-    if not np.isfinite(lengths).all():
-        raise InvalidArguments("vectors must be finite")
-    units = np.zeros(array.shape, dtype=np.float32)
-    np.divide(array, lengths, out=units, where=lengths > 0, casting="same_kind")
-    return units
 
 
 def schema(dimensions: int, embedding_model: str) -> pa.Schema:
@@ -131,9 +116,8 @@ def nearest(table: Table, query: NDArray[np.float32], k: int, condition: str) ->
             search.bypass_vector_index()
         else:
             search.nprobes(PROBES).refine_factor(REFINED)
-        # Rounding takes it a little beyond.
         return [
-            Hit(min(1.0, max(-1.0, 1.0 - distance)), document_id, row_id, table)
+            Hit(similarity(1.0 - distance), document_id, row_id, table)
             for distance, document_id, row_id in _found(search, "_distance", limit, condition)
         ]
 
@@ -186,8 +170,7 @@ def _best(search: Callable[[int], list[Hit]], k: int) -> list[Hit]:
     limit = k + 1
     while True:
         hits = in_order(search(limit))
-        # Rows as good as the k-th may lie beyond the limit, in the order of their insertion: widen it past them.
-        if len(hits) < limit or hits[-1].score < hits[k - 1].score:
+        if is_settled(hits, limit, k):
             return hits[:k]
         limit *= 8
 

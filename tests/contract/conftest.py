@@ -1,10 +1,11 @@
-"""The registries that the contract suite runs against."""
+"""The registries and stores that the contract suites run against."""
 
 from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from cluster_tasks.keys import Keys
 from cluster_tasks.registry import MemoryRegistry, RedisRegistry, Registry, create_registry
 from cluster_tasks.registry.consul import ConsulRegistry
 from cluster_tasks.registry.etcd import EtcdRegistry
+from cluster_tasks.shards.store import CollectionStore
+from cluster_tasks.shards.vector_store import VectorStore
 from tests.consul_server import ConsulServer
 from tests.etcd_server import EtcdServer
 from workers.redis_server import RedisServer
@@ -50,6 +53,32 @@ IMPLEMENTATIONS: dict[str, Callable[[Clock, pytest.FixtureRequest], OpenRegistry
     "etcd": etcd,
     "consul": consul,
 }
+
+
+@contextmanager
+def lancedb(folder: Path, shards: int = 1) -> Iterator[VectorStore]:
+    yield CollectionStore(str(folder), shards)
+
+
+# Likewise.
+STORES: dict[str, Callable[[Path], AbstractContextManager[VectorStore]]] = {
+    "lancedb": lancedb,
+    "lancedb in three shards": partial(lancedb, shards=3),
+}
+
+
+@pytest.fixture(params=STORES)
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[VectorStore]:
+    """A store that is empty at first."""
+    with STORES[request.param](tmp_path / "data") as store:
+        yield store
+
+
+@pytest.fixture(scope="module", params=STORES)
+def any_store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VectorStore]:
+    """For the examples of one property, which need no new store each."""
+    with STORES[request.param](tmp_path_factory.mktemp("stores") / "data") as store:
+        yield store
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from cluster_tasks.app import JOBS as MODULES
 from cluster_tasks.errors import ClusterError, InvalidArguments
 from cluster_tasks.providers import ChatRequest
 from cluster_tasks.shards.layout import check_collection
-from cluster_tasks.shards.searching import MAX_K
+from cluster_tasks.shards.query import MAX_K
 from cluster_tasks.tasks import arguments, generate
 from cluster_tasks.tasks.base import validate_arguments
 
