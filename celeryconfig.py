@@ -116,6 +116,7 @@ cluster_drain_timeout_s = 30.0
 
 # Where collections live: every node that serves retrieval must reach it.
 # cluster_data_dir = "cluster-data"
+# cluster_vector_url = "qdrants://:APIKEY@vectors.example:6333"  # Qdrant instead: docs/collections.md.
 # cluster_shards = 1  # Of collections that are made from now on.
 # cluster_optimize_s = 300.0  # How often they are compacted; 0: never.
 # cluster_shard_replicas = 2  # nodes with the roles worker and cache that have each shard in memory: docs/retrieval.md

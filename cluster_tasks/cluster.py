@@ -342,10 +342,12 @@ class Cluster:
     def optimize_collections(self) -> bool:
         """Send the job that compacts all collections, unless that was done within ``optimize_s``, or no node runs it.
 
-        Returns whether it was sent. Raises UnavailableError.
+        An outside engine looks after its collections itself. Returns whether it was sent. Raises UnavailableError.
         """
         job, every_s = self.app.tasks.get("retrieval.optimize"), self.settings.optimize_s
-        if job is None or not every_s or not self.nodes(NodeFilter(request_type=job.request_type)):
+        if job is None or not every_s or self.settings.vector_url:
+            return False
+        if not self.nodes(NodeFilter(request_type=job.request_type)):
             return False
         # Of several coordinators one sends it.
         with foreign_errors(BrokerUnavailable, "claiming the compaction"):
@@ -355,8 +357,11 @@ class Cluster:
         return bool(ours)
 
     def plan_shards_in_turn(self) -> None:
-        """Assign shards to nodes, unless another process has just looked. Raises UnavailableError."""
-        if self.assignments.claim("plan", self.settings.heartbeat_s / 2):
+        """Assign shards to nodes, unless another process has just looked, or an outside engine has the collections.
+
+        Raises UnavailableError.
+        """
+        if not self.settings.vector_url and self.assignments.claim("plan", self.settings.heartbeat_s / 2):
             self.shard_manager.plan()
 
     def eject_outliers(self, *, at_once: bool = False) -> None:

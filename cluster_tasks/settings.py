@@ -28,6 +28,7 @@ from cluster_tasks.addresses.consul import SCHEME as CONSUL_SCHEME
 from cluster_tasks.addresses.consul import ConsulUrl, parse_consul_url
 from cluster_tasks.addresses.etcd import SCHEME as ETCD_SCHEME
 from cluster_tasks.addresses.etcd import EtcdUrl, parse_etcd_url
+from cluster_tasks.addresses.qdrant import parse_qdrant_url
 from cluster_tasks.addresses.redis import BROKER_SCHEMES, CACHE_CLUSTER_SCHEMES, checked_redis_url, parse_cluster_url
 from cluster_tasks.addresses.secret import SecretUrl, SecretWebhookUrl, masked
 from cluster_tasks.errors import ConfigurationError
@@ -254,6 +255,8 @@ class ClusterSettings(BaseSettings):
     """Of each process."""
     data_dir: str = "cluster-data"
     """Where collections live; every node that serves ``retrieval`` must reach it."""
+    vector_url: SecretUrl | None = None
+    """A Qdrant that keeps the collections, ``qdrant://HOST`` or, with TLS, ``qdrants://HOST``; None: ``data_dir``."""
     shards: Annotated[int, Field(ge=1, le=1024)] = 1
     """Of collections that are made from now on; those that exist keep theirs."""
     optimize_s: Annotated[float, Field(ge=0)] = 300.0
@@ -315,6 +318,13 @@ class ClusterSettings(BaseSettings):
             known = ", ".join(f"{name}://" for name in (*BROKER_SCHEMES, *CACHE_CLUSTER_SCHEMES))
             raise ValueError(f"expected a URL that begins with one of {known}")
         return SecretUrl(checked_redis_url(value.get_secret_value()))
+
+    @field_validator("vector_url", mode="after")
+    @classmethod
+    def _check_vector_url(cls, value: SecretUrl | None) -> SecretUrl | None:
+        if value is not None:
+            parse_qdrant_url(value.get_secret_value())
+        return value
 
     @field_validator("alert_url", mode="after")
     @classmethod

@@ -28,6 +28,9 @@ class Holding:
         cluster = self._cluster
         if NodeRole.CACHE not in cluster.settings.roles or SERVED not in cluster.served_types():
             return
+        if url := cluster.settings.vector_url:
+            logger.info("this node holds no shards: an outside engine has the collections, %s", url)
+            return
         try:
             self._store()
         except ConfigurationError as exc:
@@ -41,4 +44,4 @@ class Holding:
         self._steps.stop()
 
     def _store(self) -> WarmStore:
-        return backends_of(self._cluster.app).store
+        return backends_of(self._cluster.app).sharded

@@ -53,11 +53,12 @@ def shards(cluster: Cluster, as_json: bool) -> None:
 
     Holders are the nodes that are to have a shard in memory, the primary first; ready those that have it, and are asked
     first. A node that is ready and no holder has it until a new holder is ready. Rows are counted in the store, if
-    cluster_data_dir can be read from here.
+    cluster_data_dir can be read from here. With cluster_vector_url none of this is the cluster's, and it is refused.
 
     \b
     Example: celery -A cluster_tasks cluster shards --json
     """
+    backends_of(cluster.app).check_sharded()
     if click.get_current_context().invoked_subcommand is not None:
         return
     found = [row for name in sorted(cluster.assignments.divisions()) for row in _rows(cluster, name)]
@@ -85,7 +86,7 @@ def _rows(cluster: Cluster, collection: str) -> list[ShardRow]:
 
 def _count(cluster: Cluster, shard: Shard, generation: int) -> int | None:
     with suppress(ConfigurationError, StoreUnavailable, CollectionNotFound, LayoutChanged):
-        return backends_of(cluster.app).store.count(shard.collection, [shard.number], generation)
+        return backends_of(cluster.app).sharded.count(shard.collection, [shard.number], generation)
     return None
 
 
@@ -125,7 +126,7 @@ def split(cluster: Cluster, collection: str, number: int, as_json: bool) -> None
     \b
     Example: celery -A cluster_tasks cluster shards split docs 8
     """
-    layout = backends_of(cluster.app).store.split(collection, number)
+    layout = backends_of(cluster.app).sharded.split(collection, number)
     cluster.assignments.announce(collection, Division(layout.generation, layout.shards))
     cluster.events.add("collection split", collection=collection, shards=layout.shards)
     if as_json:

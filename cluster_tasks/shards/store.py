@@ -151,6 +151,10 @@ class CollectionStore:
         query = Query.of(vector, text, k, where, mode)
         return self._ask(collection, query, embedding_model, shards, generation, searching.candidates)
 
+    def check_fit(self, collection: str, dimensions: int, embedding_model: str) -> None:
+        """Raise CollectionMismatch for vectors of another dimension or model than the collection's."""
+        self._layouts.live(collection).check_fit(dimensions, embedding_model)
+
     def scan(
         self, collection: str, ids: Iterable[str] | None = None, where: Where | None = None, *,
         shards: Shards = None, generation: int | None = None,

@@ -49,6 +49,9 @@ class VectorStore(Protocol):
         vector's dimension, or its ``embedding_model`` if named, is not the collection's.
         """
 
+    def check_fit(self, collection: str, dimensions: int, embedding_model: str) -> None:
+        """Raise CollectionMismatch for vectors of another dimension or model than the collection's."""
+
     def scan(
         self, collection: str, ids: Iterable[str] | None = None, where: Where | None = None
     ) -> Iterator[tuple[str, dict[str, Any]]]:

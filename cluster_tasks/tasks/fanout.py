@@ -87,14 +87,20 @@ def asking(
 
 def best_node(app: Celery, collection: str, **_: Any) -> str | None:
     """The node that has all shards of a collection in memory; None: there is none, or all are as good."""
-    shares = cluster_of(app).shard_map.shares(collection)
+    shares = _assigned(app, collection)
     return next(iter(shares.of_nodes)) if shares is not None and len(shares.of_nodes) == 1 else None
 
 
 def shares_of(app: Celery, collection: str, k: int) -> Shares | None:
     """Say which nodes are to search a collection; None: one job is, anywhere."""
-    shares = cluster_of(app).shard_map.shares(collection) if k <= WIDE else None
+    shares = _assigned(app, collection) if k <= WIDE else None
     return shares if shares is not None and len(shares.of_nodes) > 1 else None
+
+
+def _assigned(app: Celery, collection: str) -> Shares | None:
+    cluster = cluster_of(app)
+    # An outside engine is asked by one job; what was assigned before is no more.
+    return None if cluster.settings.vector_url else cluster.shard_map.shares(collection)
 
 
 def shares_for(task: ClusterTask, collection: str, k: int) -> Shares | None:
@@ -129,18 +135,19 @@ def jobs_of(
 
 
 def search_here(app: Celery, asked: Asked, *, allow_partial: bool = False) -> dict[str, Any]:
-    """Search all shards in this process. Raises as ``CollectionStore.search`` and ``reranked`` do."""
+    """Search all of a collection in this process. Raises as ``VectorStore.search`` and ``reranked`` do."""
     return _reranked(app, asked, _found_here(app, asked, allow_partial=allow_partial))
 
 
 def _found_here(app: Celery, asked: Asked, *, allow_partial: bool) -> dict[str, Any]:
-    store = backends_of(app).store
+    backends = backends_of(app)
     try:
-        found = store.search(*_query(asked), text=asked["text"], mode=asked["mode"])
+        found = backends.store.search(*_query(asked), text=asked["text"], mode=asked["mode"])
     except StoreUnavailable:
-        if not allow_partial:
+        # Of an outside engine no part is known.
+        if not allow_partial or cluster_of(app).settings.vector_url:
             raise
-        layout = store.layout(asked["collection"])
+        layout = backends.sharded.layout(asked["collection"])
         candidates, failed = _one_by_one(app, asked, layout.generation, range(layout.shards))
         return {**_combined(asked, candidates), "missing": list(failed)}
     result = {"collection": asked["collection"], "passages": [passage.model_dump(mode="json") for passage in found]}
@@ -237,8 +244,9 @@ def _one_by_one(
 
 
 def _search(app: Celery, asked: Asked, generation: int, shards: Sequence[int]) -> Candidates:
-    store = backends_of(app).store
-    return store.candidates(
+    if cluster_of(app).settings.vector_url:
+        raise LayoutChanged(f"collection {asked['collection']!r} has no shards here any more")
+    return backends_of(app).sharded.candidates(
         *_query(asked), text=asked["text"], mode=asked["mode"], shards=shards, generation=generation
     )
 

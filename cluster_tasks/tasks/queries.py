@@ -27,7 +27,7 @@ def fitting(app: Celery, collection: str, query: str, vector: Any, model: str, *
     if not cached:
         return vector, model
     try:
-        backends_of(app).store.layout(collection).check_fit(len(vector), model)
+        backends_of(app).store.check_fit(collection, len(vector), model)
     except CollectionMismatch:
         made = embed_texts(app, [query], cache="refresh")
         return made.vectors[0], made.model

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 from celery import Celery, shared_task
 from celery.local import Proxy
 
-from cluster_tasks.errors import ProviderLimited
+from cluster_tasks.errors import ConfigurationError, ProviderLimited
 from cluster_tasks.tasks.apps import Configured, cluster_of, sending_app
 from cluster_tasks.tasks.base import ClusterTask
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from cluster_tasks.gateway.rankings import RerankGateway
     from cluster_tasks.providers import EmbeddingProvider
     from cluster_tasks.shards.store import CollectionStore
+    from cluster_tasks.shards.vector_store import VectorStore
 
 
 SPREAD_S, WIDEST_SPREAD_S = 5.0, 60.0
@@ -88,11 +89,30 @@ class Backends:
         return rerank_gateway(self._settings, self._cluster.neighbourhood)
 
     @cached_property
-    def store(self) -> CollectionStore:
-        """The collections. Raises ConfigurationError if LanceDB is not installed."""
+    def store(self) -> VectorStore:
+        """The collections. Raises ConfigurationError if what they are kept in is not installed."""
+        url = self._settings.vector_url
+        if url is None:
+            return self.sharded
+        from cluster_tasks.shards.qdrant import open_store
+
+        return open_store(url.get_secret_value())
+
+    @cached_property
+    def sharded(self) -> CollectionStore:
+        """The collections, where their shards are ours. Raises ConfigurationError as ``store`` does and otherwise."""
+        self.check_sharded()
         from cluster_tasks.shards.store import CollectionStore
 
         return CollectionStore(self._settings.data_dir, self._settings.shards, self._cluster.locks)
+
+    def check_sharded(self) -> None:
+        """Raise ConfigurationError if an outside engine has the collections, and with them their shards."""
+        if url := self._settings.vector_url:
+            raise ConfigurationError(
+                f"the collections are in an outside engine, {url}, which divides, places and copies them by itself: "
+                "their shards are its own matter"
+            )
 
 
 _backends: WeakKeyDictionary[Celery, Backends] = WeakKeyDictionary()

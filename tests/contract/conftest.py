@@ -15,10 +15,12 @@ from cluster_tasks.keys import Keys
 from cluster_tasks.registry import MemoryRegistry, RedisRegistry, Registry, create_registry
 from cluster_tasks.registry.consul import ConsulRegistry
 from cluster_tasks.registry.etcd import EtcdRegistry
+from cluster_tasks.shards.qdrant import open_store
 from cluster_tasks.shards.store import CollectionStore
 from cluster_tasks.shards.vector_store import VectorStore
 from tests.consul_server import ConsulServer
 from tests.etcd_server import EtcdServer
+from tests.qdrant_server import QdrantServer
 from workers.redis_server import RedisServer
 
 OpenRegistry = Callable[[], Registry]
@@ -60,10 +62,24 @@ def lancedb(folder: Path, shards: int = 1) -> Iterator[VectorStore]:
     yield CollectionStore(str(folder), shards)
 
 
+@contextmanager
+def qdrant_in_this_process(folder: Path) -> Iterator[VectorStore]:
+    with closing(open_store(f"qdrant://{folder}")) as store:
+        yield store
+
+
+@contextmanager
+def qdrant_server(folder: Path) -> Iterator[VectorStore]:
+    with QdrantServer() as server, closing(open_store(server.url)) as store:
+        yield store
+
+
 # Likewise.
 STORES: dict[str, Callable[[Path], AbstractContextManager[VectorStore]]] = {
     "lancedb": lancedb,
     "lancedb in three shards": partial(lancedb, shards=3),
+    "qdrant in this process": qdrant_in_this_process,
+    "qdrant over http": qdrant_server,
 }
 
 

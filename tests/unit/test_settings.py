@@ -247,6 +247,7 @@ def test_a_variable_that_a_platform_sets_is_tolerated(monkeypatch: pytest.Monkey
 def with_secrets() -> ClusterSettings:
     conf: dict[str, Any] = {f"cluster_{name}": f"redis://user:{SECRET}@host:6379/0" for name in URL_SETTINGS}
     conf |= {"cluster_llm_api_key": SECRET, "cluster_embedding_api_key": SECRET}
+    conf["cluster_vector_url"] = f"qdrants://:{SECRET}@host"
     return load({**conf, "cluster_llm_fallbacks": [{"base_url": f"http://a:{SECRET}@b/v1", "api_key": SECRET}]})
 
 
