@@ -52,11 +52,13 @@ def _rankings(
 
 
 def _read(database: Database, hits: Sequence[tables.Hit]) -> dict[str, Document]:
+    documents = {hit.id: hit.document for hit in hits if hit.document is not None}
     by_table: dict[int, list[tables.Hit]] = {}
     for hit in hits:
-        by_table.setdefault(id(hit.table), []).append(hit)
+        if hit.document is None:
+            by_table.setdefault(id(hit.table), []).append(hit)
     read = database.map(tables.read, by_table.values())
-    return {document.id: document for documents in read for document in documents}
+    return documents | {document.id: document for found in read for document in found}
 
 
 def _passage(document: Document, score: float) -> Passage:

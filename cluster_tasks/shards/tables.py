@@ -13,7 +13,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
@@ -30,10 +30,14 @@ if TYPE_CHECKING:
     from lancedb.query import LanceQueryBuilder, LanceVectorQueryBuilder
     from lancedb.table import Table
 
+DOCUMENT = ["id", "text", "metadata"]
+"""The columns of what was stored."""
 UNLOCKED = 0
 """The token of rows that were written without a lock: whoever has one may replace them."""
 PROBES = 40
 """Partitions of an index of vectors that a search reads."""
+AT_ONCE = 256
+"""So few hits are read whole by the search itself, in a tenth of the time that reading them afterwards takes."""
 REFINED = 3
 """So many times as many rows as are wanted are ranked by their exact vectors."""
 
@@ -47,6 +51,8 @@ class Hit(NamedTuple):
     row_id: int
     table: Table
     """In the very version that was searched: row ids mean nothing in another."""
+    document: Document | None
+    """None: ``read`` reads it."""
 
 
 def schema(dimensions: int, embedding_model: str) -> pa.Schema:
@@ -116,10 +122,8 @@ def nearest(table: Table, query: NDArray[np.float32], k: int, condition: str) ->
             search.bypass_vector_index()
         else:
             search.nprobes(PROBES).refine_factor(REFINED)
-        return [
-            Hit(similarity(1.0 - distance), document_id, row_id, table)
-            for distance, document_id, row_id in _found(search, "_distance", limit, condition)
-        ]
+        found = _found(table, search, "_distance", limit, condition)
+        return [hit._replace(score=similarity(1.0 - hit.score)) for hit in found]
 
     # Few rows that match may lie in other partitions than those near the query, and are soon read.
     is_exact = bool(condition and vector_indexes(table)) and table.count_rows(condition) < INDEX_FROM
@@ -149,20 +153,20 @@ def matching(table: Table, text: str, k: int, condition: str) -> list[Hit]:
 
     def search(limit: int) -> list[Hit]:
         words = MatchQuery(text, "text")  # type: ignore[call-arg]  # mypy does not see the defaults of its dataclass.
-        search = table.search(words, query_type="fts")
-        return [
-            Hit(score, document_id, row_id, table)
-            for score, document_id, row_id in _found(search, "_score", limit, condition)
-        ]
+        return _found(table, table.search(words, query_type="fts"), "_score", limit, condition)
 
     return _best(search, k)
 
 
-def _found(search: LanceQueryBuilder, score: str, limit: int, condition: str) -> Iterable[tuple[float, str, int]]:
+def _found(table: Table, search: LanceQueryBuilder, score: str, limit: int, condition: str) -> list[Hit]:
     if condition:
         search.where(condition, prefilter=True)
-    found = search.select(["id", score]).with_row_id(True).limit(limit).to_arrow()
-    return zip(*(found[name].to_pylist() for name in (score, "id", "_rowid")), strict=True)
+    columns = DOCUMENT if limit <= AT_ONCE else ["id"]
+    rows = search.select([*columns, score]).with_row_id(True).limit(limit).to_arrow().to_pylist()
+    return [
+        Hit(row[score], row["id"], row["_rowid"], table, _document(row) if columns is DOCUMENT else None)
+        for row in rows
+    ]
 
 
 def _best(search: Callable[[int], list[Hit]], k: int) -> list[Hit]:
@@ -176,14 +180,11 @@ def _best(search: Callable[[int], list[Hit]], k: int) -> list[Hit]:
 
 
 def read(hits: Sequence[Hit]) -> list[Document]:
-    """Return the documents of ``hits`` of one table, in their order."""
-    table = hits[0].table
-    found = table.take_row_ids([hit.row_id for hit in hits]).select(["id", "text", "metadata"]).to_list()
-    stored = {row["id"]: row for row in found}
-    # They were checked when they were stored.
-    return [
-        Document.model_construct(
-            id=hit.id, text=stored[hit.id]["text"], metadata=decode_metadata(stored[hit.id]["metadata"])
-        )
-        for hit in hits
-    ]
+    """Return the documents of ``hits`` of one table, in any order."""
+    found = hits[0].table.take_row_ids([hit.row_id for hit in hits]).select(DOCUMENT).to_list()
+    return list(map(_document, found))
+
+
+def _document(row: Mapping[str, Any]) -> Document:
+    # It was checked when it was stored.
+    return Document.model_construct(id=row["id"], text=row["text"], metadata=decode_metadata(row["metadata"]))
