@@ -11,9 +11,10 @@ from typing import Any
 
 from kombu import Queue
 
+from cluster_tasks import tracing
 from cluster_tasks.balancing import create_balancer
 from cluster_tasks.balancing.base import Balancer
-from cluster_tasks.broker.message import REQUEST_TYPE_PROPERTY, SENT_AT_PROPERTY
+from cluster_tasks.broker.message import REQUEST_TYPE_PROPERTY, SENT_AT_PROPERTY, STRATEGY_PROPERTY
 from cluster_tasks.clock import Clock
 from cluster_tasks.errors import ConfigurationError, UnavailableError
 from cluster_tasks.keys import Keys
@@ -113,7 +114,8 @@ class ClusterRouter:
         if not isinstance(strategy, str):
             raise ConfigurationError(f"the header {STRATEGY_HEADER} is the name of a strategy, not {strategy!r}")
         queue = self.place(request, strategy, task.preferred_node(args or (), kwargs or {}))
-        return {"queue": self._queue(queue), REQUEST_TYPE_PROPERTY: request_type, SENT_AT_PROPERTY: self._clock.time()}
+        route = {"queue": self._queue(queue), REQUEST_TYPE_PROPERTY: request_type, SENT_AT_PROPERTY: self._clock.time()}
+        return {**route, STRATEGY_PROPERTY: strategy} if tracing.is_on() else route
 
     def place(self, request: Request, strategy: str, preferred: str = "") -> str:
         """Return the queue for a request: the list of a node, or the waiting list if no node can take it now.

@@ -37,6 +37,7 @@ from workers.refusals import Refusals
 from workers.reports import keep_what_was_sent, read_to_the_end, sent_requests
 from workers.request import keeping_errors_in
 from workers.suspects import Suspects
+from workers.tracing import follow_jobs
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,7 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
         self._agent: NodeAgent | None = None
         self._pulse, self._holding = Pulse(), Holding(cluster, worker.hostname)
         worker.app.amqp.queues.select_add(cluster_queue(cluster.keys.node_queue(worker.hostname)))
+        follow_jobs()
         # In each child of prefork, before it is given a job; the other pools use the memory of this process.
         signals.worker_process_init.connect(self._warm)
         signals.worker_process_init.connect(self._hold)

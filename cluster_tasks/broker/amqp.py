@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import redis
@@ -11,7 +11,9 @@ from kombu.connection import Connection, ConnectionPool, PooledConnection
 from kombu.exceptions import OperationalError
 from kombu.transport import redis as stock
 
+from cluster_tasks import tracing
 from cluster_tasks.broker.channel import ClusterSentinelTransport, ClusterTransport, check_queue
+from cluster_tasks.broker.message import REQUEST_TYPE_PROPERTY, STRATEGY_PROPERTY
 from cluster_tasks.broker.sequels import FOLLOWS_PROPERTY, announce
 from cluster_tasks.errors import EndNotStored
 from cluster_tasks.keys import DEFAULT_NAME, Keys
@@ -65,6 +67,19 @@ class ClusterQueues(Queues):  # type: ignore[misc]
         return {*super().keys(), *self.lists_of_the_cluster()}
 
 
+def _facts(keys: Keys, message: Any, strategy: str, options: Mapping[str, Any]) -> tracing.Facts:
+    """What the span of a publish tells of the router's choice."""
+    queue = str(getattr(options["queue"], "name", options["queue"]))
+    return {
+        "messaging.operation.type": "send",
+        "messaging.message.id": message.headers["id"],
+        "messaging.destination.name": queue,
+        "cluster.strategy": strategy,
+        "cluster.node": keys.node_of(queue) or "",
+        "cluster.request_type": str(options.get(REQUEST_TYPE_PROPERTY)),
+    }
+
+
 class ClusterAMQP(AMQP):  # type: ignore[misc]
     """Celery's messaging over connections of the cluster; the router comes first, before the app's own routes."""
 
@@ -76,10 +91,18 @@ class ClusterAMQP(AMQP):  # type: ignore[misc]
         keys = Keys(app.conf.broker_transport_options.get("cluster_name", DEFAULT_NAME))
 
         def send_task_message(producer: Any, name: str, message: Any, **options: Any) -> Any:
+            strategy = options.pop(STRATEGY_PROPERTY, None)
             if queue := options.get("queue"):
                 # Before Kombu declares it, which leaves a key of its own.
                 check_queue(keys, getattr(queue, "name", queue))
             announce(app, message)
+            if strategy is None:
+                return send_once(producer, name, message, **options)
+            facts, headers = _facts(keys, message, strategy, options), dict(options.get("headers") or {})
+            with tracing.publishing(name, facts, headers):
+                return send_once(producer, name, message, **{**options, "headers": headers})
+
+        def send_once(producer: Any, name: str, message: Any, **options: Any) -> Any:
             if FOLLOWS_PROPERTY not in message.properties:
                 return send(producer, name, message, **options)
             # The work is done: it must not fail for an outage that its end can wait for.

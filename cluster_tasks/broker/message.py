@@ -17,6 +17,8 @@ from cluster_tasks.model import REQUEST_TYPE
 REQUEST_TYPE_PROPERTY = "request_type"
 SENT_AT_PROPERTY = "sent_at"
 """When a job was sent, in seconds since 1970, by the clock of whoever sent it. Nothing is decided by it."""
+STRATEGY_PROPERTY = "routed_by"
+"""Where a route says, for traces, which strategy made it. The message that is sent does not have it."""
 DELIVERY_PROPERTY = "cluster_delivery"
 """Where a delivered message says which delivery it is; see Delivery."""
 INTERRUPTED = "interrupted"

@@ -10,6 +10,7 @@ from typing import Protocol, TypeVar
 
 import redis
 
+from cluster_tasks import tracing
 from cluster_tasks.breaker import Breaker, BreakerPolicy, Outcome, Phase
 from cluster_tasks.clock import Clock
 from cluster_tasks.errors import BrokerUnavailable, CircuitOpen, ProviderError, ProviderUnavailable
@@ -61,6 +62,10 @@ class Guard:
         CircuitOpen and ProviderLimited without sending it, and what ``request`` raises: ProviderUnavailable alone
         counts against the provider, ProviderError says that it is there.
         """
+        with tracing.calling(self._provider):
+            return self._send(request, tokens, taken)
+
+    def _send(self, request: Callable[[], T], tokens: int, taken: Callable[[T], int]) -> T:
         admission, shared = self._admit(tokens)
         outcome, used, reason = Outcome.UNKNOWN, None, ""
         try:
