@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
 from datetime import UTC, datetime
 from typing import Any
 
@@ -23,7 +25,10 @@ from cluster_tasks.metrics.families import SPECS
 from cluster_tasks.metrics.snapshot import BrokerState, NodeState, ProviderState
 from cluster_tasks.model import Capacity, Load, Node, NodeStatus
 from tests.exposition import ROOT, Samples, asked_for, names, parse, value
+from tests.exposition import scrape as exported
 from workers.counting import waited_s
+from workers.redis_server import free_port
+from workers.serving import MetricsServer
 
 NOTHING = BrokerState(
     nodes={}, jobs={}, waiting={}, suspects={}, delayed=0, quarantined=0, undecodable=0, unfinished_failovers=0,
@@ -187,6 +192,35 @@ def test_a_value_that_cannot_be_read_takes_away_no_other_metric() -> None:
 
     told = scrape(broken)
     assert (value(told, "cluster_up"), value(told, "cluster_registry_up")) == (0, 1)
+
+
+# Serving
+
+
+def test_a_server_of_metrics_serves_them_and_frees_its_port() -> None:
+    port = free_port()
+    server = MetricsServer(ClusterCollector(3.0, lambda: NOTHING, list, None), "127.0.0.1", port)
+    server.stop()
+    for _ in range(2):
+        server.start()
+        assert value(exported(port), "cluster_up") == 1
+        server.stop()
+        server.stop()
+        with pytest.raises(OSError, match="refused"):
+            exported(port)
+
+
+def test_a_port_that_is_taken_and_an_address_that_is_none_end_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    metrics = ClusterCollector(3.0, lambda: NOTHING, list, None)
+    with closing(socket.socket()) as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        for host, port in (("127.0.0.1", taken.getsockname()[1]), ("no.such.host.invalid", free_port())):
+            server = MetricsServer(metrics, host, port)
+            server.start()
+            server.stop()
+    assert caplog.text.count("CLUSTER_METRICS_PORT") == 2
+    MetricsServer(metrics, "127.0.0.1", 0).start()
 
 
 # What is said of them
