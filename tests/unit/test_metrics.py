@@ -143,7 +143,8 @@ def test_a_snapshot_is_told_by_node_and_type() -> None:
     assert value(told, "cluster_breaker_state", provider="gpt", state="closed") == 0
     for name, labels in (("cluster_job_run_seconds", {}), ("cluster_node_job_run_seconds", {"node": "a"})):
         assert value(told, f"{name}_bucket", type="llm", le="0.01", **labels) == 2
-        assert value(told, f"{name}_bucket", type="llm", le="600.0", **labels) == 2
+        assert value(told, f"{name}_bucket", type="llm", le="120.0", **labels) == 2
+        assert value(told, f"{name}_bucket", type="llm", le="+Inf", **labels) == 3
         assert value(told, f"{name}_count", type="llm", **labels) == 3
         assert value(told, f"{name}_sum", type="llm", **labels) == 900
     assert not any(name == "cluster_node_queued_jobs" and ("node", "chief") in labels for name, labels in told)
