@@ -6,6 +6,7 @@ import logging
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property
 from threading import Event, RLock
 from time import sleep
@@ -31,6 +32,7 @@ from cluster_tasks.errors import (
     ClusterError,
     ConfigurationError,
     RegistryUnavailable,
+    UnavailableError,
 )
 from cluster_tasks.failover.alerts import AlertQueue, AlertSender, Webhook
 from cluster_tasks.failover.detector import Detector
@@ -48,7 +50,7 @@ from cluster_tasks.locks import Locks, create_locks
 from cluster_tasks.metrics.collector import SCRAPE_S, ClusterCollector
 from cluster_tasks.metrics.in_flower import show_in_flower
 from cluster_tasks.metrics.snapshot import BrokerReader
-from cluster_tasks.model import Node, NodeEvent, NodeFilter, NodeStatus, check_node_id
+from cluster_tasks.model import Node, NodeEvent, NodeFilter, NodeRole, NodeStatus, check_node_id
 from cluster_tasks.redis_store import (
     CONNECT_TIMEOUT_S,
     SOCKET_TIMEOUT_S,
@@ -320,6 +322,12 @@ class Cluster:
     def drain(self, node_id: str, epoch: str = "", *, timeout_s: float | None = None) -> Moved:
         """Place nothing new on a node and hand its list to the others; see ``Draining.drain``."""
         return self.draining.drain(node_id, epoch, timeout_s=timeout_s)
+
+    def refuse_coordinator(self, node_id: str) -> None:
+        """Raise ClusterError if a node is a coordinator: who asks for it to be drained means something else."""
+        with suppress(UnavailableError):  # Nodes are drained without discovery, too.
+            if any(master.id == node_id for master in self.nodes(NodeFilter(role=NodeRole.MASTER))):
+                raise ClusterError(f"{node_id} is a coordinator and runs no jobs: to end it, send it SIGTERM")
 
     def resume(self, node_id: str) -> None:
         """Let a draining node take jobs again. Raises NodeNotFound."""

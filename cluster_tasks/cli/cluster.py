@@ -6,7 +6,6 @@ A command is a function under ``@cluster.command()`` and ``@pass_cluster``; it l
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from math import inf
 from typing import Any
@@ -27,7 +26,7 @@ from cluster_tasks.cli.shards import shards
 from cluster_tasks.cli.summary import Summary, summarize
 from cluster_tasks.cli.tables import Cell, Column, moment, print_json, print_rows, printable
 from cluster_tasks.cluster import Cluster, cluster_of
-from cluster_tasks.errors import ClusterError, UnavailableError
+from cluster_tasks.errors import ClusterError
 from cluster_tasks.model import Node, NodeFilter, NodeRole, NodeStatus, check_node_id, check_request_type
 from cluster_tasks.runtime import check_runtime
 
@@ -194,7 +193,7 @@ def drain(cluster: Cluster, node: str, wait: bool, timeout: float | None, as_jso
     Example: celery -A cluster_tasks cluster drain gpu1 --timeout 60
     """
     node_id = node_id_of(cluster, node)
-    _refuse_coordinator(cluster, node_id)
+    cluster.refuse_coordinator(node_id)
     moved = cluster.drain(node_id, timeout_s=inf if wait and timeout is None else timeout)
     waited = wait or timeout is not None
     if as_json:
@@ -330,12 +329,6 @@ def cluster_of_or_new(app: Celery) -> Cluster:
         return cluster_of(app)
     except ClusterError:
         return Cluster(app)
-
-
-def _refuse_coordinator(cluster: Cluster, node_id: str) -> None:
-    with suppress(UnavailableError):  # Nodes are drained without discovery, too.
-        if any(master.id == node_id for master in cluster.nodes(NodeFilter(role=NodeRole.MASTER))):
-            raise ClusterError(f"{node_id} is a coordinator and runs no jobs: to end it, send it SIGTERM")
 
 
 def _hostname(_: click.Context, __: click.Parameter, value: str) -> str:

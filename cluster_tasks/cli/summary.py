@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster_tasks.broker.epochs import MAX_EVENTS
 from cluster_tasks.cluster import Cluster
 from cluster_tasks.failover.events import ClusterEvent
-from cluster_tasks.keys import ANY_TYPE, BOUND
-from cluster_tasks.model import Node, NodeRole, NodeStatus
-
-WORKING = (NodeStatus.ONLINE, NodeStatus.BUSY)
+from cluster_tasks.failover.problems import WORKING, problems
+from cluster_tasks.model import Node, NodeRole
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +53,7 @@ def summarize(cluster: Cluster) -> Summary:
     return Summary(
         cluster=cluster.settings.name,
         broker=str(cluster.settings.broker_url),
-        problems=list(_problems(cluster, working, coordinators, lists)),
+        problems=list(problems(cluster.keys, working, coordinators, lists)),
         nodes=dict(Counter("silent" if node.id in silent else node.status.value for node in workers)),
         coordinators=[node.id for node in coordinators if node.id not in silent],
         waiting=lists,
@@ -80,21 +78,6 @@ def _silent(cluster: Cluster, nodes: Sequence[Node]) -> Collection[str]:
         beats = cluster.epochs.beats()
         silent = {node_id for node_id in silent if beats.get(node_id) in (None, before.get(node_id))}
     return silent
-
-
-def _problems(
-    cluster: Cluster, working: Sequence[Node], coordinators: Sequence[Node], lists: Mapping[str, int]
-) -> Iterator[str]:
-    if not working:
-        yield "no worker node is online"
-    lists_of = cluster.keys.waiting_queue, cluster.keys.suspect_queue
-    served = {queue(name) for node in working for name in (*node.serves, ANY_TYPE) for queue in lists_of}
-    for queue in sorted(lists):
-        if cluster.keys.node_of(queue) is None and queue not in served:
-            yield f"jobs wait in {queue}, and no node that is online serves them"
-    # From the other list of a coordinator nodes take.
-    for queue in sorted(lists.keys() & {cluster.keys.node_queue(node.id) + BOUND for node in coordinators}):
-        yield f"jobs wait in {queue}, and that node runs none"
 
 
 def _last(events: Sequence[ClusterEvent], kind: str) -> ClusterEvent | None:

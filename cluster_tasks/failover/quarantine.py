@@ -96,13 +96,14 @@ class Quarantine:
     def each(self, task: str = "") -> Iterator[Quarantined]:
         """The same, read one by one: together their arguments may be more than the memory holds."""
         self.prune()
-        for job_id in self._ids():
+        for job_id in self.ids():
             with foreign_errors(BrokerUnavailable, "reading the quarantine"):
                 record: Any = self._client.hget(self._keys.quarantine, job_id)
             if record is not None and (kept := _read(record)) and task in ("", kept.task):
                 yield kept
 
-    def _ids(self) -> list[str]:
+    def ids(self) -> list[str]:
+        """Return the ids of the jobs in quarantine, the first that came first."""
         with foreign_errors(BrokerUnavailable, "listing the quarantine"):
             found: Any = self._client.zrange(self._keys.quarantined, 0, -1)
         return [text(job_id) for job_id in found]
@@ -110,7 +111,7 @@ class Quarantine:
     def count(self) -> int:
         """Return how many jobs are in quarantine."""
         self.prune()
-        return len(self._ids())
+        return len(self.ids())
 
     def get(self, job_id: str) -> Quarantined:
         """Return one job. Raises JobNotFound."""
@@ -118,7 +119,7 @@ class Quarantine:
         with foreign_errors(BrokerUnavailable, f"reading job {job_id} in quarantine"):
             record: Any = self._client.hget(self._keys.quarantine, job_id)
         if record is None:
-            raise JobNotFound(job_id, self._ids())
+            raise JobNotFound(job_id, self.ids())
         return _read(record)
 
     def retry(self, job_id: str) -> str:
@@ -138,7 +139,7 @@ class Quarantine:
         placement = replace(place_message(payload, json.dumps(payload), self._keys), job_id=new_id)
         with foreign_errors(BrokerUnavailable, f"sending job {job_id} again"):
             if not self._placer.unquarantine(job_id, placement):
-                raise JobNotFound(job_id, self._ids())
+                raise JobNotFound(job_id, self.ids())
         return new_id
 
     def drop(self, job_id: str) -> None:
@@ -149,7 +150,7 @@ class Quarantine:
                 pipe.zrem(self._keys.quarantined, job_id)
                 dropped, _ = pipe.execute()
             if not dropped:
-                raise JobNotFound(job_id, self._ids())
+                raise JobNotFound(job_id, self.ids())
 
 
 def _read(record: bytes) -> Quarantined:
