@@ -334,6 +334,8 @@ class NodeAgent:
             except NodeNotFound:
                 pass
         self._cluster.registry.register(node)
+        if node.epoch != self._registered:
+            self._cluster.events.add("node joined", node=node.id, epoch=node.epoch)
         self._registered = node.epoch
 
     def _alarm(self) -> None:

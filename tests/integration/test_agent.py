@@ -147,3 +147,21 @@ def test_a_node_that_has_given_up_joins_no_more_and_begins_nothing(new_agent: Ne
     assert broker.epochs.beats() == {}
     wait_until(lambda: not register.is_sure(), END_S, "it begins nothing that it has given away")
     assert broker.waiting("llm") == ["1"]
+
+
+def test_a_node_that_joins_is_told_of_once_in_each_epoch(new_agent: NewAgent, broker: Broker) -> None:
+    agent = new_agent("a")
+    agent.start()
+    events = agent._cluster.events
+
+    def joined() -> list[str]:
+        return [event.facts["epoch"] for event in events.latest(100) if event.kind == "node joined"]
+
+    first = agent.node.epoch
+    wait_until(lambda: joined() == [first], END_S, "it is told")
+    # The registry has lost it: it registers again, and has not joined again.
+    agent._cluster.registry.deregister("a", first)
+    wait_until(lambda: [node.id for node in agent._cluster.nodes()] == ["a"], END_S, "it is registered again")
+    wait_until(lambda: broker.epochs.fence("a", broker.epochs.beats()["a"]), END_S, "it is fenced")
+    wait_until(lambda: joined()[-1] != first, END_S, "it joins anew")
+    assert joined() == [first, agent.node.epoch]
