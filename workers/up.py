@@ -66,7 +66,7 @@ def banner(local: LocalCluster) -> str:
     plan, where = local.plan, [("Redis", str(local.cluster.settings.broker_url))]
     if local.flower_port:
         login = f", user {FLOWER_USER}" if local.cluster.settings.flower_password else ""
-        where.append(("Flower", f"http://{HOST}:{local.flower_port}{login}"))
+        where.append(("Flower", f"http://{HOST}:{local.flower_port}/cluster{login}"))
     where.append(("Logs", f"{local.directory}/logs"))
     if local.redis and local.redis.port != plan.redis_port:
         where.append(("Note", f"Redis is not at {plan.redis_port}, which is taken"))

@@ -146,6 +146,9 @@ def test_flower_shows_every_node_with_its_list_and_its_jobs(
         assert [lengths[cluster.keys.node_queue(node)] for node in nodes] == [0, 0]
         page = get("/broker")
         assert all(cluster.keys.node_queue(node) in page for node in nodes)
+        assert 'href="/cluster"' in page
+        assert {*nodes} < {node["id"] for node in json.loads(get("/cluster/snapshot"))["nodes"]}
+        assert get("/cluster/snapshot", "wrong") == "refused: 401"
 
 
 @pytest.mark.timeout(300)

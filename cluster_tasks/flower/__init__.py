@@ -1,0 +1,1 @@
+"""The cluster page of Flower: ``celery -A APP flower``, then ``/cluster``."""
