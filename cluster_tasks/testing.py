@@ -53,9 +53,11 @@ class ReceivedRequest:
 @dataclass(frozen=True, slots=True)
 class _Fault:
     kind: Literal["status", "hang", "cut_off"]
-    status: int = 500
+    status: int = 0
     message: str = ""
     retry_after_s: float | None = None
+    events: int | None = None
+    """It happens after so many events of an answer that is streamed; None: before all of it."""
 
 
 class _Refusal(Exception):
@@ -73,9 +75,13 @@ class FakeOpenAI:
     until ``recover``. All methods may be called from any thread.
     """
 
-    def __init__(self, *, latency_s: float = 0.0, api_key: str | None = None, dimensions: int = 384) -> None:
+    def __init__(
+        self, *, latency_s: float = 0.0, api_key: str | None = None, dimensions: int = 384, pace_s: float = 0.0
+    ) -> None:
         self.latency_s = latency_s
         """How long every answer waits."""
+        self.pace_s = pace_s
+        """How long an answer that is streamed waits before each of its events."""
         self.api_key = api_key
         """The only key that is let in; None: any request is."""
         self.dimensions = dimensions
@@ -83,6 +89,8 @@ class FakeOpenAI:
         """The last requests, the newest at the end."""
         self.counts: Counter[str] = Counter()
         """Requests by path, failed ones too."""
+        self.left = 0
+        """Answers whose client went away before their end."""
         self._faults: Iterator[_Fault] = iter(())
         self._replies: deque[dict[str, Any]] = deque()
         self._rankings: deque[Any] = deque()
@@ -143,18 +151,28 @@ class FakeOpenAI:
         self._rankings.append(results)
 
     def fail(
-        self, status: int, *, times: int | None = 1, message: str = "told to fail", retry_after_s: float | None = None
-    ) -> None:
-        """Answer the next requests with this status and an error of that message."""
-        self._add(_Fault("status", status, message, retry_after_s), times)
+        self, status: int, *, times: int | None = 1, message: str = "told to fail", retry_after_s: float | None = None,
+        events: int | None = None,
+    ) -> None:  # fmt: skip
+        """Answer the next requests with this status and an error of that message.
 
-    def hang(self, *, times: int | None = 1) -> None:
-        """Let the next requests wait until ``release`` or ``stop``; released ones are then answered."""
-        self._add(_Fault("hang"), times)
+        With ``events``, the error comes in a stream, after so many of its events.
+        """
+        self._add(_Fault("status", status, message, retry_after_s, events), times)
 
-    def cut_off(self, *, times: int | None = 1) -> None:
-        """Close the connections of the next requests in the middle of the answer."""
-        self._add(_Fault("cut_off"), times)
+    def hang(self, *, times: int | None = 1, events: int | None = None, status: int = 0) -> None:
+        """Let the next requests wait until ``release`` or ``stop``; released ones are then answered.
+
+        With ``events``, a stream waits after so many of them, and with ``status`` goes on with an error of that.
+        """
+        self._add(_Fault("hang", status, "told to fail", events=events), times)
+
+    def cut_off(self, *, times: int | None = 1, events: int | None = None) -> None:
+        """Close the connections of the next requests in the middle of the answer.
+
+        With ``events``, a stream ends after so many of them, as if that were all of it.
+        """
+        self._add(_Fault("cut_off", events=events), times)
 
     def release(self) -> None:
         """Let the requests that hang go on."""
@@ -179,14 +197,35 @@ class FakeOpenAI:
             self.requests.append(request)
             fault, released = next(self._faults, None), self._released
         self._stopping.wait(self.latency_s)
-        if fault and fault.kind == "hang" and not self._stopping.is_set():
+        if fault and fault.kind == "hang" and fault.events is None and not self._stopping.is_set():
             released.wait()
         return fault
+
+    def _stream(self, events: Sequence[bytes], fault: _Fault | None) -> Iterator[bytes]:
+        """The events of an answer, at their pace, until the fault has its way."""
+        with self._lock:
+            released = self._released
+        for number, event in enumerate(events):
+            if fault and number == fault.events:
+                if fault.kind == "hang" and not self._stopping.is_set():
+                    released.wait()
+                if fault.kind == "cut_off":
+                    return
+                if fault.status:
+                    yield _event({"error": {"message": fault.message, "type": "fake_error", "code": fault.status}})
+                    return
+            if self.pace_s:
+                self._stopping.wait(self.pace_s)
+            yield event
+
+    def _note_left(self) -> None:
+        with self._lock:
+            self.left += 1
 
     def _check(self, request: ReceivedRequest, fault: _Fault | None) -> None:
         if self.api_key and request.headers.get("authorization") != f"Bearer {self.api_key}":
             raise _Refusal(401, f"wrong credentials: {request.headers.get('authorization')}")
-        if fault and fault.kind == "status":
+        if fault and fault.kind == "status" and fault.events is None:
             raise _Refusal(fault.status, fault.message, fault.retry_after_s)
 
     def _chat(self, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -261,10 +300,28 @@ class _Handler(BaseHTTPRequestHandler):
             error = {"error": {"message": exc.message, "type": "fake_error", "code": None, "param": None}}
             self._send(exc.status, [json.dumps(error).encode()], retry_after_s=exc.retry_after_s)
             return
-        streamed = self.path == CHAT_PATH and bool(body.get("stream"))
-        parts = list(_events(answer, body)) if streamed else [json.dumps(answer).encode()]
-        kind = "text/event-stream" if streamed else "application/json"
-        self._send(200, parts, kind, cut_off=fault is not None and fault.kind == "cut_off")
+        cut_off = fault is not None and fault.kind == "cut_off" and fault.events is None
+        if self.path != CHAT_PATH or not body.get("stream"):
+            self._send(200, [json.dumps(answer).encode()], cut_off=cut_off)
+            return
+        events = list(_events(answer, body))
+        self._send_events(fake._stream(events[: len(events) // 2] if cut_off else events, fault), cut_off)
+
+    def _send_events(self, events: Iterable[bytes], cut_off: bool) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        try:
+            for event in events:
+                self.wfile.write(b"%x\r\n%s\r\n" % (len(event), event))
+            if cut_off:
+                self.close_connection = True
+            else:
+                self.wfile.write(b"0\r\n\r\n")
+        except ConnectionError:
+            self.server.fake._note_left()
+            raise
 
     def _answer(self, request: ReceivedRequest) -> dict[str, Any]:
         match self.command, self.path:
@@ -283,13 +340,12 @@ class _Handler(BaseHTTPRequestHandler):
         self,
         status: int,
         parts: Sequence[bytes],
-        kind: str = "application/json",
         *,
         retry_after_s: float | None = None,
         cut_off: bool = False,
     ) -> None:
         self.send_response(status)
-        self.send_header("Content-Type", kind)
+        self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(sum(map(len, parts))))
         if retry_after_s is not None:
             self.send_header("Retry-After", str(retry_after_s))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from cluster_tasks.breaker import BreakerPolicy
 from cluster_tasks.errors import CircuitOpen, ProviderError, ProviderLimited, ProviderUnavailable
@@ -22,6 +22,7 @@ from cluster_tasks.providers import (
     ExtractiveChat,
     OpenAIChat,
     OpenAIEmbeddings,
+    Tell,
     chat_fallbacks,
     chat_provider,
     embedding_fallbacks,
@@ -39,6 +40,16 @@ Stored = Callable[[], ChatResult | None]
 A = TypeVar("A", bound=Answer)
 
 
+class Listener(Protocol):
+    """Is told an answer while it is made."""
+
+    def begin(self) -> None:
+        """Another provider is asked: what was told so far is no part of the answer."""
+
+    def write(self, piece: str) -> None:
+        """Take the next piece. What it raises ends the request, and no other provider is asked."""
+
+
 class GuardedChat:
     """A language model behind its guard."""
 
@@ -49,6 +60,12 @@ class GuardedChat:
         """As ``ChatProvider.chat``. Raises CircuitOpen and ProviderLimited, too."""
         return self._guard.send(
             lambda: self._provider.chat(request), chat_tokens(request), lambda reply: reply.usage.total_tokens
+        )
+
+    def stream(self, request: ChatRequest, tell: Tell) -> ChatResult:
+        """As ``ChatProvider.stream``. Raises CircuitOpen and ProviderLimited, too."""
+        return self._guard.send(
+            lambda: self._provider.stream(request, tell), chat_tokens(request), lambda reply: reply.usage.total_tokens
         )
 
     def close(self) -> None:
@@ -82,9 +99,18 @@ class FromPassages:
 
     def chat(self, request: ChatRequest) -> ChatResult:
         """Answer from the passages. Raises ProviderUnavailable for what only a language model can answer."""
+        self._check(request)
+        return self._extractive.chat(request)
+
+    def stream(self, request: ChatRequest, tell: Tell) -> ChatResult:
+        """Answer as ``chat`` does, and tell one sentence after the other."""
+        self._check(request)
+        return self._extractive.stream(request, tell)
+
+    @staticmethod
+    def _check(request: ChatRequest) -> None:
         if not request.passages or request.tools or request.response_format:
             raise ProviderUnavailable("only a language model can answer this")
-        return self._extractive.chat(request)
 
     def close(self) -> None:
         """Do nothing: there is nothing to release."""
@@ -96,16 +122,23 @@ class ChatGateway:
     def __init__(self, models: Sequence[ChatProvider], stand_ins: Sequence[ChatProvider] = ()) -> None:
         self._models, self._stand_ins = models, stand_ins
 
-    def chat(self, request: ChatRequest, allow_degraded: bool = True, stored: Stored = lambda: None) -> ChatResult:
+    def chat(
+        self, request: ChatRequest, allow_degraded: bool = True, stored: Stored = lambda: None,
+        listener: Listener | None = None,
+    ) -> ChatResult:  # fmt: skip
         """Answer as ``first_available`` says.
 
-        ``stored`` returns what was answered before, or None, and is asked after all models.
+        ``stored`` returns what was answered before, or None, and is asked after all models. ``listener`` is told what
+        the providers say, each from the beginning.
         A model that the request names is that of the first provider; the others answer with their own.
         """
         first, *others = self._models
         handed_on = request.model_copy(update={"model": None})
-        models = [partial(first.chat, request), *(partial(other.chat, handed_on) for other in others)]
-        stand_ins = (partial(stand_in.chat, handed_on) for stand_in in self._stand_ins)
+        models = [
+            partial(_ask, first, request, listener),
+            *(partial(_ask, each, handed_on, listener) for each in others),
+        ]
+        stand_ins = (partial(_ask, stand_in, handed_on, listener) for stand_in in self._stand_ins)
         return first_available(models, [stored, *stand_ins], allow_degraded)
 
     def close(self) -> None:
@@ -172,6 +205,13 @@ def chat_tokens(request: ChatRequest) -> int:
     characters = sum(len(text_of(message)) for message in request.messages)
     characters += len(json.dumps([request.tools, request.response_format]))
     return characters // CHARACTERS_A_TOKEN + (request.max_tokens or ANSWER_TOKENS)
+
+
+def _ask(provider: ChatProvider, request: ChatRequest, listener: Listener | None) -> ChatResult:
+    if listener is None:
+        return provider.chat(request)
+    listener.begin()
+    return provider.stream(request, listener.write)
 
 
 def first_available(

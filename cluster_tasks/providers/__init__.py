@@ -20,6 +20,7 @@ from cluster_tasks.providers.base import (
     RerankProvider,
     RerankRequest,
     RerankResult,
+    Tell,
     Usage,
 )
 from cluster_tasks.providers.local import ExtractiveChat, HashEmbeddings, MarginalRelevance
@@ -46,6 +47,7 @@ __all__ = [
     "RerankProvider",
     "RerankRequest",
     "RerankResult",
+    "Tell",
     "Usage",
     "chat_fallbacks",
     "chat_provider",

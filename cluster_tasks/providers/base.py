@@ -5,7 +5,7 @@ Requests and results are frozen and go through JSON: ``model_dump(mode="json")``
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Protocol, Self
 
 import numpy as np
@@ -58,7 +58,7 @@ class ChatRequest(_Value):
         for position, message in enumerate(self.messages):
             if not isinstance(message.get("role"), str):
                 raise ValueError(f"messages[{position}] has no role")
-        # A streamed reply would not be read, and a second value of a parameter would silently win.
+        # Whether a reply is streamed is the method's to say, and a second value of a parameter would silently win.
         if taken := sorted(self.extra.keys() & {*type(self).model_fields, "stream"}):
             raise ValueError(f"extra must not hold {', '.join(taken)}")
         return self
@@ -165,6 +165,10 @@ class RerankResult(Answer):
     provider: str
 
 
+Tell = Callable[[str], None]
+"""Takes a piece of an answer, of one character or more, as soon as it is there. What it raises ends the request."""
+
+
 class ChatProvider(Protocol):
     """A backend of language models. Safe to share between threads and to carry across a fork."""
 
@@ -177,6 +181,12 @@ class ChatProvider(Protocol):
 
         Raises ProviderError if it was refused, ProviderUnavailable if nothing useful came back after all
         retries, ConfigurationError if no model is configured that could answer it.
+        """
+
+    def stream(self, request: ChatRequest, tell: Tell) -> ChatResult:
+        """Answer as ``chat`` does, and tell the text meanwhile: its pieces, joined, are the text of the result.
+
+        Raises as ``chat`` does, maybe after some of it was told. Nothing is repeated by itself from then on.
         """
 
     def close(self) -> None:

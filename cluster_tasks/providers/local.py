@@ -28,6 +28,7 @@ from cluster_tasks.providers.base import (
     Rank,
     RerankRequest,
     RerankResult,
+    Tell,
     Usage,
 )
 from cluster_tasks.providers.sentences import sentence_spans
@@ -111,6 +112,10 @@ class ExtractiveChat:
         Raises ConfigurationError where only a language model could answer: without passages, for tools, for a
         response format or for a model of another name. Raises ProviderError if there is no user message.
         """
+        return self.stream(request, lambda _: None)
+
+    def stream(self, request: ChatRequest, tell: Tell) -> ChatResult:
+        """Answer as ``chat`` does, and tell one sentence after the other."""
         _check_model(request.model, self.name, "LLM")
         if not request.passages:
             raise _needs_model("a prompt without passages")
@@ -121,6 +126,8 @@ class ExtractiveChat:
         most = request.max_tokens or self.default_max_words
         chosen, cut = _best(sentences, scores, most, request.passages)
         text = " ".join(sentence.text for sentence in chosen)
+        for number, sentence in enumerate(chosen):
+            tell(f" {sentence.text}" if number else sentence.text)
         asked = _count([*(text_of(message) for message in request.messages), *request.passages])
         answered = _count([text])
         return ChatResult(

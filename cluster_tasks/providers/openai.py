@@ -23,7 +23,7 @@ from pydantic import SecretStr
 
 from cluster_tasks.addresses.secret import SecretUrl
 from cluster_tasks.errors import ConfigurationError, ProviderError, ProviderUnavailable
-from cluster_tasks.providers.base import ChatRequest, ChatResult, EmbeddingRequest, EmbeddingResult, Usage
+from cluster_tasks.providers.base import ChatRequest, ChatResult, EmbeddingRequest, EmbeddingResult, Tell, Usage
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -144,11 +144,16 @@ class Connection:
         try:
             yield
         except openai.APIStatusError as exc:
-            passing = exc.status_code in PASSING_STATUSES or exc.status_code >= 500
-            raise self.error(exc.message, ProviderUnavailable if passing else ProviderError) from None
+            raise self.error(exc.message, _kind_of(exc.status_code)) from None
         except openai.APIConnectionError as exc:
             cause = f" {exc.__cause__}" if exc.__cause__ else ""
             raise self.error(f"{exc.message}{cause}", ProviderUnavailable) from None
+        except openai.APIError as exc:
+            if type(exc) is not openai.APIError:
+                raise self.error(f"the reply cannot be read: {exc}") from None
+            # An error in the midst of a stream, whose status was 200; it may name another one as its code.
+            code = str(exc.code or "")
+            raise self.error(exc.message, _kind_of(int(code) if code.isdecimal() else 500)) from None
         except (openai.OpenAIError, ValueError) as exc:
             raise self.error(f"the reply cannot be read: {exc}") from None
 
@@ -174,15 +179,49 @@ class OpenAIChat:
 
     def chat(self, request: ChatRequest) -> ChatResult:
         """Answer ``request``; of several choices the first. Raises as ``ChatProvider.chat`` does."""
+        given = self._parameters(request)
+        with self._connection.errors_mapped():
+            reply = self._connection.client.chat.completions.create(**given)
+        return self._result(reply, given["model"])
+
+    def stream(self, request: ChatRequest, tell: Tell) -> ChatResult:
+        """Answer as ``chat`` does, by server-sent events. A stream without a finish reason has broken off."""
+        given = self._parameters(request)
+        answer = StreamedAnswer()
+        with self._connection.errors_mapped():
+            events = self._connection.client.chat.completions.create(
+                **given, stream=True, stream_options={"include_usage": True}
+            )
+        with events:
+            chunks = iter(events)
+            # Only what the SDK does is under its errors: those of ``tell`` are its caller's.
+            while (chunk := self._next(chunks)) is not None:
+                if text := answer.add(chunk):
+                    tell(text)
+        if not answer.has_begun:
+            kind = events.response.headers.get("content-type", "untyped")
+            raise self._connection.error(f"the reply is no stream of a chat completion, but {kind}")
+        if not answer.finish_reason:
+            raise self._connection.error("the reply broke off", ProviderUnavailable)
+        return ChatResult(
+            text=answer.text,
+            tool_calls=answer.tool_calls(),
+            model=answer.model or given["model"],
+            usage=answer.usage,
+            finish_reason=answer.finish_reason,
+            provider=self.name,
+        )
+
+    def _next(self, chunks: Iterator[Any]) -> Any:
+        with self._connection.errors_mapped():
+            return next(chunks, None)
+
+    def _parameters(self, request: ChatRequest) -> dict[str, Any]:
         given = request.model_dump(
             include={"messages", "temperature", "max_tokens", "stop", "tools", "response_format"}, exclude_none=True
         )
         given["model"] = self.endpoint.model_for(request.model)
-        with self._connection.errors_mapped():
-            reply = self._connection.client.chat.completions.create(
-                **given, extra_body=request.extra, extra_headers=self._connection.headers()
-            )
-        return self._result(reply, given["model"])
+        return {**given, "extra_body": request.extra, "extra_headers": self._connection.headers()}
 
     # Any: the SDK does not validate, so its types promise more than servers keep. A wrong path may bring a web
     # page, and some gateways report errors under status 200.
@@ -203,6 +242,61 @@ class OpenAIChat:
     def close(self) -> None:
         """Close this process's connections. Safe to repeat."""
         self._connection.close()
+
+
+class StreamedAnswer:
+    """An answer that comes in pieces: of several choices the first.
+
+    The SDK has a helper for this, which takes for granted that servers keep to the letter of the API, as for the index
+    of a tool call, and adds to tool calls what the API does not know.
+    """
+
+    def __init__(self) -> None:
+        self.finish_reason, self.model, self.usage = "", "", Usage()
+        self.has_begun = False
+        self._texts: list[str] = []
+        self._calls: dict[Any, dict[str, Any]] = {}
+
+    @property
+    def text(self) -> str:
+        """What was said so far."""
+        return "".join(self._texts)
+
+    def add(self, chunk: Any) -> str:
+        """Take the next piece; return the text that it brings, maybe empty."""
+        self.model = getattr(chunk, "model", None) or self.model
+        # It comes with the last piece; some servers send it with each.
+        if getattr(chunk, "usage", None):
+            self.usage = _usage(chunk)
+        choice = next((one for one in getattr(chunk, "choices", None) or () if not one.index), None)
+        if choice is None:
+            return ""
+        self.has_begun = True
+        self.finish_reason = choice.finish_reason or self.finish_reason
+        if (delta := choice.delta) is None:
+            return ""
+        for call in delta.tool_calls or ():
+            self._add_call(call.model_dump(mode="json", exclude_unset=True))
+        text: str = delta.content or getattr(delta, "refusal", None) or ""
+        if text:
+            self._texts.append(text)
+        return text
+
+    def tool_calls(self) -> list[dict[str, Any]]:
+        """The calls so far, as in an answer that comes whole."""
+        return list(self._calls.values())
+
+    def _add_call(self, piece: dict[str, Any]) -> None:
+        # Servers that send each call whole may leave out its index.
+        index = piece.pop("index", None)
+        key = index if index is not None else piece.get("id") or len(self._calls)
+        call = self._calls.setdefault(key, {})
+        function = piece.pop("function", None) or {}
+        call.update({name: value for name, value in piece.items() if value is not None})
+        if function:
+            so_far = call.setdefault("function", {"name": "", "arguments": ""})
+            so_far["name"] += function.get("name") or ""
+            so_far["arguments"] += function.get("arguments") or ""
 
 
 class OpenAIEmbeddings:
@@ -241,6 +335,11 @@ class OpenAIEmbeddings:
     def close(self) -> None:
         """Close this process's connections. Safe to repeat."""
         self._connection.close()
+
+
+def _kind_of(status: int) -> type[ProviderError]:
+    passing = status in PASSING_STATUSES or status >= 500
+    return ProviderUnavailable if passing else ProviderError
 
 
 def _usage(reply: Any) -> Usage:

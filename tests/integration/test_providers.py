@@ -18,11 +18,13 @@ from typing import Any
 import numpy as np
 import pytest
 from openai import OpenAI
+from openai.types.chat import ChatCompletionChunk
 
 from cluster_tasks.errors import ConfigurationError, ProviderError, ProviderUnavailable
 from cluster_tasks.providers import (
     ChatProvider,
     ChatRequest,
+    ChatResult,
     EmbeddingProvider,
     EmbeddingRequest,
     HashEmbeddings,
@@ -32,6 +34,7 @@ from cluster_tasks.providers import (
     embedding_provider,
     rerank_provider,
 )
+from cluster_tasks.providers.openai import StreamedAnswer
 from cluster_tasks.settings import ClusterSettings
 from cluster_tasks.testing import CHAT_PATH, EMBEDDINGS_PATH, RERANK_PATH, FakeOpenAI
 from tests.waiting import wait_until
@@ -418,6 +421,96 @@ def test_the_sdk_is_imported_by_the_first_request_only() -> None:
 
 def test_the_fake_lists_models(sdk: OpenAI) -> None:
     assert [model.id for model in sdk.models.list()] == ["fake-chat", "fake-embedding"]
+
+
+# Streamed.
+
+
+def streamed(provider: ChatProvider, request: ChatRequest) -> tuple[ChatResult, list[str]]:
+    told: list[str] = []
+    return provider.stream(request, told.append), told
+
+
+def test_a_streamed_answer_is_told_in_pieces_and_is_the_same_in_the_end(connect: Callable[..., ChatProvider]) -> None:
+    provider = connect()
+    result, told = streamed(provider, ask("hello there you"))
+    assert told == ["hello ", "there ", "you"]
+    assert result == provider.chat(ask("hello there you"))
+
+
+def test_the_calls_of_a_streamed_answer_are_those_of_a_whole_one(
+    server: FakeOpenAI, connect: Callable[..., ChatProvider]
+) -> None:
+    server.reply(tool_calls=[CALL, {**CALL, "id": "call_2"}])
+    result, told = streamed(connect(), ask("weather in Bonn?", tools=[TOOL]))
+    assert (told, result.text, result.finish_reason) == ([], "", "tool_calls")
+    assert result.tool_calls == [CALL, {**CALL, "id": "call_2"}]
+
+
+def test_pieces_of_a_call_are_put_together() -> None:
+    answer = StreamedAnswer()
+    for call in (
+        {"index": 0, "id": "call_1", "type": "function", "function": {"name": "weather", "arguments": ""}},
+        {"index": 0, "function": {"arguments": '{"city": '}},
+        {"index": 0, "function": {"arguments": '"Bonn"}'}},
+        # Of a server that sends calls whole and without an index.
+        {"id": "call_2", "type": "function", "function": {"name": "weather", "arguments": "{}"}},
+    ):
+        delta = {"delta": {"tool_calls": [call]}, "index": 0}
+        answer.add(ChatCompletionChunk.construct(choices=[delta]))
+    second = {"id": "call_2", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    assert answer.tool_calls() == [CALL, second]
+
+
+def test_a_stream_is_repeated_before_it_has_begun(server: FakeOpenAI, connect: Callable[..., ChatProvider]) -> None:
+    server.fail(429, times=2, retry_after_s=SOON_S)
+    assert streamed(connect(), ask())[0].text == "hello there"
+    assert server.counts[CHAT_PATH] == 3
+
+
+@pytest.mark.parametrize("events", [None, 2], ids=["by the connection", "as if that were all"])
+def test_a_stream_that_breaks_off_is_unavailable_and_not_repeated(
+    events: int | None, server: FakeOpenAI, connect: Callable[..., ChatProvider]
+) -> None:
+    server.cut_off(events=events)
+    told: list[str] = []
+    with pytest.raises(ProviderUnavailable):
+        connect().stream(ask("one two three four"), told.append)
+    assert told[0] == "one "
+    assert server.counts[CHAT_PATH] == 1
+
+
+@pytest.mark.parametrize(("status", "kind"), [(503, ProviderUnavailable), (429, ProviderUnavailable), (400, None)])
+def test_an_error_within_a_stream_says_whether_it_passes(
+    status: int, kind: type[ProviderError] | None, server: FakeOpenAI, connect: Callable[..., ChatProvider]
+) -> None:
+    server.fail(status, events=2, message="no more")
+    with pytest.raises(ProviderError, match="no more") as caught:
+        streamed(connect(), ask())
+    assert type(caught.value) is (kind or ProviderError)
+
+
+def test_a_stream_that_falls_silent_is_a_time_out(server: FakeOpenAI, connect: Callable[..., ChatProvider]) -> None:
+    server.hang(events=2)
+    with pytest.raises(ProviderUnavailable, match="timed out"):
+        streamed(connect(llm_timeout_s=0.2), ask())
+
+
+def test_an_error_of_the_listener_ends_the_request_and_comes_through(
+    server: FakeOpenAI, connect: Callable[..., ChatProvider]
+) -> None:
+    def refuse(text: str) -> None:
+        raise ValueError(text)
+
+    server.pace_s = 0.02
+    with pytest.raises(ValueError, match="one"):
+        connect().stream(ask("one two three " * 100), refuse)
+    wait_until(lambda: server.left == 1, message="the provider is told to stop")
+
+
+def test_a_web_page_is_no_stream(server: FakeOpenAI, connect: Callable[..., ChatProvider]) -> None:
+    with pytest.raises(ProviderError):
+        streamed(connect(llm_base_url=server.base_url.removesuffix("/v1")), ask())
 
 
 def test_the_fake_streams_an_answer_word_by_word(sdk: OpenAI) -> None:
