@@ -18,6 +18,7 @@ from celery.app.routes import Router
 from kombu.utils.imports import symbol_by_name
 from prometheus_client.registry import Collector
 
+from cluster_tasks.awaiting import Awaiting
 from cluster_tasks.balancing import create_balancer
 from cluster_tasks.breaker import BreakerPolicy
 from cluster_tasks.broker.amqp import ClusterAMQP, ClusterQueues
@@ -144,6 +145,11 @@ class Cluster:
     def client(self) -> redis.Redis:
         """A client of the broker's Redis; connects when it is used."""
         return connect(self._broker_url, sentinel_master=self.settings.sentinel_master)
+
+    @cached_property
+    def awaiting(self) -> Awaiting:
+        """Results of jobs for asyncio."""
+        return Awaiting(self.app, self.settings.sentinel_master)
 
     @cached_property
     def epochs(self) -> EpochTable:
@@ -293,6 +299,10 @@ class Cluster:
     def router(self) -> ClusterRouter:
         """What Celery asks for the queue of each job."""
         return ClusterRouter(self.settings, self.view, self.clock, random.Random())
+
+    async def wait(self, result: Any, timeout_s: float | None = None, *, propagate: bool = True) -> Any:
+        """Return what ``result.get()`` does, without blocking a thread; see ``Awaiting.wait``."""
+        return await self.awaiting.wait(result, timeout_s, propagate=propagate)
 
     def nodes(self, where: NodeFilter = ALL) -> Sequence[Node]:
         """Return the nodes that pass ``where``, with their queue lengths. Raises UnavailableError."""

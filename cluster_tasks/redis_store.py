@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from importlib.resources import files
 from threading import RLock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit, urlunsplit
 from weakref import WeakSet
 
@@ -19,6 +19,9 @@ from redis.retry import Retry
 from redis.sentinel import Sentinel, SentinelConnectionPool
 
 from cluster_tasks.errors import ConfigurationError, UnavailableError
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis as AsyncRedis
 
 SOCKET_TIMEOUT_S = 5.0
 CONNECT_TIMEOUT_S = 3.0
@@ -67,14 +70,7 @@ def connect(url: str, *, sentinel_master: str = "mymaster", **options: Any) -> r
     Does no I/O. The client never repeats a command by itself: a script whose reply was lost may have run, and
     only its caller knows whether it can run again.
     """
-    settings: dict[str, Any] = {
-        "socket_timeout": SOCKET_TIMEOUT_S,
-        "socket_connect_timeout": CONNECT_TIMEOUT_S,
-        "socket_keepalive": True,
-        "health_check_interval": HEALTH_CHECK_S,
-        "retry": Retry(NoBackoff(), 0),
-        **options,
-    }
+    settings: dict[str, Any] = {**_settings(), "retry": Retry(NoBackoff(), 0), **options}
     client = (
         _behind_sentinel(url, sentinel_master, settings) if url.startswith("sentinel://") else _direct(url, settings)
     )
@@ -82,27 +78,76 @@ def connect(url: str, *, sentinel_master: str = "mymaster", **options: Any) -> r
     return client
 
 
-def _direct(url: str, settings: dict[str, Any]) -> redis.Redis:
-    if url.startswith("redis+socket://"):
-        url = "unix://" + url.removeprefix("redis+socket://").replace("virtual_host=", "db=")
-        del settings["socket_connect_timeout"], settings["socket_keepalive"]
+@asynccontextmanager
+async def connect_async(url: str, *, sentinel_master: str = "mymaster", **options: Any) -> AsyncIterator[AsyncRedis]:
+    """A client for asyncio, as ``connect`` makes one for threads, while the block lasts; for one event loop."""
+    from redis.asyncio import Redis
+    from redis.asyncio.retry import Retry as AsyncRetry
+    from redis.asyncio.sentinel import Sentinel as AsyncSentinel
+
+    settings: dict[str, Any] = {**_settings(), "retry": AsyncRetry(NoBackoff(), 0), **options}
+    sentinels: list[Any] = []
+    if url.startswith("sentinel://"):
+        hosts, access = _parse_sentinel_url(url)
+        sentinel = AsyncSentinel(hosts, **settings)
+        sentinels = sentinel.sentinels
+        client: AsyncRedis = sentinel.master_for(sentinel_master, **access, **settings)
+    else:
+        with _url_errors():
+            client = Redis.from_url(_plain(url, settings), **settings)
     try:
-        return redis.Redis.from_pool(_Pool.from_url(url, **settings))
+        yield client
+    finally:
+        for each in (client, *sentinels):
+            await each.aclose()
+
+
+def _settings() -> dict[str, Any]:
+    return {
+        "socket_timeout": SOCKET_TIMEOUT_S,
+        "socket_connect_timeout": CONNECT_TIMEOUT_S,
+        "socket_keepalive": True,
+        "health_check_interval": HEALTH_CHECK_S,
+    }
+
+
+def _direct(url: str, settings: dict[str, Any]) -> redis.Redis:
+    with _url_errors():
+        return redis.Redis.from_pool(_Pool.from_url(_plain(url, settings), **settings))
+
+
+@contextmanager
+def _url_errors() -> Iterator[None]:
+    try:
+        yield
     except ValueError as exc:
         raise ConfigurationError(f"a Redis URL cannot be used: {exc}") from None
 
 
+def _plain(url: str, settings: dict[str, Any]) -> str:
+    """Return a URL as redis-py writes it; what is not for its kind of connection is taken out of the settings."""
+    if not url.startswith("redis+socket://"):
+        return url
+    del settings["socket_connect_timeout"], settings["socket_keepalive"]
+    return "unix://" + url.removeprefix("redis+socket://").replace("virtual_host=", "db=")
+
+
 def _behind_sentinel(url: str, master: str, settings: dict[str, Any]) -> redis.Redis:
+    hosts, access = _parse_sentinel_url(url)
+    sentinel = Sentinel(hosts, **settings)
+    return sentinel.master_for(  # type: ignore[no-any-return]
+        master, redis.Redis, _SentinelPool, **access, **settings
+    )
+
+
+def _parse_sentinel_url(url: str) -> tuple[list[tuple[str, int]], dict[str, Any]]:
+    """Return the addresses of the Sentinels, and the database and login of the Redis behind them."""
     parts = [urlsplit(part) for part in url.split(";")]
     hosts = [(part.hostname or "127.0.0.1", part.port or 26379) for part in parts]
     database = next((part.path.strip("/") for part in parts if part.path.strip("/")), "0")
     if not database.isdigit():
         raise ConfigurationError(f"the database of a sentinel:// URL is a number, not {database!r}")
-    credentials = {"username": parts[0].username, "password": parts[0].password}
-    sentinel = Sentinel(hosts, **settings)
-    return sentinel.master_for(  # type: ignore[no-any-return]
-        master, redis.Redis, _SentinelPool, db=int(database), **credentials, **settings
-    )
+    return hosts, {"db": int(database), "username": parts[0].username, "password": parts[0].password}
 
 
 def database_of(url: str) -> int:
