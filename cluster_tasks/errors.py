@@ -121,6 +121,14 @@ class EndNotStored(BrokerUnavailable):
     """Redis did not answer when a job had ended: the job is delivered again."""
 
 
+class StreamAbandoned(ClusterError):
+    """A job that streams its text was ended, as its caller had asked for, because nobody reads it any more."""
+
+
+class StreamRestarted(ClusterError):
+    """The text that was read so far is void, for the job was begun again: now it is read from its beginning."""
+
+
 class NodeLost(ClusterError):
     """The job's node or process died while it ran, and it declares ``rerun_on_crash=False``."""
 

@@ -206,6 +206,14 @@ class Keys:
         """List of the crash deliveries of a job (JSON), the first one first."""
         return f"{self.name}:crashes:{job_id}"
 
+    def stream(self, job_id: str) -> str:
+        """Stream of the text of a job while it runs; its ids are ``<fencing token of the delivery>-<number>``."""
+        return f"{self.name}:stream:{job_id}"
+
+    def stream_reader(self, job_id: str) -> str:
+        """How far that is read, and a number that the reader changes for as long as he is there."""
+        return f"{self.name}:stream_reader:{job_id}"
+
     @property
     def suspects_held(self) -> str:
         """Hash node queue → tag of the suspect that the node was given last."""

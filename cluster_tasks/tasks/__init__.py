@@ -15,8 +15,19 @@ if TYPE_CHECKING:
     from cluster_tasks.tasks.llm import generate
     from cluster_tasks.tasks.rag import answer
     from cluster_tasks.tasks.retrieval import add_documents, delete_documents, list_documents, search
+    from cluster_tasks.tasks.streams import follow, stream
 
-__all__ = ["add_documents", "answer", "delete_documents", "embed", "generate", "list_documents", "search"]
+__all__ = [
+    "add_documents",
+    "answer",
+    "delete_documents",
+    "embed",
+    "follow",
+    "generate",
+    "list_documents",
+    "search",
+    "stream",
+]
 
 _HOMES = {
     "generate": "llm",
@@ -26,6 +37,8 @@ _HOMES = {
     "delete_documents": "retrieval",
     "list_documents": "retrieval",
     "answer": "rag",
+    "follow": "streams",
+    "stream": "streams",
 }
 
 

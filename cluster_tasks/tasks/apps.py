@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
+import redis
 from celery import Celery, current_app
 from kombu.utils.imports import symbol_by_name
 
+from cluster_tasks.awaiting import Awaiting
 from cluster_tasks.cache import Caches
 from cluster_tasks.errors import ClusterError
 from cluster_tasks.gateway.guard import Neighbourhood
+from cluster_tasks.keys import Keys
 from cluster_tasks.locks import Locks
 from cluster_tasks.settings import ClusterSettings
 from cluster_tasks.shards.shard_map import ShardMap
@@ -24,6 +27,18 @@ class Configured(Protocol):
     @property
     def settings(self) -> ClusterSettings:
         """Raises ConfigurationError."""
+
+    @property
+    def keys(self) -> Keys:
+        """Names of its keys. Raises ConfigurationError."""
+
+    @property
+    def client(self) -> redis.Redis:
+        """A client of the broker's Redis. Raises ConfigurationError."""
+
+    @property
+    def awaiting(self) -> Awaiting:
+        """Results for asyncio. Raises ConfigurationError."""
 
     @property
     def neighbourhood(self) -> Neighbourhood:

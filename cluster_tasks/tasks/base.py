@@ -5,15 +5,16 @@ from __future__ import annotations
 import inspect
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from datetime import datetime, tzinfo
 from functools import cached_property, partial, wraps
 from typing import Any, ClassVar
 
 import redis
 from celery import Task, states
-from celery.canvas import Signature, _chord
+from celery.canvas import Signature, _chain, _chord
 from celery.exceptions import Ignore
 from celery.utils import uuid
 from kombu.exceptions import OperationalError
@@ -21,10 +22,11 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from cluster_tasks.broker.message import Delivery
-from cluster_tasks.errors import InvalidArguments
+from cluster_tasks.errors import InvalidArguments, StreamAbandoned
 from cluster_tasks.keys import Keys
 from cluster_tasks.model import check_request_type
 from cluster_tasks.settings import ClusterSettings
+from cluster_tasks.streaming.publishing import Origin, Publisher
 from cluster_tasks.tasks.apps import cluster_of
 
 logger = logging.getLogger(__name__)
@@ -33,6 +35,9 @@ RESULT_ONLY = frozenset({"task_id", "ignore_result", "priority", "expires", "sha
 """Options of a call that wants nothing but the result of its job."""
 REPLACEABLE = frozenset({"task_id", "priority", "expires"})
 """Options of a call that can be passed on to other jobs."""
+STREAM_HEADER = "cluster_stream"
+"""The header of a job whose text is to be streamed, and how."""
+_publisher: ContextVar[Publisher | None] = ContextVar("publisher", default=None)
 Affinity = str | Callable[..., str | None] | None
 
 
@@ -102,7 +107,7 @@ class ClusterTask(Task):  # type: ignore[misc]
         # no caller, and to raise now would lose the result of that job too. The job itself will fail.
         if options.get("parent_id") is None:
             bound = self.check_arguments(args or (), kwargs or {})
-            if not rest and options.keys() <= RESULT_ONLY and (result := self._known_result(bound, **options)):
+            if not rest and _wanted(options) <= RESULT_ONLY and (result := self._known_result(bound, **options)):
                 return result
             if not rest and options.keys() <= REPLACEABLE and (result := self._sent_instead(bound, **options)):
                 return result
@@ -165,6 +170,38 @@ class ClusterTask(Task):  # type: ignore[misc]
         delivery = Delivery.of(getattr(self.request, "properties", None))
         return delivery.fencing_token if delivery else 0
 
+    @contextmanager
+    def streaming(self) -> Iterator[Publisher | None]:
+        """Give what the text of this job is written to while it is made, in pieces; None: nobody wants to read it.
+
+        When the block ends, the job is to return that text, or a mapping with it as ``text``. A job that is cancelled
+        by its reader is ended as revoked. A job that runs another one itself within its block streams for it.
+        """
+        if (publisher := _publisher.get()) is not None or (publisher := self._new_publisher()) is None:
+            yield publisher
+            return
+        token = _publisher.set(publisher)
+        try:
+            with publisher:
+                yield publisher
+        except StreamAbandoned as exc:
+            request = self.request
+            is_stored = not (request.ignore_result or self.ignore_result)
+            self.backend.mark_as_revoked(request.id, str(exc), request=request, store_result=is_stored)
+            raise Ignore(str(exc)) from exc
+        finally:
+            _publisher.reset(token)
+
+    def _new_publisher(self) -> Publisher | None:
+        asked = self.request.get(STREAM_HEADER)
+        delivery = Delivery.of(getattr(self.request, "properties", None))
+        if not isinstance(asked, Mapping) or delivery is None:
+            return None
+        around = cluster_of(self.app).neighbourhood
+        unacked = around.keys.unacked(delivery.node_id, delivery.epoch)
+        origin = Origin(self.request.id, unacked, delivery.tag, delivery.fencing_token)
+        return Publisher(around.client, around.keys, around.clock, origin, asked.get("cancel_after_s"))
+
     def check_arguments(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
         """Return the arguments by name, as ``arguments`` has parsed them. Raises InvalidArguments."""
         try:
@@ -211,7 +248,10 @@ class ClusterTask(Task):  # type: ignore[misc]
         return "" if found is None else str(found)
 
     def on_replace(self, sig: Signature) -> Any:
-        """Send what this task is replaced by, and listen for no part of it."""
+        """Send what this task is replaced by, and listen for no part of it. The last is streamed if this was to be."""
+        if (asked := self.request.get(STREAM_HEADER)) is not None:
+            end = sig.tasks[-1] if isinstance(sig, _chain) else sig
+            end.set(headers={**(end.options.get("headers") or {}), STREAM_HEADER: asked})
         if self.request.is_eager or not isinstance(sig, _chord):
             return super().on_replace(sig)
         _alone(sig.delay())
@@ -224,6 +264,12 @@ class ClusterTask(Task):  # type: ignore[misc]
         if keys.owns(str(signature.options.get("queue", ""))):
             del signature.options["queue"]
         return signature
+
+
+def _wanted(options: Mapping[str, Any]) -> set[str]:
+    """The names of the options of a call. That it is to be streamed is no more than that its result is wanted."""
+    is_streamed = (options.get("headers") or {}).keys() == {STREAM_HEADER}
+    return options.keys() - ({"headers"} if is_streamed else set())
 
 
 def _alone(result: Any) -> Any:

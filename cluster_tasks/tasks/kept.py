@@ -209,11 +209,13 @@ class Kept:
         return use is not False and (temperature == 0 or use is not None)
 
     def answer(
-        self, request: Mapping[str, Any], compute: Callable[[Callable[[], Any]], Any], use: CacheUse
-    ) -> dict[str, Any]:
+        self, request: Mapping[str, Any], compute: Callable[[Callable[[], Any]], Any], use: CacheUse,
+        *, is_shared: bool = True,
+    ) -> dict[str, Any]:  # fmt: skip
         """Return the answer to a request, which JSON can say.
 
-        ``compute`` makes it; it is handed what returns a stale answer, or None, for when no model is available.
+        ``compute`` makes it; it is handed what returns a stale answer, or None, for when no model is available. One
+        that is not ``is_shared`` is made here even while another is being made, and what ends it ends no other.
         """
         key, answers = self._answer_key(request), self._answers
         if use != "refresh" and (found := self.find_answer(request)) is not None:
@@ -225,7 +227,7 @@ class Kept:
                 raise _NotKept(made)
             return json.dumps(made).encode()
 
-        refresh = Refresh.NOW if use == "refresh" else Refresh.NEVER
+        refresh = Refresh.NOW if use == "refresh" or not is_shared else Refresh.NEVER
         try:
             made = answers.get_or_compute(
                 key, make, self._settings.cache_ttl_s, refresh=refresh, kept_s=self._settings.cache_kept_s

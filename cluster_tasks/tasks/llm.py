@@ -74,7 +74,8 @@ def generate(
     Returns ``text``, ``tool_calls``, ``model``, ``usage`` (``prompt_tokens``, ``completion_tokens``,
     ``total_tokens``), ``finish_reason``, ``provider``, ``degraded`` and ``degraded_reason``: where the provider is
     unavailable, one of ``cluster_llm_fallbacks`` answers, else sentences of the passages do. ``allow_degraded=False``
-    takes an answer of the provider only. Of sentences of passages ``quotes`` says where they are from.
+    takes an answer of the provider only. Of sentences of passages ``quotes`` says where they are from. ``stream``
+    brings the text while it is made; the result is the same.
 
     With ``cluster_cache_url``, answers at temperature 0 are kept, and those of calls with ``cache=True``; an equal
     request gets them, marked ``cached`` and with ``age_s``. ``cache=False`` neither looks nor keeps, ``"refresh"``
@@ -99,18 +100,19 @@ def generate(
         passages=tuple(passages or ()),
     )
     chat, kept = backends_of(task.app).chat, kept_of(task.app)
-    if kept is None or not kept.keeps_answer(temperature, cache):
-        return chat.chat(request, allow_degraded).model_dump(mode="json")
+    with task.streaming() as listener:
+        if kept is None or not kept.keeps_answer(temperature, cache):
+            return chat.chat(request, allow_degraded, listener=listener).model_dump(mode="json")
 
-    def answer(stale: Callable[[], Any]) -> dict[str, Any]:
-        stored = lambda: ChatResult(**found) if (found := stale()) else None  # noqa: E731
-        return chat.chat(request, allow_degraded, stored).model_dump(mode="json")
+        def answer(stale: Callable[[], Any]) -> dict[str, Any]:
+            stored = lambda: ChatResult(**found) if (found := stale()) else None  # noqa: E731
+            return chat.chat(request, allow_degraded, stored, listener).model_dump(mode="json")
 
-    identity = asked(
-        prompt, messages, passages, model=model, temperature=temperature, max_tokens=max_tokens, stop=stop,
-        tools=tools, response_format=response_format, **extra,
-    )  # fmt: skip
-    return kept.answer(identity, answer, cache)
+        identity = asked(
+            prompt, messages, passages, model=model, temperature=temperature, max_tokens=max_tokens, stop=stop,
+            tools=tools, response_format=response_format, **extra,
+        )  # fmt: skip
+        return kept.answer(identity, answer, cache, is_shared=listener is None)
 
 
 def _asked(prompt: str | None, passages: Sequence[str] | None) -> list[dict[str, Any]]:

@@ -135,5 +135,6 @@ def generate_step(
     texts = [passage["text"] for passage in passages]
     # The job itself, run here and now.
     generate = task.app.tasks["llm.generate"]
-    generated = generate(question, passages=texts, model=model, session_id=session_id, **sampling)
+    with task.streaming():
+        generated = generate(question, passages=texts, model=model, session_id=session_id, **sampling)
     return {**generated, **searched, **cited(generated, passages, sampling.get("response_format"))}
