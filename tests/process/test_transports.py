@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 import ssl
@@ -14,9 +15,10 @@ from pathlib import Path
 import pytest
 import redis
 
+from cluster_tasks.tasks import stream
 from tests.certificates import make_certificate
 from tests.process.accounts import END_S
-from tests.process.jobs import make_jobs
+from tests.process.jobs import Jobs, make_jobs
 from tests.process.nodes import WorkerProcess, running
 from tests.servers import redis_for_results
 from tests.waiting import wait_until
@@ -104,6 +106,12 @@ def _answers(client: redis.Redis) -> bool:
     return False
 
 
+async def by_asyncio(jobs: Jobs) -> set[str]:
+    """Wait for jobs, and read the text of one."""
+    waited = await asyncio.gather(*(jobs.cluster.wait(jobs.work.delay(0.05), END_S) for _ in range(4)))
+    return {*waited, "".join([text async for text in stream(jobs.work, 0.05, timeout_s=END_S)])}
+
+
 @pytest.mark.parametrize("address", [by_unix_socket, by_tls, by_sentinel])
 def test_jobs_and_results_travel(
     address: Address, redis_binary: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -119,6 +127,7 @@ def test_jobs_and_results_travel(
             ):
                 results = [jobs.work.delay(0.05) for _ in range(20)]
                 assert {result.get(timeout=END_S) for result in results} <= {"prefork@test", "solo@test"}
+                assert asyncio.run(by_asyncio(jobs)) <= {"prefork@test", "solo@test"}
                 assert len(jobs.cluster.nodes()) == 2
                 assert jobs.plain.delay(1).get(timeout=END_S) == 2
         del results
