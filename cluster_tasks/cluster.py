@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
 from threading import Event, RLock
@@ -69,6 +69,7 @@ from cluster_tasks.shards.shard_map import ShardMap
 from cluster_tasks.tasks import apps
 from cluster_tasks.tasks.base import ClusterTask
 from cluster_tasks.tasks.control import CHECK_HEALTH, OPTIMIZE, REBALANCE, register_control_tasks
+from cluster_tasks.tasks.submitting import Submitted, submit
 
 logger = logging.getLogger(__name__)
 
@@ -303,6 +304,24 @@ class Cluster:
     async def wait(self, result: Any, timeout_s: float | None = None, *, propagate: bool = True) -> Any:
         """Return what ``result.get()`` does, without blocking a thread; see ``Awaiting.wait``."""
         return await self.awaiting.wait(result, timeout_s, propagate=propagate)
+
+    def submit(
+        self, task: ClusterTask, arguments: Iterable[Any], *, priority: int | None = None, expires: Any = None,
+        countdown: float | None = None, eta: Any = None, ignore_result: bool | None = None,
+    ) -> Submitted:  # fmt: skip
+        """Send a job of ``task`` for each of ``arguments``, many in a message; return their results, in their order.
+
+        Of the arguments a tuple is positional ones, a mapping named ones, and all else a single one. The options are
+        those of ``apply_async``. Raises InvalidArguments, and sends nothing, if one of them cannot be right;
+        PartlySubmitted, with the results of those that were sent, if not all could be.
+        """
+        own: ClusterTask = self.app.tasks[task.name]
+        serving = [node for node in self.view.nodes() if node.accepts(own.request_type)]
+        slots = sum(node.capacity.max_connections for node in serving)
+        return submit(
+            own, arguments, slots, priority=priority, expires=expires, countdown=countdown, eta=eta,
+            ignore_result=ignore_result,
+        )  # fmt: skip
 
     def nodes(self, where: NodeFilter = ALL) -> Sequence[Node]:
         """Return the nodes that pass ``where``, with their queue lengths. Raises UnavailableError."""

@@ -6,7 +6,8 @@ Adapters turn foreign errors into these at their edge, so a caller needs to know
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from kombu.exceptions import EncodeError
 
@@ -30,6 +31,17 @@ class PayloadTooLarge(ClusterError, EncodeError):
 
 class InvalidQueue(ClusterError, EncodeError):
     """A job was refused before it was sent: the name of its queue is none that jobs can be in."""
+
+
+class PartlySubmitted(ClusterError):
+    """Some of the jobs that were submitted together were sent, ``results`` are theirs; then something went wrong."""
+
+    def __init__(self, message: str, results: Sequence[Any]) -> None:
+        super().__init__(message, results)
+        self.results = results
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class NoNodeAvailable(ClusterError):

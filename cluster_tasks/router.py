@@ -14,6 +14,7 @@ from kombu import Queue
 from cluster_tasks import tracing
 from cluster_tasks.balancing import create_balancer
 from cluster_tasks.balancing.base import Balancer
+from cluster_tasks.broker.members import MEMBERS_HEADER
 from cluster_tasks.broker.message import REQUEST_TYPE_PROPERTY, SENT_AT_PROPERTY, STRATEGY_PROPERTY
 from cluster_tasks.clock import Clock
 from cluster_tasks.errors import ConfigurationError, UnavailableError
@@ -109,11 +110,16 @@ class ClusterRouter:
         request_type = getattr(task, "request_type", None)
         if not request_type:
             return None
-        request = Request(request_type, size=_size(args, kwargs), affinity=task.affinity_of(args or (), kwargs or {}))
-        strategy = (options.get("headers") or {}).get(STRATEGY_HEADER) or self._settings.strategy_for(request_type)
+        headers = options.get("headers") or {}
+        # Of many jobs in one message each may have an affinity of its own: they are spread.
+        is_one = not headers.get(MEMBERS_HEADER)
+        affinity = task.affinity_of(args or (), kwargs or {}) if is_one else ""
+        preferred = task.preferred_node(args or (), kwargs or {}) if is_one else ""
+        request = Request(request_type, size=_size(args, kwargs), affinity=affinity)
+        strategy = headers.get(STRATEGY_HEADER) or self._settings.strategy_for(request_type)
         if not isinstance(strategy, str):
             raise ConfigurationError(f"the header {STRATEGY_HEADER} is the name of a strategy, not {strategy!r}")
-        queue = self.place(request, strategy, task.preferred_node(args or (), kwargs or {}))
+        queue = self.place(request, strategy, preferred)
         route = {"queue": self._queue(queue), REQUEST_TYPE_PROPERTY: request_type, SENT_AT_PROPERTY: self._clock.time()}
         return {**route, STRATEGY_PROPERTY: strategy} if tracing.is_on() else route
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from base64 import b64encode
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -12,6 +13,7 @@ import redis
 from celery import Celery
 
 from cluster_tasks.broker.epochs import EpochTable
+from cluster_tasks.broker.members import named
 from cluster_tasks.broker.message import Placement, place_message
 from cluster_tasks.broker.message import job_of as job_named
 from cluster_tasks.broker.placement import Crash, Placer, Why, fetching_script, let_go_arguments
@@ -36,6 +38,19 @@ def make_message(job_id: str, request_type: str = ANY_TYPE, priority: object = 0
     message = json.loads(_template())
     message["headers"]["id"] = message["properties"]["correlation_id"] = job_id
     message["properties"].update(priority=priority, request_type=request_type)
+    return json.dumps(message).encode()
+
+
+def make_members(job_ids: Sequence[str], message_id: str = "message", request_type: str = ANY_TYPE) -> bytes:
+    """Return a message of several jobs; the argument of each is its id."""
+    message = json.loads(make_message(message_id, request_type))
+    message["headers"].update(root_id=message_id, members=named(list(job_ids)))
+    body = [
+        [[[job_id], {}] for job_id in job_ids],
+        {},
+        {"callbacks": None, "errbacks": None, "chain": None, "chord": None},
+    ]
+    message["body"] = b64encode(json.dumps(body).encode()).decode()
     return json.dumps(message).encode()
 
 

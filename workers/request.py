@@ -12,13 +12,14 @@ from datetime import datetime
 from functools import cache, partial
 from traceback import format_exception
 from typing import Any
+from weakref import ref
 
 import redis
 from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
 from billiard.exceptions import WorkerLostError
 from celery import states
 from celery.app.trace import TraceInfo, report_internal_error, trace_ok_t
-from celery.exceptions import Ignore, Reject, Retry
+from celery.exceptions import Ignore, Reject, Retry, TaskRevokedError, TimeLimitExceeded
 from celery.worker import state
 from celery.worker.request import Request
 from celery.worker.state import revoked as revoked_jobs
@@ -28,6 +29,7 @@ from kombu.exceptions import OperationalError as UnpublishableError
 
 from cluster_tasks.broker import deliveries
 from cluster_tasks.broker.deliveries import Deliveries, Past
+from cluster_tasks.broker.members import member_ids
 from cluster_tasks.broker.message import INTERRUPTED, Delivery
 from cluster_tasks.broker.sequels import attempt_of, complete
 from cluster_tasks.cluster import Cluster, cluster_of
@@ -43,6 +45,7 @@ from cluster_tasks.errors import (
 from cluster_tasks.metrics.counts import Outcome
 from workers.counting import counts, type_of, waited_s
 from workers.load import outcomes
+from workers.members import trace_members
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +63,8 @@ class ClusterRequest(Request):  # type: ignore[misc]
     _stop_process: Callable[[int, int], object] | None = None
     _letting_go: Callable[[], None] | None = None
     _accepted_s: float | None = None
-    _erred = False
+    _erred = _has_members = False
+    _jobs = 1
     _outcome: Outcome | None = Outcome.SUCCEEDED
     """How it ends, as far as is known; None: not here."""
     _due: datetime | None = None
@@ -80,6 +84,10 @@ class ClusterRequest(Request):  # type: ignore[misc]
             self._task, self._is_let_go_here = _late(self._task), True
         if self._task.rate_limit:
             node.hold_back(self._delivery.tag)
+        if members := member_ids(self._request_dict):
+            # Each of them expires by itself, and is revoked by itself.
+            self._expires, self.execute_using_pool = None, self._execute_members
+            self._has_members, self._jobs = True, len(members)
 
     # Before it starts.
 
@@ -135,7 +143,7 @@ class ClusterRequest(Request):  # type: ignore[misc]
         if not past.crashes:
             return None
         cluster: Cluster = cluster_of(self._app)
-        if len(past.crashes) >= cluster.settings.max_crash_deliveries:
+        if len(past.crashes) >= cluster.settings.max_crash_deliveries and not past.crashes[-1].shared:
             kept = cluster.quarantine.put(self.id, self._type, node.message(tag), past.crashes)
             logger.error("job %s[%s] is in quarantine: %s", self.name, self.id, kept.reason)
             return QuarantinedError(kept.reason)
@@ -161,6 +169,22 @@ class ClusterRequest(Request):  # type: ignore[misc]
             except ClusterError:
                 info = TraceInfo(states.FAILURE, error).handle_error_state(self._task, self._context)
             self.send_event("task-failed", exception=repr(error), traceback=info.traceback)
+
+    def _execute_members(self, pool: Any, **_: Any) -> Any:
+        """In the place of Celery's: the message of several jobs is handed to the pool."""
+        if self.revoked():
+            raise TaskRevokedError(self.id)
+        time_limit, soft_time_limit = self.time_limits
+        result = pool.apply_async(
+            trace_members,
+            args=(self.type, self.id, self.request_dict, self.body, self.content_type, self.content_encoding),
+            accept_callback=self.on_accepted, timeout_callback=self.on_timeout,
+            callback=self.on_success, error_callback=self.on_failure,
+            soft_timeout=soft_time_limit or self._task.soft_time_limit, timeout=time_limit or self._task.time_limit,
+            correlation_id=self.id,
+        )  # fmt: skip
+        self._apply_result = result and ref(result)
+        return result
 
     # When others have been given its job.
 
@@ -207,6 +231,9 @@ class ClusterRequest(Request):  # type: ignore[misc]
             exc_info.internal, exc = True, exc.reason
         if exc_info.internal and not isinstance(exc, Reject | Ignore):
             self._on_end_not_stored(exc)
+            return None
+        if self._has_members and isinstance(exc, TimeLimitExceeded):
+            self._give_its_own_time_to_each()
             return None
         self._failed, self._erred = not isinstance(exc, Retry | Ignore), not isinstance(exc, Ignore)
         self._outcome = _outcome_of(exc)
@@ -262,11 +289,25 @@ class ClusterRequest(Request):  # type: ignore[misc]
     def on_timeout(self, soft: bool, timeout: float) -> None:
         if self._is_over():
             return
+        if self._has_members and not soft:
+            logger.warning(
+                "%s[%s]: its jobs took %g s together, now each has its own time", self.name, self.id, timeout
+            )
+            task_ready(self)
+            self.reject(requeue=True)
+            return
         self._failed = self._erred = not soft
         if not soft:
             self._outcome = Outcome.FAILED
         with self._letting_go_last():
             super().on_timeout(soft, timeout)
+
+    def _give_its_own_time_to_each(self) -> None:
+        """Together the jobs of a message were over the time limit, which is one of each. Safe to repeat."""
+        task_ready(self)
+        if not self.acknowledged:
+            logger.warning("the jobs of %s[%s] were over their time limit, they go on one by one", self.name, self.id)
+            self.reject(requeue=True)
 
     def _announce_revoked(self, *args: Any) -> None:
         self._outcome = Outcome.REVOKED
@@ -348,7 +389,8 @@ class ClusterRequest(Request):  # type: ignore[misc]
         node, delivery = deliveries.current(), self._delivery
         if self._accepted_s is None or delivery is None or node is None or not node.is_of_trial(delivery.tag):
             return
-        outcomes.record_run(self._task.name, not self._erred, time.monotonic() - self._accepted_s, node.trial)
+        took_s = (time.monotonic() - self._accepted_s) / self._jobs
+        outcomes.record_run(self._task.name, not self._erred, took_s, node.trial)
 
     def reject(self, requeue: bool = False) -> None:
         if self._is_ending:
@@ -356,6 +398,12 @@ class ClusterRequest(Request):  # type: ignore[misc]
             return
         if not (requeue or self.acknowledged):
             self._count()
+        node = deliveries.current()
+        if requeue and self._has_members and self._delivery is not None and node is not None:
+            # Who is given it next splits it.
+            node.requeue(self._delivery.tag, interrupted=True)
+            self.acknowledged = True
+            return
         super().reject(requeue)
 
 

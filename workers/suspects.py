@@ -13,6 +13,7 @@ from typing import Any
 import redis
 
 from cluster_tasks.broker.deliveries import Deliveries, Past
+from cluster_tasks.broker.members import is_to_be_split
 from cluster_tasks.broker.message import Delivery
 from cluster_tasks.cluster import Cluster
 from cluster_tasks.errors import QuarantinedError, UnavailableError
@@ -42,6 +43,8 @@ class Suspects:
 
     def _admit(self, delivery: Delivery, job_id: str, payload: dict[str, Any]) -> bool:
         past = self._node.past(job_id)
+        if is_to_be_split(payload, bool(past.crashes)) and self._split(delivery, job_id, past):
+            return False
         if not past.crashes:
             return True
         # The last crash but one tells whether the job had begun when the last one came.
@@ -52,6 +55,16 @@ class Suspects:
         self._node.note_receipt(job_id, past.crashes, begun=False)
         # What was fetched with it is not at work while it is read.
         self._node.hold_back_undelivered()
+        return True
+
+    def _split(self, delivery: Delivery, message_id: str, past: Past) -> bool:
+        """Let the members of a message go on alone; False if it cannot be read."""
+        try:
+            placed = self._node.split(delivery.tag, message_id, past.crashes[-1] if past.crashes else None)
+        except ValueError as exc:
+            logger.warning("message %s stays whole: %s", message_id, exc)
+            return False
+        logger.info("the %d jobs of message %s that have not ended go on one by one", max(placed, 0), message_id)
         return True
 
     def _end(self, delivery: Delivery, job_id: str, payload: dict[str, Any], past: Past) -> None:

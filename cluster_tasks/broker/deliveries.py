@@ -6,6 +6,7 @@ by a client of the process, and kept until Redis has taken it. So it works after
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import threading
@@ -17,7 +18,8 @@ from typing import Any
 
 import redis
 
-from cluster_tasks.broker.message import Delivery, Placement, job_of, replace_message
+from cluster_tasks.broker.members import split
+from cluster_tasks.broker.message import Delivery, Placement, job_of, place_message, replace_message
 from cluster_tasks.broker.placement import Crash, Placer, Why
 from cluster_tasks.broker.sequels import parse_attempt
 from cluster_tasks.clock import Clock
@@ -211,23 +213,40 @@ class Deliveries:
         with self._lock:
             self._blamed[tag] = Crash(self.node_id, self.epoch, reason, self._clock.time(), traceback[-TRACEBACK:])
 
-    def requeue(self, tag: str, queue: str = "") -> None:
+    def requeue(self, tag: str, queue: str = "", *, interrupted: bool = False) -> None:
         """Give a delivery back, to be placed anew in front of the others, or on the list ``queue`` of a node.
 
-        Never raises for an outage.
+        ``interrupted``: its job may have begun. Never raises for an outage.
         """
         with self._lock:
             message, crash = self._held.pop(tag, None), self._blamed.pop(tag, None)
             self._held_back.discard(tag)  # The script that moves it looks at that itself.
             if message is not None and self._is_current(tag):
                 try:
-                    placement = replace_message(message, self._keys, delivered=True, queue=queue)
+                    placement = replace_message(
+                        message, self._keys, delivered=True, interrupted=interrupted, queue=queue
+                    )
                     self._returned[tag] = placement, crash
                 except ValueError:
                     # It could be read where the stack was lower.
                     self._unreadable[tag] = message
         self.wake()
         self.flush()
+
+    def split(self, tag: str, message_id: str, crash: Crash | None) -> int:
+        """Have the members of a message that have not ended go on by themselves, charged with ``crash``.
+
+        Returns how many do. Raises ValueError if the message cannot be read, redis.RedisError.
+        """
+        keys, unacked = self._keys, self.unacked_key
+        singles = [place_message(single, json.dumps(single), keys) for single in split(self._held[tag])]
+        shared = crash and replace(crash, shared=True)
+        placed = self._placer.split(unacked, self._not_started, tag, keys.crashes(message_id), singles, shared)
+        with self._lock:
+            self._held.pop(tag, None)
+            self._held_back.discard(tag)
+        self.wake()
+        return placed
 
     def let_lie(self, tag: str) -> None:
         """Forget a delivery that cannot be worked on now: if it is still ours, ``resync`` delivers it again."""

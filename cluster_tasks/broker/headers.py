@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from celery.exceptions import InvalidTaskError
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 Text = str | None
 Limit = Annotated[float, Field(allow_inf_nan=False)] | None
+
+
+def _nameable(job_id: str) -> str:
+    # Half of a surrogate pair can be no part of the name of a key; the error is a ValueError.
+    job_id.encode()
+    return job_id
+
+
+class _Member(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    id: Annotated[str, Field(min_length=1), AfterValidator(_nameable)]
 
 
 class _Headers(BaseModel):
@@ -28,6 +40,7 @@ class _Headers(BaseModel):
     shadow: Text = None
     stamped_headers: list[str] | None = None
     stamps: dict[str, Any] | None = None
+    members: list[_Member] | None = None
 
 
 def check_job(headers: Mapping[str, Any], payload: Any) -> None:
@@ -36,11 +49,22 @@ def check_job(headers: Mapping[str, Any], payload: Any) -> None:
     ``payload`` is its decoded body. Times are left to Celery, which checks them.
     """
     try:
-        _Headers.model_validate(dict(headers))
+        members = _Headers.model_validate(dict(headers)).members
     except ValidationError as exc:
         told = "; ".join(f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in exc.errors())
         raise InvalidTaskError(f"headers that no job can have: {told}") from None
     match payload:
-        case [list() | tuple(), dict(), dict() | None]:
+        case [list() | tuple() as args, dict(), dict() | None] if members is None or _are_calls(args, len(members)):
             return
     raise InvalidTaskError("the body of a job holds arguments, named arguments and what follows it")
+
+
+def _are_calls(args: Sequence[Any], count: int) -> bool:
+    """Whether these are the arguments of so many jobs."""
+    return len(args) == count and all(
+        isinstance(call, list | tuple)
+        and len(call) == 2
+        and isinstance(call[0], list | tuple)
+        and isinstance(call[1], dict)
+        for call in args
+    )

@@ -82,6 +82,8 @@ class Crash:
     """Of the error that ended the process, where one is known; its end, if it is long."""
     received_since: bool = False
     """Whether a node has taken the job in again after that, and has not begun it."""
+    shared: bool = False
+    """Whether it was at work with others of its message, any of which may be to blame."""
 
     @classmethod
     def read(cls, record: bytes | str) -> Crash:
@@ -103,6 +105,7 @@ class Placer:
         self._move_held = RememberedScript(client, placing_script("move_held"))
         self._move_listed = RememberedScript(client, placing_script("move_listed"))
         self._move_newest = RememberedScript(client, placing_script("move_newest"))
+        self._split = RememberedScript(client, placing_script("split"))
         self._unquarantine = RememberedScript(client, placing_script("unquarantine"))
         self._let_go, self._set_aside = (
             RememberedScript(client, "\n".join(script_source(_PACKAGE, part) for part in ("letting_go", name)))
@@ -152,6 +155,22 @@ class Placer:
             arguments += [tag, placement.queue, placement.waiting, keys.suspect_queue(kind)]
             arguments += [keys.crashes(placement.job_id or tag), kind, placement.suffix, placement.message]
         return cast(int, self._move_held([*self.index, source, not_started, keys.counters], arguments))
+
+    def split(
+        self, source: str, not_started: str, tag: str, crashes: str, members: Sequence[Placement], crash: Crash | None
+    ) -> int:
+        """Put the members of a delivery of the hash ``source`` that have not ended in its place, each by itself.
+
+        They are charged with ``crash``, if there was one; ``crashes`` are those of the message. Returns how many there
+        were, -1 if the delivery is gone.
+        """
+        keys = self._keys
+        arguments: list[Any] = [keys.bell_prefix, tag, str(crash or ""), CRASHES_LIVE_S]
+        for member in reversed(members):
+            job_id, kind = member.job_id, member.request_type
+            arguments += [keys.terminal(job_id), keys.followed(job_id), keys.crashes(job_id), member.waiting]
+            arguments += [keys.suspect_queue(kind), kind, member.suffix, member.message]
+        return cast(int, self._split([*self.index, source, not_started, crashes], arguments))
 
     def let_go(self, source: str, done: Mapping[str, str]) -> None:
         """Let go of deliveries of the hash ``source`` that are done: the ids of their jobs by tag, '' for none."""

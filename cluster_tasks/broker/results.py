@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cached_property
 from typing import Any
@@ -28,8 +29,10 @@ from kombu.exceptions import OperationalError
 from kombu.utils.encoding import bytes_to_str
 
 from cluster_tasks.broker import deliveries
+from cluster_tasks.broker.members import member_ids, members_of
 from cluster_tasks.broker.message import Delivery
 from cluster_tasks.broker.sequels import being_ended, ending
+from cluster_tasks.broker.together import Ends, gathered, gathering
 from cluster_tasks.errors import EndNotStored, StaleCommit
 from cluster_tasks.keys import DEFAULT_NAME, Keys
 from cluster_tasks.redis_store import (
@@ -85,6 +88,10 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
         return self._storing("commit")
 
     @cached_property
+    def _commit_members_script(self) -> redis.commands.core.Script:
+        return self._storing("commit_members")
+
+    @cached_property
     def _end_unheld_script(self) -> redis.commands.core.Script:
         return self._storing("end_unheld")
 
@@ -121,6 +128,11 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
             # Celery takes it for an error of the task. This end must not be replaced by another one: the job has come
             # to its end elsewhere, or will.
             raise exc
+        if member_ids(request):
+            with self._ends_of_all(request):
+                for member in members_of(request):
+                    self.mark_as_failure(member.id, exc, traceback, member, store_result, call_errbacks, state)
+            return
         with ending(request):
             if not store_result:
                 self._end_without_result(task_id, exc, state, traceback, request)
@@ -130,10 +142,41 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
         self, task_id: str, reason: str = "", request: Any = None, store_result: bool = True,
         state: str = states.REVOKED,
     ) -> None:  # fmt: skip
+        if member_ids(request):
+            with self._ends_of_all(request):
+                for member in members_of(request):
+                    self.mark_as_revoked(member.id, reason, member, store_result, state)
+            return
         with ending(request):
             if not store_result:
                 self._end_without_result(task_id, TaskRevokedError(reason), state, None, request)
             super().mark_as_revoked(task_id, reason, request, store_result, state)
+
+    # One message may be of many jobs, its members. Its own end, which is none of a job, is that of all of them.
+
+    @contextmanager
+    def ends_together(self, delivery: Delivery, message_id: str) -> Iterator[Ends]:
+        """While the block lasts, the ends of a message's members are gathered; ``Ends.tell`` commits them."""
+        ends = Ends(self._commit_members, self._keys, delivery, message_id, ENDED_LIVES_S)
+        with gathered(ends):
+            yield ends
+
+    @contextmanager
+    def _ends_of_all(self, request: Any) -> Iterator[None]:
+        delivery = Delivery.of(getattr(request, "properties", None))
+        if delivery is None:
+            yield
+            return
+        with self.ends_together(delivery, request.id) as ends:
+            yield
+            ends.tell(last=True)
+
+    def _commit_members(self, names: Sequence[str], arguments: Sequence[Any]) -> list[int]:
+        try:
+            done: list[int] = self.ensure(self._run, (self._commit_members_script, names, arguments))
+        except (redis.ConnectionError, redis.TimeoutError) as exc:
+            raise EndNotStored(f"the ends of jobs of one message could not be stored: {exc!r}") from exc
+        return done
 
     # Celery's scripts for chords take a claim, random characters, that its holder alone may use. Here it also says
     # whose delivery holds it.
@@ -248,22 +291,24 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
             self._note_script(self._job_keys(delivery, task_id), [delivery.tag, encoded, int(self.expires or 0)])
 
     def _commit(self, delivery: Delivery, task_id: str, state: str, encoded: Any, lives_s: int, kept: Any) -> None:
-        keys = self._keys
+        keys, same_end = self._keys, REVOKED_UNHELD if state == states.REVOKED else ""
+        if (ends := gathering(delivery)) is not None:
+            ends.add(task_id, bytes_to_str(self.get_key_for_task(task_id)), encoded, lives_s, same_end, state)
+            return
         names = [*self._job_keys(delivery, task_id), keys.counters, keys.crashes(task_id), keys.followed(task_id)]
         names.append(keys.kept_end(task_id))
-        same_end = REVOKED_UNHELD if state == states.REVOKED else ""
         arguments = [delivery.tag, encoded, lives_s, kept, same_end, SEQUELS_LIVE_S, state]
         try:
-            done = self.ensure(self._run_commit, (names, arguments))
+            done = self.ensure(self._run, (self._commit_script, names, arguments))
         except (redis.ConnectionError, redis.TimeoutError) as exc:
             raise EndNotStored(f"the end {state} of job {task_id} could not be stored: {exc!r}") from exc
         if done != 1:
             reason = "its delivery was taken away" if done == 0 else "it had ended before"
             raise StaleCommit(f"result {state} of job {task_id} by {delivery.node_id} refused: {reason}")
 
-    def _run_commit(self, names: list[str], arguments: list[Any]) -> Any:
+    def _run(self, script: redis.commands.core.Script, names: Sequence[str], arguments: Sequence[Any]) -> Any:
         with refusals_as_outages(self.client):
-            return run_script(self.client, self._commit_script, names, arguments)
+            return run_script(self.client, script, names, arguments)
 
     def _end_unheld(self, task_id: str, encoded: Any) -> None:
         keys, node = self._keys, deliveries.current()

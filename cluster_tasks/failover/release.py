@@ -9,6 +9,7 @@ from typing import Any, cast
 import redis
 
 from cluster_tasks.broker.delays import entry_message
+from cluster_tasks.broker.members import member_ids, split
 from cluster_tasks.broker.message import check_payload, priority_suffix
 from cluster_tasks.broker.placement import UNDECODABLE_KEPT
 from cluster_tasks.errors import BrokerUnavailable
@@ -55,17 +56,26 @@ class Release:
         return moved
 
     def _move(self, source: str, queue: str, found: Iterable[tuple[bytes, bytes]]) -> int:
-        arguments = [part for there, message in found for part in (there, *self._as_celery_has_it(message))]
+        arguments: list[Any] = []
+        for there, message in found:
+            queue_there, messages = self._as_celery_has_it(message)
+            arguments += [there, queue_there, len(messages), *messages]
         moved: int = self._give_back([source, self._keys.backlog], [queue, *arguments])
         return moved
 
-    def _as_celery_has_it(self, message: bytes) -> tuple[str, bytes | str]:
-        """The list of a message, its priority included, and the message, which names the queue that it is in."""
+    def _as_celery_has_it(self, message: bytes) -> tuple[str, list[bytes | str]]:
+        """The list of a message, its priority included, and the message, which names the queue that it is in.
+
+        One of several jobs is one for each of them.
+        """
         try:
             payload = check_payload(json.loads(message))
+            payloads = split(message) if member_ids(payload.get("headers")) else [payload]
         except (ValueError, RecursionError):
-            return self._keys.undecodable, message
-        properties, queue = payload["properties"], self._queue_of(payload.get("headers") or {})
-        # A worker that dies or loses its connection puts it back by this.
-        properties["delivery_info"] = {"exchange": "", "routing_key": queue}
-        return queue + priority_suffix(properties.get("priority")), json.dumps(payload)
+            return self._keys.undecodable, [message]
+        queue = self._queue_of(payload.get("headers") or {})
+        for each in payloads:
+            # A worker that dies or loses its connection puts it back by this.
+            each["properties"]["delivery_info"] = {"exchange": "", "routing_key": queue}
+        suffix = priority_suffix(payload["properties"].get("priority"))
+        return queue + suffix, [json.dumps(each) for each in payloads]

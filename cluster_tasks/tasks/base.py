@@ -63,6 +63,10 @@ class ClusterTask(Task):  # type: ignore[misc]
     prefers: ClassVar[Callable[..., str | None] | None] = None
     """A function of the app and the task's arguments that names the node which a job is best sent to, if it can be
     given jobs; None: the strategy chooses. Any node may take the job all the same."""
+    together: ClassVar[Callable[..., Sequence[Any]] | None] = None
+    """A function of the app and a list of the arguments of several jobs, a mapping by name for each, that does them all
+    in one call. It returns their results in the same order, for a job that failed the exception. If it raises, each is
+    run by itself."""
     rerun_on_crash: ClassVar[bool] = True
     """Whether a job is run again when its node or process died while it ran. If not, it fails with NodeLost."""
     run: Callable[..., Any]
@@ -201,6 +205,10 @@ class ClusterTask(Task):  # type: ignore[misc]
         unacked = around.keys.unacked(delivery.node_id, delivery.epoch)
         origin = Origin(self.request.id, unacked, delivery.tag, delivery.fencing_token)
         return Publisher(around.client, around.keys, around.clock, origin, asked.get("cancel_after_s"))
+
+    def named_arguments(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments by name, as ``check_arguments``, with those of ``**`` among them."""
+        return self._given(self.check_arguments(args, kwargs))
 
     def check_arguments(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
         """Return the arguments by name, as ``arguments`` has parsed them. Raises InvalidArguments."""

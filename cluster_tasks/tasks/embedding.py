@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from itertools import accumulate, chain, islice, pairwise
 from time import sleep
 from typing import TYPE_CHECKING, Any
 
 from celery import Celery
 
-from cluster_tasks.errors import ProviderLimited
+from cluster_tasks.errors import ProviderLimited, ProviderUnavailable
 from cluster_tasks.tasks.arguments import CacheUse, EmbedArguments
 from cluster_tasks.tasks.base import ClusterTask
 from cluster_tasks.tasks.kept import Embedded, kept_of
@@ -45,7 +46,55 @@ def known_vectors(
             "dimension": len(vectors[0]), "cached": True}  # fmt: skip
 
 
-@ready_made(EMBED, request_type="embedding", affinity=first_text, arguments=EmbedArguments, known=known_vectors)
+def embed_together(app: Celery, calls: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Do several jobs of ``embed``, whose arguments are ``calls``: those for one model embed their texts together.
+
+    The ``usage`` of each is its share by the words of its texts. Raises as ``embed_texts`` does, but for what all of
+    them would meet alone, which is returned for each.
+    """
+    done: list[Any] = [None] * len(calls)
+    places: dict[tuple[str | None, CacheUse], list[int]] = {}
+    for place, call in enumerate(calls):
+        places.setdefault((call.get("model"), call.get("cache")), []).append(place)
+    for (model, cache), alike in places.items():
+        texts = [calls[place]["texts"] for place in alike]
+        try:
+            results: Iterable[Any] = _shares(*_embed(app, list(chain(*texts)), model, cache), texts)
+        except ProviderLimited:
+            # Alone each comes back when there is room.
+            raise
+        except ProviderUnavailable as exc:
+            results = [exc] * len(alike)
+        for place, result in zip(alike, results, strict=True):
+            done[place] = result
+    return done
+
+
+def _shares(result: EmbeddingResult, made: Set[str], texts: Sequence[Sequence[str]]) -> Iterator[dict[str, Any]]:
+    """What each of several jobs gets of what was embedded for all; ``made`` are the texts that were not known."""
+    rows, words = (
+        iter(result.vectors.tolist()),
+        [sum(len(text.split()) for text in own if text in made) for own in texts],
+    )
+    usages = zip(*(_apportioned(count, words) for count in result.usage.model_dump().values()), strict=True)
+    for own, usage in zip(texts, usages, strict=True):
+        yield {
+            "vectors": list(islice(rows, len(own))), "model": result.model,
+            "usage": dict(zip(type(result.usage).model_fields, usage, strict=True)),
+            "provider": result.provider, "cached": made.isdisjoint(own), "dimension": result.vectors.shape[1],
+        }  # fmt: skip
+
+
+def _apportioned(total: int, weights: Sequence[int]) -> list[int]:
+    """Whole numbers in about this ratio, whose sum is ``total``."""
+    bounds = [total * reached // (sum(weights) or 1) for reached in accumulate(weights)]
+    return [bound - before for before, bound in pairwise([0, *bounds[:-1], total])]
+
+
+@ready_made(
+    EMBED, request_type="embedding", affinity=first_text, arguments=EmbedArguments, known=known_vectors,
+    together=embed_together,
+)  # fmt: skip
 def embed(task: ClusterTask, texts: list[str], model: str | None = None, cache: CacheUse = None) -> dict[str, Any]:
     """Embed one text or a list of texts.
 
@@ -61,18 +110,25 @@ def embed(task: ClusterTask, texts: list[str], model: str | None = None, cache: 
 
 def embed_texts(app: Celery, texts: Sequence[str], model: str | None = None, cache: CacheUse = None) -> EmbeddingResult:
     """Embed texts, at least one: those of which no vector is kept. Raises as ``EmbeddingProvider.embed`` does."""
+    return _embed(app, texts, model, cache)[0]
+
+
+def _embed(app: Celery, texts: Sequence[str], model: str | None, cache: CacheUse) -> tuple[EmbeddingResult, Set[str]]:
+    """The same, and the texts that were embedded for it."""
     import numpy as np
 
     from cluster_tasks.providers import EmbeddingResult
 
     provider, kept = backends_of(app).embeddings, kept_of(app)
     if kept is None or cache is False:
-        return embed_in_batches(provider, texts, model)
+        return embed_in_batches(provider, texts, model), set(texts)
     made: list[EmbeddingResult] = []
+    new: set[str] = set()
 
     def embed_now(some: list[str]) -> dict[str, Embedded]:
         result = embed_in_batches(provider, some, model, begun=bool(made))
         made.append(result)
+        new.update(some)
         rows = result.vectors.astype("<f4")
         return {
             text: Embedded(result.model, result.provider, row.tobytes()) for text, row in zip(some, rows, strict=True)
@@ -96,10 +152,8 @@ def embed_texts(app: Celery, texts: Sequence[str], model: str | None = None, cac
             vectors = embed_anew()
     by_model, by_provider, _ = vectors[texts[0]]
     rows = np.stack([np.frombuffer(vectors[text].vector, dtype="<f4") for text in texts])
-    return EmbeddingResult(
-        vectors=rows, model=by_model, usage=_sum(result.usage for result in made), provider=by_provider,
-        cached=not made,
-    )  # fmt: skip
+    usage = _sum(result.usage for result in made)
+    return EmbeddingResult(vectors=rows, model=by_model, usage=usage, provider=by_provider, cached=not made), new
 
 
 def embed_in_batches(

@@ -126,6 +126,17 @@ def test_a_batch_embeds_only_what_is_not_known(site: Site) -> None:
     assert site.get("embedding.embed", "gamma")["vectors"] == [both["vectors"][0]]
 
 
+def test_submitted_texts_are_embedded_if_they_are_not_known_and_each_job_says_whether_its_own_were(site: Site) -> None:
+    known = site.get("embedding.embed", ["alpha", "beta"])
+    # Two for each of the slots, so that jobs share a message.
+    sent = cluster_of(site.app).submit(site.app.tasks["embedding.embed"], ["alpha", "gamma", "beta", ["beta", "delta"]])
+    results = sent.get(timeout=WITHIN_S)
+    assert sorted(request.body["input"] for request in list(site.provider.requests)[-2:]) == [["delta"], ["gamma"]]
+    assert [result["cached"] for result in results] == [True, False, True, False]
+    assert [results[0]["vectors"][0], results[2]["vectors"][0]] == known["vectors"]
+    assert [result["usage"]["prompt_tokens"] for result in results] == [0, 1, 0, 1]
+
+
 def test_a_text_that_two_jobs_want_at_once_is_embedded_once(site: Site) -> None:
     site.provider.latency_s = 0.5
     try:

@@ -82,7 +82,7 @@ def provider() -> Iterator[FakeOpenAI]:
 
 
 @pytest.fixture(scope="module")
-def remote(broker: str, directory: Path, provider: FakeOpenAI) -> Iterator[Run]:
+def app_of_remote(broker: str, directory: Path, provider: FakeOpenAI) -> Iterator[Celery]:
     """Sends to a node whose models are behind a URL."""
     settings = {
         "CLUSTER_LLM_BASE_URL": provider.base_url, "CLUSTER_LLM_MODEL": "fake-chat",
@@ -91,7 +91,12 @@ def remote(broker: str, directory: Path, provider: FakeOpenAI) -> Iterator[Run]:
         "CLUSTER_PROVIDER_MAX_RETRIES": "0",
     }  # fmt: skip
     with node(broker, "remote", directory, **settings) as app:
-        yield sender(app)
+        yield app
+
+
+@pytest.fixture
+def remote(app_of_remote: Celery) -> Run:
+    return sender(app_of_remote)
 
 
 # Embedding.
@@ -113,6 +118,44 @@ def test_many_texts_give_their_vectors_in_order_over_many_requests(remote: Run, 
     assert len(result["vectors"]) == 150
     assert result["vectors"][149] == remote("embedding.embed", texts[149])["vectors"][0]
     assert result["usage"] == {"prompt_tokens": 450, "completion_tokens": 0, "total_tokens": 450}
+
+
+def test_submitted_texts_get_what_each_would_alone(app: Celery, run: Run) -> None:
+    texts = ["hello", ["two texts", "of one job"], "three words here", "!"]
+    sent = cluster_of(app).submit(app.tasks["embedding.embed"], texts)
+    assert sent.get(timeout=WITHIN_S) == [run("embedding.embed", text) for text in texts]
+
+
+def test_submitted_texts_are_embedded_in_few_requests(app_of_remote: Celery, provider: FakeOpenAI) -> None:
+    provider.requests.clear()
+    texts = [f"word {number}" for number in range(100)]
+    wait_until(lambda: cluster_of(app_of_remote).view.nodes(), WITHIN_S, "the node is seen")
+    results = cluster_of(app_of_remote).submit(app_of_remote.tasks["embedding.embed"], texts).get(timeout=WITHIN_S)
+    asked = [request.body["input"] for request in provider.requests if request.path == EMBEDDINGS_PATH]
+    # The node has two slots.
+    assert sorted(map(len, asked)) == [50, 50]
+    assert [result["usage"]["prompt_tokens"] for result in results] == [2] * 100
+
+
+def test_texts_that_are_refused_together_are_embedded_one_by_one(app_of_remote: Celery, provider: FakeOpenAI) -> None:
+    provider.requests.clear()
+    provider.fail(400, message="one of the texts is too long", times=2)
+    cluster, texts = cluster_of(app_of_remote), [f"word {number}" for number in range(8)]
+    results = cluster.submit(app_of_remote.tasks["embedding.embed"], texts).get(timeout=WITHIN_S)
+    assert [len(result["vectors"]) for result in results] == [1] * 8
+    asked = [request.body["input"] for request in provider.requests if request.path == EMBEDDINGS_PATH]
+    assert sorted(map(len, asked)) == [1] * 8 + [4, 4]
+
+
+def test_a_provider_that_fails_fails_all_texts_that_it_was_given(app_of_remote: Celery, provider: FakeOpenAI) -> None:
+    provider.fail(503, times=1)
+    cluster, texts = cluster_of(app_of_remote), [f"word {number}" for number in range(8)]
+    sent = cluster.submit(app_of_remote.tasks["embedding.embed"], texts)
+    ends = sent.get(timeout=WITHIN_S, propagate=False)
+    assert [isinstance(end, ProviderUnavailable) for end in ends] in (
+        [True] * 4 + [False] * 4,
+        [False] * 4 + [True] * 4,
+    )
 
 
 # Retrieval.

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import Any, Protocol
 
+from cluster_tasks import Cluster
 from cluster_tasks.redis_store import text
-from tests.process.jobs import Jobs
 from tests.waiting import wait_until
 
 END_S = 60.0
+
+
+class Jobs(Protocol):
+    """The app of a test."""
+
+    @property
+    def cluster(self) -> Cluster:
+        """Its cluster."""
 
 
 def finish(results: list[Any]) -> Counter[str]:

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster_tasks.broker.headers import check_job
+from cluster_tasks.broker.members import member_ids
 from cluster_tasks.broker.message import Delivery, check_payload, replace_message
 from cluster_tasks.keys import Keys
 from cluster_tasks.model import check_node_id, check_request_type
@@ -57,6 +58,33 @@ def test_what_celery_writes_is_taken() -> None:
 @pytest.mark.parametrize("token", [5, "a/b", [], ["a", "b"], ["a", "b", 3], {"a": 1}, True, [["a"], "b", "c"]])
 def test_a_forged_delivery_is_none(token: Any) -> None:
     assert Delivery.of({"cluster_delivery": token}) is None
+
+
+@pytest.mark.parametrize(
+    ("members", "args"),
+    [
+        ([{"id": "a"}], []),
+        ([{"id": "a"}], [[[], {}], [[], {}]]),
+        ([{"id": "a"}], [[[], []]]),
+        ([{"id": "a"}], [["text", {}]]),
+        ([{"id": "a"}], ["no call"]),
+        ([{"id": ""}], [[[], {}]]),
+        ([{"id": 5}], [[[], {}]]),
+        ([{"id": "\ud800"}], [[[], {}]]),
+        (["a"], [[[], {}]]),
+        ({"id": "a"}, [[[], {}]]),
+        (5, []),
+    ],
+)
+def test_a_message_of_many_jobs_that_nobody_wrote_so_is_refused(members: Any, args: Any) -> None:
+    with pytest.raises(InvalidTaskError):
+        check_job({"task": "jobs.work", "id": "message", "members": members}, [args, {}, {}])
+
+
+@given(JSON)
+def test_whatever_is_named_as_members_some_or_none_are_found(members: Any) -> None:
+    found = member_ids({"members": members})
+    assert found == [] or len(found) == len(members)
 
 
 @pytest.mark.parametrize("depth", [900, 1_000, 5_000, 100_000])

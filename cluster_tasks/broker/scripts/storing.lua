@@ -7,8 +7,7 @@ if results_db ~= jobs_db then redis.call('SELECT', jobs_db) end
 -- Write a result, which lives `ttl` seconds (0: for ever), and tell who waits for it.
 local function store(key, value, ttl)
   if results_db ~= jobs_db then redis.call('SELECT', results_db) end
-  redis.call('SET', key, value)
-  if tonumber(ttl) > 0 then redis.call('EXPIRE', key, ttl) end
+  if tonumber(ttl) > 0 then redis.call('SET', key, value, 'EX', ttl) else redis.call('SET', key, value) end
   redis.call('PUBLISH', key, value)
   if results_db ~= jobs_db then redis.call('SELECT', jobs_db) end
 end

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -150,6 +151,15 @@ def test_what_a_killed_node_held_is_given_back_too(url: str, after: Celery, work
     assert release("--json").returncode == 0
     with running(worker("old1", False)):
         assert all(result.get(timeout=END_S) for result in results)
+
+
+def test_jobs_that_share_a_message_are_given_back_one_by_one(url: str, after: Celery, worker: Worker) -> None:
+    sent = cluster_of(after).submit(after.tasks["shop.price"], ["a", "b", "c"])
+    assert sum(cluster_of(after).epochs.lengths().values()) == 1
+    assert json.loads(release("--json").stdout) == {"released": 3}
+    with running(worker("old1", False)):
+        assert len(sent.get(timeout=END_S)) == 3
+    assert not cluster_of(after).epochs.lengths()
 
 
 def test_the_schedule_of_the_app_is_sent_once(url: str, after: Celery, worker: Worker, tmp_path: Path) -> None:

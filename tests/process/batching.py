@@ -1,0 +1,96 @@
+"""Tasks whose jobs are submitted many at a time, on nodes that note what they do."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from celery import Celery
+
+from cluster_tasks import Cluster, ClusterTask
+from tests.process.jobs import note
+
+POISON, BAD = "poison", "bad"
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The app, its cluster and its tasks."""
+
+    app: Celery
+    cluster: Cluster
+    work: Any
+    double: Any
+    flaky: Any
+    slow: Any
+    brief: Any
+
+
+def double_together(app: Celery, calls: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Double all words at once. A bad one fails, one that is poison kills the process."""
+    words = [call["word"] for call in calls]
+    note("together", str(len(words)))
+    if POISON in words:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if "breaks all" in words:
+        raise RuntimeError("none of them can be done")
+    time.sleep(max(float(call.get("seconds", 0.0)) for call in calls))
+    return [ValueError(word) if word == BAD else 2 * word for word in words]
+
+
+def make_batches() -> Batches:
+    """Return a new app."""
+    app = Celery("batches", set_as_current=False)
+    cluster = Cluster(app)
+    options: dict[str, Any] = {"base": ClusterTask, "bind": True, "shared": False, "request_type": "llm"}
+
+    @app.task(name="batches.work", **options)
+    def work(self: Any, word: str, seconds: float = 0.0) -> str:
+        """Return the word and the node; fail for a bad one."""
+        note(f"started:{self.request.id}", self.request.hostname)
+        if word == POISON:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(seconds)
+        if word == BAD:
+            raise ValueError(word)
+        return f"{word} {self.request.hostname}"
+
+    @app.task(name="batches.double", together=double_together, **options)
+    def double(self: Any, word: str, seconds: float = 0.0) -> str:
+        """What ``double_together`` does, for one word."""
+        note(f"started:{self.request.id}", self.request.hostname)
+        if word == POISON:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if word == "breaks all":
+            raise RuntimeError("this one cannot be done")
+        return 2 * word
+
+    @app.task(name="batches.flaky", max_retries=3, **options)
+    def flaky(self: Any, failures: int) -> int:
+        """Fail so many times, then return how often it was tried."""
+        tried = len(note(f"tried:{self.request.id}", self.request.hostname))
+        if tried <= failures:
+            raise self.retry(countdown=0)
+        return tried
+
+    @app.task(name="batches.slow", **options)
+    def slow(self: Any, seconds: float) -> str:
+        """Take some time; return the node."""
+        note(f"started:{self.request.id}", self.request.hostname)
+        time.sleep(seconds)
+        return str(self.request.hostname)
+
+    @app.task(name="batches.brief", time_limit=2, **options)
+    def brief(self: Any, seconds: float) -> str:
+        """Take no longer than two seconds."""
+        time.sleep(seconds)
+        return str(self.request.hostname)
+
+    return Batches(app, cluster, work, double, flaky, slow, brief)
+
+
+app = make_batches().app
