@@ -11,7 +11,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, NamedTuple
 from zlib import crc32
 
@@ -38,6 +38,12 @@ FILLED = re.compile(r"\S+")
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 """2^64 divided by the golden ratio: the multiplier of Fibonacci hashing (Knuth, TAOCP vol. 3, section 6.4)."""
 
+GRAM_SIZES = (3, 4)
+MANY = 4
+"""From so many texts on their grams are hashed by numpy."""
+CRC_TABLE = np.array([crc32(bytes([byte ^ 0xFF])) ^ 0xFF000000 for byte in range(256)], dtype=np.uint32)
+"""Of the CRC-32 of zlib: what is left of a byte after its eight steps."""
+
 
 def words_of(text: str) -> list[str]:
     """The words of ``text``, in order, without regard to case and to the form of characters (NFKC)."""
@@ -61,37 +67,71 @@ class HashEmbeddings:
     def embed(self, request: EmbeddingRequest) -> EmbeddingResult:
         """Embed the texts. Raises ConfigurationError if the request names another model."""
         _check_model(request.model, self.name, "EMBEDDING")
-        vectors = np.stack([self._vector(text) for text in request.texts])
         count = sum(len(text.split()) for text in request.texts)
         usage = Usage(prompt_tokens=count, total_tokens=count)
-        return EmbeddingResult(vectors=vectors, model=self.name, usage=usage, provider=self.name)
+        return EmbeddingResult(vectors=self._vectors(request.texts), model=self.name, usage=usage, provider=self.name)
 
-    def _vector(self, text: str) -> NDArray[np.float32]:
-        words = words_of(text)
-        padded = f" {' '.join(words)} "
-        grams = [padded[start : start + size] for size in (3, 4) for start in range(len(padded) - size + 1)]
-        pairs = [f"{left} {right}" for left, right in pairwise(words)]
+    def _vectors(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        # All texts at once: for one that is short, to call numpy costs more than what it does.
+        words = [words_of(text) for text in texts]
+        pairs = [[f"{left} {right}" for left, right in pairwise(own)] for own in words]
+        whole = _hashes([own + joined for own, joined in zip(words, pairs, strict=True)])
+        grams = _gram_hashes([f" {' '.join(own)} " for own in words])
         # A text has many times more character n-grams than words: half the weight keeps whole words ahead.
-        vector = self._hashed(words + pairs) + 0.5 * self._hashed(grams)
-        norm = float(np.linalg.norm(vector))
-        if not norm:
-            # A text without words still gets a direction, for cosine distances have no answer without one.
-            vector[0] = norm = 1.0
-        return (vector / norm).astype(np.float32)
+        vectors = self._hashed(*whole, len(texts)) + 0.5 * self._hashed(*grams, len(texts))
+        # Each row by itself: sums over an axis are rounded in another order, which would show.
+        norms = np.sqrt([row.dot(row) for row in vectors])
+        # A text without words still gets a direction, for cosine distances have no answer without one.
+        vectors[norms == 0, 0] = norms[norms == 0] = 1.0
+        unit: NDArray[np.float32] = (vectors / norms[:, np.newaxis]).astype(np.float32)
+        return unit
 
-    def _hashed(self, features: Sequence[str]) -> NDArray[np.float64]:
-        hashes = np.fromiter(map(crc32, map(str.encode, features)), dtype=np.uint64, count=len(features))
-        distinct, counts = np.unique(hashes, return_counts=True)
+    def _hashed(self, texts: NDArray[np.uint64], hashes: NDArray[np.uint64], count: int) -> NDArray[np.float64]:
+        """A row for each of ``count`` texts; of each feature its hash, and which text has it."""
+        distinct, counts = np.unique(texts << np.uint64(32) | hashes, return_counts=True)
         # CRC-32 is linear, so that similar words collide by rule; the product spreads them.
-        mixed = distinct * GOLDEN
+        mixed = (distinct & np.uint64(0xFFFFFFFF)) * GOLDEN
         signs = np.where(mixed >> np.uint64(31) & np.uint64(1), 1.0, -1.0)
         buckets = (mixed >> np.uint64(32)) % np.uint64(self.dimensions)
-        vector = np.zeros(self.dimensions)
-        np.add.at(vector, buckets, signs * (1.0 + np.log(counts)))
-        return vector
+        places = (distinct >> np.uint64(32)) * np.uint64(self.dimensions) + buckets
+        weights = signs * (1.0 + np.log(counts))
+        rows = np.bincount(places.astype(np.int64), weights, minlength=count * self.dimensions)
+        return rows.astype(np.float64, copy=False).reshape(count, self.dimensions)
 
     def close(self) -> None:
         """Do nothing: there is nothing to release."""
+
+
+def _hashes(features: Sequence[Sequence[str]]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """CRC-32 of the features of each text, and which text each is of."""
+    lengths = [len(own) for own in features]
+    encoded = map(str.encode, chain.from_iterable(features))
+    hashes = np.fromiter(map(crc32, encoded), dtype=np.uint64, count=sum(lengths))
+    return np.repeat(np.arange(len(features), dtype=np.uint64), lengths), hashes
+
+
+def _gram_hashes(texts: Sequence[str]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """The same of the character 3- and 4-grams of each text."""
+    if len(texts) >= MANY and all(text.isascii() for text in texts):
+        data = np.frombuffer("".join(texts).encode(), dtype=np.uint8)
+        owners = np.repeat(np.arange(len(texts), dtype=np.uint64), [len(text) for text in texts])
+        found = [_window_hashes(data, owners, size) for size in GRAM_SIZES]
+        return np.concatenate([own for own, _ in found]), np.concatenate([hashes for _, hashes in found])
+    return _hashes(
+        [[text[start : start + size] for size in GRAM_SIZES for start in range(len(text) - size + 1)] for text in texts]
+    )
+
+
+def _window_hashes(
+    data: NDArray[np.uint8], owners: NDArray[np.uint64], size: int
+) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """The owner and the CRC-32 of all windows of ``size`` bytes that have one owner."""
+    count = max(len(data) - size + 1, 0)
+    crc = np.full(count, 0xFFFFFFFF, dtype=np.uint32)
+    for offset in range(size):
+        crc = CRC_TABLE[(crc ^ data[offset : offset + count]) & 0xFF] ^ (crc >> np.uint32(8))
+    is_whole = owners[:count] == owners[size - 1 : size - 1 + count]
+    return owners[:count][is_whole], (crc[is_whole] ^ np.uint32(0xFFFFFFFF)).astype(np.uint64)
 
 
 class ExtractiveChat:

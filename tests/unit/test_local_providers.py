@@ -70,8 +70,11 @@ def test_case_spacing_and_punctuation_make_no_difference() -> None:
     assert np.array_equal(plain, other)
 
 
-def test_a_vector_does_not_depend_on_its_neighbours() -> None:
-    assert np.array_equal(vectors_of("a b", "c d")[1], vectors_of("c d")[0])
+@given(st.lists(st.text(st.characters(codec="ascii")), min_size=4, max_size=8), st.lists(st.text(), max_size=2))
+def test_a_vector_does_not_depend_on_its_neighbours(plain: list[str], others: list[str]) -> None:
+    for texts in (plain, plain + others):
+        for text, vector in zip(texts, vectors_of(*texts), strict=True):
+            assert np.array_equal(vector, vectors_of(text)[0])
 
 
 def test_unrelated_words_spread_over_all_dimensions() -> None:
