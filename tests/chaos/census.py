@@ -9,6 +9,7 @@ from typing import Any
 
 import redis
 
+from cluster_tasks.broker.members import member_ids
 from cluster_tasks.keys import Keys
 from cluster_tasks.redis_store import text
 from tests.chaos.jobs import ChaosJobs
@@ -64,13 +65,15 @@ def census_of(client: redis.Redis, keys: Keys) -> Census:
         if name.startswith(keys.terminal("")):
             ended.add(name.removeprefix(keys.terminal("")))
         for message in messages:
-            places.setdefault(_job_of(name, text(message), keys), []).append(name)
+            for job_id in _jobs_of(name, text(message), keys):
+                places.setdefault(job_id, []).append(name)
     return Census(places, ended)
 
 
-def _job_of(place: str, message: str, keys: Keys) -> str:
+def _jobs_of(place: str, message: str, keys: Keys) -> list[str]:
     if place == keys.quarantine:
-        return message
+        return [message]
     if place == keys.delayed:
         message = message.split("\n", 4)[-1]
-    return str(json.loads(message)["headers"]["id"])
+    headers = json.loads(message)["headers"]
+    return member_ids(headers) or [str(headers["id"])]

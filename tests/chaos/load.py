@@ -8,13 +8,14 @@ from typing import Any
 
 import redis
 from celery import chord, states
+from celery.result import ResultSet
 from kombu.exceptions import OperationalError
 
 from tests.chaos.history import History
 from tests.chaos.jobs import ChaosJobs
 from tests.process.traffic import Traffic
 
-KINDS = ("plain", "prioritised", "delayed", "retrying", "chained", "chord", "silent", "throttled")
+KINDS = ("plain", "prioritised", "delayed", "retrying", "chained", "chord", "silent", "throttled", "submitted")
 LENGTHS_S = (0.0, 0.0, 0.05, 0.3)
 
 
@@ -109,6 +110,10 @@ class Load(Traffic):
 
     def _throttled(self) -> Any:
         return self._jobs.throttled.delay(self._seconds())
+
+    def _submitted(self) -> Any:
+        sent = self._jobs.cluster.submit(self._jobs.work, [(self._seconds(),) for _ in range(8)])
+        return ResultSet(list(sent))
 
     def _burning(self) -> Any:
         return self._jobs.burn.delay(self._rng.uniform(0.2, 1.0))
