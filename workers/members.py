@@ -158,13 +158,15 @@ class _Run:
                 fitting.append(member)
             except InvalidArguments:
                 alone.append(member)
+        done = dict[str, Any]()
         for member, value in zip(fitting, self._call(given), strict=True):
             if value is _NOT_RUN or isinstance(value, self._for_celery):
                 alone.append(member)
             elif isinstance(value, Exception):
                 self._fail(member, value)
             else:
-                self._succeed(member, value)
+                done[member.id] = value
+        self._succeed([member for member in fitting if member.id in done], done)
         return alone
 
     @property
@@ -184,15 +186,26 @@ class _Run:
             raise ClusterError(f"{self._task.name}: {len(given)} jobs run together gave {len(values)} results")
         return values  # type: ignore[no-any-return]
 
-    def _succeed(self, member: Member, value: Any) -> None:
-        task, context = self._task, self._context(member)
-        task.backend.mark_as_done(member.id, value, context, not self._ignores_result)
-        if signals.task_success.receivers:
-            task.push_request(**vars(context))
-            try:
-                signals.task_success.send(sender=task, result=value)
-            finally:
-                task.pop_request()
+    def _succeed(self, members: Sequence[Member], values: Mapping[str, Any]) -> None:
+        task = self._task
+        # What Celery calls extended tells of each job by itself.
+        groups = [[member] for member in members] if task.app.conf.result_extended else [members]
+        failed: dict[str, Exception] = {}
+        for group in filter(None, groups):
+            results = {member.id: values[member.id] for member in group}
+            failed |= task.backend.mark_members_as_done(results, self._context(group[0]), not self._ignores_result)
+        for member in members:
+            if member.id in failed:
+                self._fail(member, failed[member.id])
+            elif signals.task_success.receivers:
+                self._tell_success(member, values[member.id])
+
+    def _tell_success(self, member: Member, value: Any) -> None:
+        self._task.push_request(**vars(self._context(member)))
+        try:
+            signals.task_success.send(sender=self._task, result=value)
+        finally:
+            self._task.pop_request()
 
     def _fail(self, member: Member, error: Exception) -> None:
         try:

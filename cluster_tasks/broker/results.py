@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cached_property
@@ -25,7 +25,7 @@ from celery.backends.redis import (
     SentinelBackend,
 )
 from celery.exceptions import TaskRevokedError
-from kombu.exceptions import OperationalError
+from kombu.exceptions import EncodeError, OperationalError
 from kombu.utils.encoding import bytes_to_str
 
 from cluster_tasks.broker import deliveries
@@ -160,6 +160,27 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
         ends = Ends(self._commit_members, self._keys, delivery, message_id, ENDED_LIVES_S)
         with gathered(ends):
             yield ends
+
+    def mark_members_as_done(self, results: Mapping[str, Any], request: Any, wanted: bool) -> dict[str, EncodeError]:
+        """Have members of a message succeed with ``results``, by their ids, within ``ends_together``.
+
+        What is stored with a result is made once for all, of ``request``. Returns the errors of those whose results
+        cannot be stored: they have not ended. Raises as ``Ends.tell`` does.
+        """
+        delivery = Delivery.of(request.properties)
+        ends = gathering(delivery) if delivery is not None else None
+        assert ends is not None
+        meta = self._get_result_meta(result=None, state=states.SUCCESS, traceback=None, request=request)
+        lives_s, failed = int(self.expires or 0) if wanted else ENDED_LIVES_S, {}
+        for task_id, result in results.items():
+            try:
+                own = {**meta, "result": self.encode_result(result, states.SUCCESS), "task_id": task_id}
+                written = self.encode(own) if wanted else ""
+            except EncodeError as exc:
+                failed[task_id] = exc
+                continue
+            ends.add(task_id, bytes_to_str(self.get_key_for_task(task_id)), written, lives_s, "", states.SUCCESS)
+        return failed
 
     @contextmanager
     def _ends_of_all(self, request: Any) -> Iterator[None]:

@@ -39,13 +39,15 @@ def double_together(app: Celery, calls: Sequence[Mapping[str, Any]]) -> list[Any
     if "breaks all" in words:
         raise RuntimeError("none of them can be done")
     time.sleep(max(float(call.get("seconds", 0.0)) for call in calls))
-    return [ValueError(word) if word == BAD else 2 * word for word in words]
+    kinds = {BAD: ValueError(BAD), "unsayable": object()}
+    return [kinds.get(word, 2 * word) for word in words]
 
 
 def make_batches() -> Batches:
     """Return a new app."""
     app = Celery("batches", set_as_current=False)
     cluster = Cluster(app)
+    app.conf.result_extended = bool(os.environ.get("TEST_EXTENDED"))
     options: dict[str, Any] = {"base": ClusterTask, "bind": True, "shared": False, "request_type": "llm"}
 
     @app.task(name="batches.work", **options)

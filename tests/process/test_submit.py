@@ -79,6 +79,26 @@ def test_jobs_of_a_task_that_cannot_do_them_together_are_done_one_by_one(
         wait_until_nothing_is_left(jobs)
 
 
+def test_a_result_that_cannot_be_stored_is_the_failure_of_its_job_alone(jobs: Batches, new_worker: NewWorker) -> None:
+    sent = jobs.cluster.submit(jobs.double, ["a", "unsayable", "b"])
+    with running(new_worker("a")):
+        ends = sent.get(timeout=END_S, propagate=False)
+        assert [ends[0], ends[2]] == ["aa", "bb"]
+        assert "EncodeError" in type(ends[1]).__name__
+        assert not jobs.cluster.quarantine.jobs()
+
+
+def test_results_tell_of_each_job_what_celery_calls_extended(jobs: Batches, new_worker: NewWorker) -> None:
+    sent = jobs.cluster.submit(jobs.double, ["a", "b"])
+    with running(new_worker("a", environ={"TEST_EXTENDED": "1"})):
+        assert sent.get(timeout=END_S) == ["aa", "bb"]
+        metas = [jobs.app.backend.get_task_meta(job_id) for job_id in sent.ids]
+        assert [(meta["task_id"], meta["name"], meta["args"]) for meta in metas] == [
+            (sent.ids[0], "batches.double", ["a"]),
+            (sent.ids[1], "batches.double", ["b"]),
+        ]
+
+
 def test_if_the_call_fails_each_is_done_by_itself(jobs: Batches, new_worker: NewWorker) -> None:
     sent = jobs.cluster.submit(jobs.double, ["a", "breaks all", "b"])
     with running(new_worker("a")):
