@@ -5,6 +5,7 @@ A model in Python foretells the outcome of each step; after each, the whole of R
 
 from __future__ import annotations
 
+import json
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -22,10 +23,11 @@ from hypothesis.stateful import (
 )
 
 from cluster_tasks.broker.epochs import Limit, Phase, Predecessor
-from cluster_tasks.broker.message import Placement, priority_suffix, replace_message
+from cluster_tasks.broker.members import split
+from cluster_tasks.broker.message import Placement, place_message, priority_suffix, replace_message
 from cluster_tasks.keys import ANY_TYPE
 from cluster_tasks.redis_store import load_script
-from tests.broker import SUFFIXES, Broker, job_of
+from tests.broker import SUFFIXES, Broker, job_of, make_members
 
 SERVES = {"a": {"llm"}, "b": {"llm"}, "c": {"llm", "embedding"}, "d": {"embedding"}}
 TYPES = ["llm", "embedding", "retrieval", ANY_TYPE]
@@ -56,6 +58,8 @@ class Conservation(RuleBasedStateMachine):
         self.kinds: dict[str, str] = {}
         self.places: dict[str, str] = {}
         """Suffix of each job."""
+        self.members: dict[str, list[str]] = {}
+        """Those of each message of several jobs."""
         self.lists: dict[str, Lists] = {}
         self.held: dict[tuple[str, str], dict[str, str]] = {}
         """Job by tag, by node and epoch; also of fenced ones, until they are moved."""
@@ -174,6 +178,37 @@ class Conservation(RuleBasedStateMachine):
         placement = Placement(f"node.{node}", f"waiting.{ANY_TYPE}", ANY_TYPE, "", job)
         assert self.broker.placer.place([placement]) == [expected]
         self.push(expected, job)
+
+    @rule(node=TARGETS, kind=st.sampled_from(TYPES), count=st.integers(1, 3))
+    def publish_several_in_one_message(self, node: str, kind: str, count: int) -> None:
+        self.published += 1
+        job = f"job {self.published}"
+        self.kinds[job], self.places[job] = kind, ""
+        self.members[job] = [f"{job}.{number}" for number in range(count)]
+        expected = self.foretell_place(node, kind)
+        assert self.broker.put(make_members(self.members[job], job, kind), f"node.{node}" if node else "") == expected
+        self.push(expected, job)
+
+    @some_node_stands
+    @rule(data=st.data())
+    def split_one(self, data: st.DataObject) -> None:
+        node, keys = self.draw_standing(data), self.broker.keys
+        epoch = self.epochs[node]
+        held = self.held.get((node, epoch), {})
+        several = sorted(tag for tag, job in held.items() if job in self.members)
+        if not several:
+            return
+        tag = data.draw(st.sampled_from(several))
+        job = held.pop(tag)
+        message = self.broker.client.hget(keys.unacked(node, epoch), tag)
+        assert isinstance(message, bytes)
+        singles = [place_message(payload, json.dumps(payload), keys) for payload in split(message)]
+        source = keys.unacked(node, epoch), keys.not_started(node, epoch)
+        members = self.members[job]
+        assert self.broker.placer.split(*source, tag, keys.crashes(job), singles, None) == len(members)
+        for member in reversed(members):
+            self.kinds[member], self.places[member] = self.kinds[job], ""
+            self.push(self.foretell_place("", self.kinds[job]), member, front=True)
 
     @some_node_stands
     @rule(want=st.integers(0, 5), data=st.data())
