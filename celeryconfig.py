@@ -119,7 +119,8 @@ cluster_drain_timeout_s = 30.0
 # cluster_vector_url = "qdrants://:APIKEY@vectors.example:6333"  # Qdrant instead: docs/collections.md.
 # cluster_shards = 1  # Of collections that are made from now on.
 # cluster_optimize_s = 300.0  # How often they are compacted; 0: never.
-# cluster_shard_replicas = 2  # nodes with the roles worker and cache that have each shard in memory: docs/retrieval.md
+# cluster_shard_replicas = 2  # nodes with the roles worker and cache that have each shard in memory: docs/shards.md
+# cluster_search_hedge = True  # Another of these searches as well what the first is late with.
 
 # --- Celery ----------------------------------------------------------------------------------------------------------
 

@@ -198,6 +198,18 @@ class Keys:
         """Set of what has followed a job or a chord: ``<job id>/<attempt>``."""
         return f"{self.name}:followed:{job_id}"
 
+    def hedges(self, node_id: str) -> str:
+        """Sorted set of the jobs that a node is to do as well, by the second since 1970 when they are due."""
+        return f"{self.name}:hedges:{check_node_id(node_id)}"
+
+    def hedged(self, node_id: str) -> str:
+        """Hash job id → message of these."""
+        return f"{self.name}:hedged:{check_node_id(node_id)}"
+
+    def durations(self, kind: str) -> str:
+        """List of the seconds that the last jobs took which could be hedged, of one kind."""
+        return f"{self.name}:durations:{kind}"
+
     def published(self, producer: str) -> str:
         """Number of the last publish of a producer."""
         return f"{self.name}:published:{producer}"
@@ -350,7 +362,7 @@ class Keys:
 
     @property
     def counters(self) -> str:
-        """Hash of counters, such as ``stale_commits``."""
+        """Hash of counters: ``stale_commits``, and ``hedges`` that were given."""
         return f"{self.name}:counters"
 
     @property

@@ -263,6 +263,8 @@ class ClusterSettings(BaseSettings):
     """How often coordinators let a node compact the collections and bring their indexes up to date; 0: never."""
     shard_replicas: Annotated[int, Field(ge=1, le=16)] = 2
     """On so many nodes with role ``cache`` each shard is in memory, as far as there are so many; the same on all."""
+    search_hedge: bool = True
+    """Whether a second node that has the shards is given a search as well when the first is late with it."""
 
     @classmethod
     def settings_customise_sources(

@@ -111,7 +111,8 @@ class Broker:
         self._fetches += 1
         status, _, *items = self._fetch(
             [keys.epochs, keys.draining, keys.backlog, keys.idle, keys.serves, keys.slot_limits]
-            + [keys.unacked(node_id, epoch), keys.delayed, keys.suspects_held, keys.fencing_token],
+            + [keys.unacked(node_id, epoch), keys.delayed, keys.suspects_held, keys.fencing_token]
+            + [keys.hedges(node_id), keys.hedged(node_id), keys.counters],
             [keys.bell_prefix, keys.node_queue(node_id), epoch, want, first_tag or f"{epoch}.{self._fetches}."]
             + [
                 len(SUFFIXES),

@@ -23,6 +23,7 @@ from kombu.utils.json import dumps, loads
 
 from cluster_tasks.broker import deliveries
 from cluster_tasks.broker.deliveries import Deliveries
+from cluster_tasks.broker.hedging import Hedge
 from cluster_tasks.broker.message import (
     DELIVERY_PROPERTY,
     Delivery,
@@ -48,6 +49,8 @@ LIMITED_WAIT_S = 0.1
 SHORTEST_WAIT_S = 0.01
 """Redis 6.2 takes a millisecond for endless."""
 GLANCE_EVERY_S = 0.02
+WITHIN = b"within "
+"""What a doorbell says, before seconds, when there is nothing to fetch yet."""
 _SUFFIXES = priority_suffixes()
 _FETCH = fetching_script()
 _OPTIONS = ("cluster_name", "cluster_timezone", "cluster_max_message_bytes")
@@ -112,7 +115,7 @@ class ClusterChannel(stock.Channel):
         self._asked = 0
         """How many jobs it asks for."""
         self._glanced_s = 0.0
-        self._bell_wait_s = BELL_WAIT_S
+        self._bell_wait_s, self._bell_until_s = BELL_WAIT_S, 0.0
         self._fetch_by_text = False
         super().__init__(*args, **kwargs)
 
@@ -159,13 +162,13 @@ class ClusterChannel(stock.Channel):
     def _put_job(self, queue: str, message: dict[str, Any], way: dict[str, Any], batch: Any) -> None:
         target = queue if self.keys.node_of(queue) else ""
         placement = place_message(message, self._encoded(message), self.keys, target)
-        due = due_time(message, self._timezone)
+        due, hedge = due_time(message, self._timezone), Hedge.of(message["properties"])
         with refusals_as_outages(self._placer.client):
             if FOLLOWS_PROPERTY in way:
                 self._follow(placement, due, Sequel(*way[FOLLOWS_PROPERTY]))
-            elif batch is None or due is not None:
+            elif batch is None or due is not None or hedge is not None:
                 publish = way[PUBLISH_PROPERTY] = way.get(PUBLISH_PROPERTY) or begin_publish()
-                self._placer.publish(placement, publish, due, BELL_WAIT_S)
+                self._placer.publish(placement, publish, due, BELL_WAIT_S, hedge)
                 end_publish(way.pop(PUBLISH_PROPERTY))
             else:
                 arguments = [self.keys.bell_prefix, *placement.arguments()]
@@ -250,7 +253,7 @@ class ClusterChannel(stock.Channel):
             if command == "fetch":
                 self._fetch(node)
             elif command == "bell":
-                node.at_bell = True
+                node.at_bell, self._bell_until_s = True, stock.monotonic() + self._bell_wait_s
                 self._send("BRPOP", node.bell, *self._lists_of_others(node), self._bell_wait_s)
             else:
                 lists = self._lists_of_others(node)
@@ -266,6 +269,7 @@ class ClusterChannel(stock.Channel):
         epoch, first_tag, acked = node.next_fetch()
         names = [keys.epochs, keys.draining, keys.backlog, keys.idle, keys.serves, keys.slot_limits]
         names += [node.unacked_of(epoch), keys.delayed, keys.suspects_held, keys.fencing_token]
+        names += [keys.hedges(node.node_id), keys.hedged(node.node_id), keys.counters]
         script = ("EVAL", _FETCH) if self._fetch_by_text else ("EVALSHA", _FETCH_SHA)
         self._fetching, self._carried, self._asked = node, acked, self._wanted(node)
         self._send(
@@ -308,6 +312,8 @@ class ClusterChannel(stock.Channel):
             node.at_bell = False
         reply = self._reply("BRPOP")
         if reply is None or text(reply[0]).startswith(self.keys.bell_prefix):
+            if node is not None and reply is not None and reply[1].startswith(WITHIN):
+                self._wait_anew(node, float(reply[1].removeprefix(WITHIN)))
             raise Empty
         queue = text(reply[0]).rsplit(self.sep, 1)[0]
         self._queue_cycle.rotate(queue)
@@ -320,6 +326,13 @@ class ClusterChannel(stock.Channel):
             raise Empty from None
         self.connection._deliver(payload, queue)
         return True
+
+    def _wait_anew(self, node: Deliveries, within_s: float) -> None:
+        """Wait at the doorbell again, no longer than that: then something is due."""
+        self._bell_wait_s = max(min(self._bell_until_s - stock.monotonic(), within_s), SHORTEST_WAIT_S)
+        self._next, node.at_bell = "bell", True
+        # What was acknowledged just now has waited for a fetch.
+        node.flush()
 
     def _decode_foreign(self, message: bytes) -> dict[str, Any]:
         payload = check_payload(loads(text(message)))

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import redis
 
+from cluster_tasks.broker.hedging import Hedge
 from cluster_tasks.broker.message import Placement, job_of
 from cluster_tasks.broker.publishing import REMEMBERED_S, Publish
 from cluster_tasks.broker.sequels import Sequel
@@ -29,8 +30,8 @@ FOLLOWED_LIVES_S = 24 * 3600
 
 
 def placing_script(name: str) -> str:
-    """Return the source of a script that uses the shared functions that place jobs, now or later."""
-    return "\n".join(script_source(_PACKAGE, part) for part in ("placing", "delaying", name))
+    """Return the source of a script that uses the shared functions that place jobs, now, later or twice."""
+    return "\n".join(script_source(_PACKAGE, part) for part in ("placing", "delaying", "hedging", name))
 
 
 def fetching_script() -> str:
@@ -120,15 +121,21 @@ class Placer:
         arguments = [part for placement in placements for part in placement.arguments()]
         return [text(target) for target in self._place(self.index, [self._keys.bell_prefix, *arguments])]
 
-    def publish(self, placement: Placement, publish: Publish, due: float | None, longest_wait_s: float) -> bool:
+    def publish(
+        self, placement: Placement, publish: Publish, due: float | None, longest_wait_s: float,
+        hedge: Hedge | None = None,
+    ) -> bool:  # fmt: skip
         """Place a message, ``due`` in seconds since 1970 or (None) now; False if this publish was done before.
 
-        Nodes wait ``longest_wait_s`` at their doorbells.
+        Nodes wait ``longest_wait_s`` at their doorbells. What is placed now may be hedged.
         """
         keys = self._keys
         names = [*self.index, keys.delayed, keys.published(publish.producer)]
         when = "" if due is None else due
         arguments = [keys.bell_prefix, publish.number, REMEMBERED_S, when, longest_wait_s, *placement.arguments()]
+        if hedge is not None and due is None and placement.job_id:
+            names += [keys.hedges(hedge.node_id), keys.hedged(hedge.node_id)]
+            arguments += [keys.node_queue(hedge.node_id), hedge.after_s, placement.job_id]
         return bool(self._publish(names, arguments))
 
     def follow(self, placement: Placement, sequel: Sequel, due: float | None, longest_wait_s: float) -> bool:

@@ -28,10 +28,11 @@ from celery.exceptions import TaskRevokedError
 from kombu.exceptions import EncodeError, OperationalError
 from kombu.utils.encoding import bytes_to_str
 
-from cluster_tasks.broker import deliveries
+from cluster_tasks.broker import deliveries, hedging
+from cluster_tasks.broker.hedging import Hedge
 from cluster_tasks.broker.members import member_ids, members_of
 from cluster_tasks.broker.message import Delivery
-from cluster_tasks.broker.sequels import being_ended, ending
+from cluster_tasks.broker.sequels import being_ended, complete, ending
 from cluster_tasks.broker.together import Ends, gathered, gathering
 from cluster_tasks.errors import EndNotStored, StaleCommit
 from cluster_tasks.keys import DEFAULT_NAME, Keys
@@ -63,6 +64,10 @@ def _is_not_of_the_chord(error: BaseException | None) -> bool:
 
 class _BodyNotPublished(redis.ConnectionError):
     """The part of a chord that was to publish its body is delivered again, and then that is done again."""
+
+
+class _Outrun(StaleCommit):
+    """A hedged job was ended by the other node that was given it."""
 
 
 class _ChordClient(redis.Redis):
@@ -115,7 +120,7 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
     def mark_as_done(
         self, task_id: str, result: Any, request: Any = None, store_result: bool = True, state: str = states.SUCCESS
     ) -> None:
-        with ending(request):
+        with ending(request), self._first_counts(request):
             if not store_result or getattr(request, "ignore_result", False):
                 self._end_without_result(task_id, result, state, None, request)
             super().mark_as_done(task_id, result, request=request, store_result=store_result, state=state)
@@ -133,7 +138,7 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
                 for member in members_of(request):
                     self.mark_as_failure(member.id, exc, traceback, member, store_result, call_errbacks, state)
             return
-        with ending(request):
+        with ending(request), self._first_counts(request):
             if not store_result:
                 self._end_without_result(task_id, exc, state, traceback, request)
             super().mark_as_failure(task_id, exc, traceback, request, store_result, call_errbacks, state)
@@ -147,10 +152,20 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
                 for member in members_of(request):
                     self.mark_as_revoked(member.id, reason, member, store_result, state)
             return
-        with ending(request):
+        with ending(request), self._first_counts(request):
             if not store_result:
                 self._end_without_result(task_id, TaskRevokedError(reason), state, None, request)
             super().mark_as_revoked(task_id, reason, request, store_result, state)
+
+    @contextmanager
+    def _first_counts(self, request: Any) -> Iterator[None]:
+        """Let the end of a hedged job pass that the other node has ended: this one has done nothing wrong."""
+        try:
+            yield
+        except _Outrun as exc:
+            logger.debug("%s", exc)
+            # When this delivery is let go, what was kept of the end goes with it, and the other node may die now.
+            complete(self, request)
 
     # One message may be of many jobs, its members. Its own end, which is none of a job, is that of all of them.
 
@@ -266,7 +281,7 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
             expires = self.failure_expires if state == states.FAILURE else self.expires
             encoded = self.encode(meta)
             kept = encoded if _has_sequel(request, state) else ""
-            self._commit(delivery, task_id, state, encoded, int(expires or 0), kept)
+            self._commit(delivery, request, state, encoded, int(expires or 0), kept)
         else:
             self._tell(delivery, task_id, state, self.encode(meta))
         return result
@@ -295,12 +310,12 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
         if delivery is None:
             return
         if not _has_sequel(request, state):
-            self._commit(delivery, task_id, state, "", ENDED_LIVES_S, "")
+            self._commit(delivery, request, state, "", ENDED_LIVES_S, "")
             return
         told = self.encode_result(result, state)
         meta = self._get_result_meta(result=told, state=state, traceback=traceback, request=request)
         meta["task_id"] = bytes_to_str(task_id)
-        self._commit(delivery, task_id, state, "", ENDED_LIVES_S, self.encode(meta))
+        self._commit(delivery, request, state, "", ENDED_LIVES_S, self.encode(meta))
 
     def kept_end(self, task_id: str) -> Any:
         """The end of a job whose result has expired, or was not wanted, and that something still follows; or None."""
@@ -311,21 +326,26 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
         with refusals_as_outages(self.client):
             self._note_script(self._job_keys(delivery, task_id), [delivery.tag, encoded, int(self.expires or 0)])
 
-    def _commit(self, delivery: Delivery, task_id: str, state: str, encoded: Any, lives_s: int, kept: Any) -> None:
-        keys, same_end = self._keys, REVOKED_UNHELD if state == states.REVOKED else ""
+    def _commit(self, delivery: Delivery, request: Any, state: str, encoded: Any, lives_s: int, kept: Any) -> None:
+        keys, task_id, hedge = self._keys, request.id, Hedge.of(request.properties)
+        same_end = REVOKED_UNHELD if state == states.REVOKED else ""
         if (ends := gathering(delivery)) is not None:
             ends.add(task_id, bytes_to_str(self.get_key_for_task(task_id)), encoded, lives_s, same_end, state)
             return
         names = [*self._job_keys(delivery, task_id), keys.counters, keys.crashes(task_id), keys.followed(task_id)]
         names.append(keys.kept_end(task_id))
         arguments = [delivery.tag, encoded, lives_s, kept, same_end, SEQUELS_LIVE_S, state]
+        if hedge is not None:
+            names += [keys.hedges(hedge.node_id), keys.hedged(hedge.node_id), keys.durations(hedge.kind)]
+            arguments += [task_id, hedge.after_s, hedging.REMEMBERED_S, hedging.DURATIONS, hedging.DURATIONS_LIVE_S]
         try:
             done = self.ensure(self._run, (self._commit_script, names, arguments))
         except (redis.ConnectionError, redis.TimeoutError) as exc:
             raise EndNotStored(f"the end {state} of job {task_id} could not be stored: {exc!r}") from exc
         if done != 1:
             reason = "its delivery was taken away" if done == 0 else "it had ended before"
-            raise StaleCommit(f"result {state} of job {task_id} by {delivery.node_id} refused: {reason}")
+            refused = _Outrun if hedge is not None and done == -1 else StaleCommit
+            raise refused(f"result {state} of job {task_id} by {delivery.node_id} refused: {reason}")
 
     def _run(self, script: redis.commands.core.Script, names: Sequence[str], arguments: Sequence[Any]) -> Any:
         with refusals_as_outages(self.client):

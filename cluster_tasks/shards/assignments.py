@@ -8,7 +8,7 @@ where every node reaches them, so a search that goes to another node finds the s
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from secrets import token_hex
@@ -78,6 +78,8 @@ class Whereabouts:
     assigned: Assigned
     ready: tuple[frozenset[str], ...]
     """By the number of the shard; none but nodes whose epochs stand, assigned or not any more."""
+    durations_s: Sequence[float] = ()
+    """Of the last parts of searches that could be hedged."""
 
 
 class AssignmentTable:
@@ -160,7 +162,8 @@ class AssignmentTable:
             pipe.hget(keys.shards, collection)
             pipe.hgetall(keys.shards_ready(collection))
             pipe.hgetall(keys.epochs)
-            stored, reported, epochs = pipe.execute()
+            pipe.lrange(keys.durations(collection), 0, -1)
+            stored, reported, epochs, durations = pipe.execute()
         if stored is None:
             return None
         assigned = Assigned.read(stored)
@@ -169,7 +172,7 @@ class AssignmentTable:
             stands = epochs.get(keys.node_queue(node_id).encode()) == epoch
             if stands and generation == assigned.generation and number < len(ready):
                 ready[number].add(node_id)
-        return Whereabouts(assigned, tuple(map(frozenset, ready)))
+        return Whereabouts(assigned, tuple(map(frozenset, ready)), tuple(map(float, durations)))
 
     def report(self, node_id: str, epoch: str, generation: int, shards: Iterable[Shard]) -> bool:
         """Tell that a node has shards, of one collection, in its memory; False if that epoch does not stand."""

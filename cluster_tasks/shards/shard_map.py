@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cluster_tasks.clock import Clock
 from cluster_tasks.errors import BrokerUnavailable
@@ -20,6 +20,11 @@ REMEMBERED = 1_000
 """Collections."""
 ANY_NODE = ""
 """In the place of a node: whichever takes the job."""
+LATE = 0.95
+"""A search is late on a node when so many of the last ones took less."""
+LATE_AT_LEAST_S, LATE_AT_MOST_S, LATE_AT_FIRST_S = 0.05, 2.0, 1.0
+"""Sooner, a second node would search for what a pause of the first explains; later, its loss is about to be noticed."""
+ENOUGH_DURATIONS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +34,9 @@ class Shares:
     generation: int
     of_nodes: Mapping[str, Sequence[int]]
     """The numbers of the shards by node, or by ANY_NODE."""
+    seconds: Mapping[str, str] = field(default_factory=dict)
+    """By node another one that is to search its shards if it is late; only where one has some of them in memory."""
+    late_after_s: float = LATE_AT_FIRST_S
 
 
 class ShardMap:
@@ -53,9 +61,10 @@ class ShardMap:
         found = self._whereabouts(collection)
         if found is None:
             return None
-        jobs = divide(collection, found, self._loads())
+        loads = self._loads()
+        jobs = divide(collection, found, loads)
         self._sent.update(jobs.keys())
-        return Shares(found.assigned.generation, jobs)
+        return Shares(found.assigned.generation, jobs, seconds(found, jobs, loads), late_after_s(found.durations_s))
 
     def _whereabouts(self, collection: str) -> Whereabouts | None:
         read_at_s, known = self._known.get(collection, (float("-inf"), None))
@@ -102,3 +111,22 @@ def divide(collection: str, found: Whereabouts, loads: Mapping[str, float]) -> d
     if left:
         jobs[ANY_NODE] = [shard.number for shard in left]
     return jobs
+
+
+def seconds(found: Whereabouts, jobs: Mapping[str, Sequence[int]], loads: Mapping[str, float]) -> dict[str, str]:
+    """Say for each node of ``jobs`` which other one has most of its shards in memory, of equals the least loaded."""
+    others: dict[str, str] = {}
+    for node_id, numbers in jobs.items():
+        has = Counter(other for number in numbers for other in found.ready[number] if other in loads)
+        del has[node_id]
+        if has and node_id != ANY_NODE:
+            others[node_id] = min(has, key=lambda other: (-has[other], loads[other], other))
+    return others
+
+
+def late_after_s(durations_s: Sequence[float]) -> float:
+    """Say when a part of a search is late, by how long the last ones took."""
+    if len(durations_s) < ENOUGH_DURATIONS:
+        return LATE_AT_FIRST_S
+    percentile = sorted(durations_s)[int(LATE * len(durations_s))]
+    return min(max(percentile, LATE_AT_LEAST_S), LATE_AT_MOST_S)

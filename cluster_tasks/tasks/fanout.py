@@ -3,7 +3,8 @@
 None waits for another. A chord stands for the job that was asked: ``retrieval.search_shards`` for every node, then
 ``retrieval.merge``. The caller sends it, or the job is replaced by it when it has embedded the query. An error of the
 store is a part's result and not its failure, so the merge hears of all parts and raises the error itself. A job of a
-node that is lost goes to another, which finds the same, for the data are shared.
+node that is lost goes to another, which finds the same, for the data are shared; and that of a node which is late is
+given to a second one as well: see ``cluster_tasks.broker.hedging``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from celery import Celery, chord
 from celery.canvas import Signature
 
 from cluster_tasks import errors
+from cluster_tasks.broker.hedging import HEDGE_PROPERTY, Hedge
 from cluster_tasks.errors import (
     CollectionMismatch,
     CollectionNotFound,
@@ -127,11 +129,22 @@ def jobs_of(
 ) -> Signature:  # fmt: skip
     """Return the jobs of a search over nodes, until ``deadline`` in seconds since 1970."""
     part, options = app.tasks[SEARCH_SHARDS], {} if priority is None else {"priority": priority}
+    hedges = _hedges(app, shares, asked["collection"], deadline)
     header = [
-        part.s(asked, shares.generation, list(numbers), node_id, deadline, allow_partial).set(**options)
+        part.s(asked, shares.generation, list(numbers), node_id, deadline, allow_partial).set(
+            **options, **hedges.get(node_id, {})
+        )
         for node_id, numbers in shares.of_nodes.items()
     ]
     return chord(header, app.tasks[MERGE].s(asked, allow_partial, ticket).set(**options))
+
+
+def _hedges(app: Celery, shares: Shares, collection: str, deadline: float | None) -> dict[str, dict[str, Hedge]]:
+    """Return by node the options that let a second one search its shards when it is late."""
+    after_s = shares.late_after_s
+    if not cluster_of(app).settings.search_hedge or (deadline is not None and time.time() + after_s > deadline):
+        return {}
+    return {node_id: {HEDGE_PROPERTY: Hedge(second, after_s, collection)} for node_id, second in shares.seconds.items()}
 
 
 def search_here(app: Celery, asked: Asked, *, allow_partial: bool = False) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from contextlib import suppress
 from queue import Empty
 from typing import Any
 
@@ -12,11 +14,15 @@ from kombu import Consumer
 
 from cluster_tasks import Cluster
 from cluster_tasks.broker import deliveries
+from cluster_tasks.broker.channel import BELL_WAIT_S
 from cluster_tasks.broker.deliveries import Deliveries
+from cluster_tasks.broker.hedging import Hedge
+from cluster_tasks.broker.message import place_message
 from cluster_tasks.broker.placement import fetching_script
+from cluster_tasks.broker.publishing import Publish
 from cluster_tasks.clock import ManualClock
 from cluster_tasks.router import cluster_queue
-from tests.broker import Broker
+from tests.broker import Broker, make_message
 from tests.waiting import wait_until
 from workers.redis_server import RedisServer
 
@@ -61,3 +67,29 @@ def test_what_a_fetch_brings_after_its_consumer_was_cancelled_goes_to_others(
     fetched = broker.fetch("b", broker.open("b"), want=4)
     assert fetched.jobs == ["first", "second"]
     assert not broker.client.keys("cluster:crashes:*")
+
+
+def test_a_node_that_is_to_do_a_job_later_as_well_waits_until_then_and_does_not_take_it_from_the_first(
+    broker: Broker, node: Deliveries, consumer: Any
+) -> None:
+    channel = consumer.channel
+    turn(channel)
+    broker.fetch("b", broker.open("b"))
+    message = make_message("job")
+    placement = place_message(json.loads(message), message, broker.keys, "node.b")
+    assert broker.placer.publish(placement, Publish("producer", 1), None, BELL_WAIT_S, Hedge("a", 0.05, "tests"))
+    assert broker.rings("a") == broker.rings("b") == 1
+    assert turn(channel) == turn(channel) == "bell"
+    assert broker.listed("node.b") == ["job"]
+    # Its time has come, and nobody has taken it.
+    assert turn(channel) == "fetch"
+    assert broker.held("a", node.epoch) == ["job"]
+
+
+def turn(channel: Any) -> str:
+    """Let the channel do what comes next; return what that was."""
+    channel._brpop_start()
+    command = str(channel._under_way)
+    with suppress(Empty):
+        channel._brpop_read()
+    return command

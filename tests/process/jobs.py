@@ -36,6 +36,7 @@ class Jobs:
     stubborn: Any
     stubborn_once: Any
     verbose: Any
+    verbatim: Any
 
 
 def make_jobs() -> Jobs:
@@ -124,6 +125,11 @@ def make_jobs() -> Jobs:
         time.sleep(seconds)
         raise ValueError("x" * characters)
 
+    @app.task(base=ClusterTask, shared=False, name="jobs.verbatim", request_type="llm")
+    def verbatim(value: Any) -> Any:
+        """Return what is given."""
+        return value
+
     def take_long_the_first_time(self: Any, seconds: float = 600.0) -> str:
         """Whoever runs it first does not come to its end in time."""
         if len(note(f"started:{self.request.id}", self.request.hostname)) == 1:
@@ -136,7 +142,7 @@ def make_jobs() -> Jobs:
 
     return Jobs(
         app, cluster, work, flaky, plain, hog, fatal, once, silent, huge, limited, leave, frail, stubborn,
-        stubborn_once, verbose,
+        stubborn_once, verbose, verbatim,
     )  # fmt: skip
 
 

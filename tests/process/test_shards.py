@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import signal
 import struct
 from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -200,3 +202,70 @@ def test_a_shard_moves_and_a_collection_is_split_while_they_are_searched(site: S
             site.wait_until_ready(2)
             wait_until(searches.more(5), END_S)
     assert searches.wrong == []
+
+
+@of_a_thread
+def test_searches_that_a_stopped_node_holds_are_done_by_another_long_before_it_is_lost(site: Site) -> None:
+    # As good as never: nothing but a hedge ends such a search.
+    nodes = {f"{name}@test": site.new_node(name, replicas=2, CLUSTER_LEASE_S="600") for name in "abc"}
+    with running(*nodes.values()):
+        site.fill()
+        site.wait_until_ready(2, nodes=3)
+        with ExitStack() as stack:
+            searchers = [stack.enter_context(searching(site)) for _ in range(4)]
+            wait_until(lambda: all(each.done > 10 for each in searchers), END_S)
+            stopped = nodes[asked_now(site)]
+            stopped.signal(signal.SIGSTOP)
+            for each in searchers:
+                wait_until(each.more(5), END_S, "searches go on")
+            assert stopped.id in site.cluster.epochs.beats()
+            stopped.signal(signal.SIGCONT)
+            for each in searchers:
+                wait_until(each.more(5), END_S, "searches go on")
+        assert [each.wrong for each in searchers] == [[]] * 4
+        wait_until(lambda: not hedging_keys(site), END_S, "nothing is left")
+        assert site.cluster.stale_commits() == 0
+    assert "ERROR" not in "".join(node.read_log() for node in nodes.values())
+
+
+def asked_now(site: Site) -> str:
+    """A node that a search would ask now."""
+    shares = site.cluster.shard_map.shares("docs")
+    assert shares is not None
+    return next(iter(shares.of_nodes))
+
+
+def hedging_keys(site: Site) -> list[Any]:
+    client, prefix = site.cluster.client, site.cluster.keys.name
+    return [key for kind in ("hedge*", "unacked", "kept_end") for key in client.scan_iter(f"{prefix}:{kind}:*")]
+
+
+def given_hedges(site: Site) -> int:
+    return int(site.cluster.client.hget(site.cluster.keys.counters, "hedges") or 0)
+
+
+@pytest.mark.parametrize("hedge", [True, False])
+def test_few_searches_are_hedged_while_all_is_well(hedge: bool, site: Site) -> None:
+    nodes = [site.new_node(name, replicas=2, CLUSTER_SEARCH_HEDGE=str(hedge)) for name in "abc"]
+    site.app.conf.update(cluster_search_hedge=hedge)
+    with running(*nodes):
+        site.fill()
+        site.wait_until_ready(2, nodes=3)
+        for number in range(200):
+            assert len(site.ids("docs", f"house {number}", mode="text")) == 5
+        parts = sum(received(PARTS, *nodes))
+        assert given_hedges(site) <= (0.1 * parts if hedge else 0)
+        durations = site.cluster.client.lrange(site.cluster.keys.durations("docs"), 0, -1)
+        assert len(durations) == (100 if hedge else 0)
+
+
+def test_where_a_shard_is_in_one_memory_no_search_is_hedged(site: Site) -> None:
+    nodes = [site.new_node(name) for name in "ab"]
+    with running(*nodes):
+        site.fill()
+        site.wait_until_ready(1, nodes=2)
+        for number in range(10):
+            assert len(site.ids("docs", f"house {number}", mode="text")) == 5
+        assert sum(received(PARTS, *nodes)) == 20
+        assert (given_hedges(site), hedging_keys(site)) == (0, [])
+        assert not site.cluster.client.exists(site.cluster.keys.durations("docs"))

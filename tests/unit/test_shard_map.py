@@ -6,7 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster_tasks.shards.assignments import Assigned, Whereabouts
-from cluster_tasks.shards.shard_map import ANY_NODE, divide
+from cluster_tasks.shards.shard_map import (
+    ANY_NODE,
+    ENOUGH_DURATIONS,
+    LATE_AT_FIRST_S,
+    LATE_AT_LEAST_S,
+    LATE_AT_MOST_S,
+    divide,
+    late_after_s,
+    seconds,
+)
 
 NODES = "abcde"
 
@@ -45,6 +54,30 @@ def test_a_shard_that_nobody_has_ready_is_asked_of_its_holders_and_else_of_anybo
     found = where(("a", "a"), ("b", ""), ("c", "c"))
     assert divide("docs", found, loads(a=0, b=0)) == {"a": [0], "b": [1], ANY_NODE: [2]}
     assert divide("docs", found, {}) == {ANY_NODE: [0, 1, 2]}
+
+
+def test_the_second_node_is_the_one_that_has_most_of_the_shards_in_memory_and_of_equals_the_least_to_do() -> None:
+    found = where(("ab", "ab"), ("ac", "ac"), ("ac", "ac"), ("bd", "bd"))
+    jobs = {"a": [0, 1, 2], "b": [3]}
+    assert seconds(found, jobs, loads(a=0, b=0, c=9, d=0)) == {"a": "c", "b": "d"}
+    assert seconds(found, {"a": [0, 1]}, loads(a=0, b=2, c=1)) == {"a": "c"}
+    assert seconds(found, {"a": [0, 1]}, loads(a=0, b=1, c=2)) == {"a": "b"}
+
+
+def test_there_is_no_second_node_where_a_shard_is_in_memory_once_or_on_nodes_that_cannot_be_asked() -> None:
+    assert seconds(where(("a", "a"), ("b", "b")), {"a": [0], "b": [1]}, loads(a=0, b=0)) == {}
+    assert seconds(where(("ab", "ab")), {"a": [0]}, loads(a=0)) == {}
+    assert seconds(where(("ab", "")), {"a": [0]}, loads(a=0, b=0)) == {}
+    assert seconds(where(("ab", "ab")), {ANY_NODE: [0]}, loads(a=0, b=0)) == {}
+
+
+def test_a_part_is_late_when_19_of_20_took_less_within_bounds() -> None:
+    spread = [number / 100 for number in range(1, 101)]
+    assert late_after_s(spread) == late_after_s(spread[::-1]) == 0.96
+    assert late_after_s([0.001] * 95 + [9.0] * 5) == LATE_AT_MOST_S
+    assert late_after_s([0.001] * 96 + [9.0] * 4) == LATE_AT_LEAST_S
+    assert late_after_s([0.2] * ENOUGH_DURATIONS) == 0.2
+    assert late_after_s([0.2] * (ENOUGH_DURATIONS - 1)) == LATE_AT_FIRST_S
 
 
 @given(

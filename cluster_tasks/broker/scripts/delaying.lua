@@ -30,6 +30,12 @@ local function delay(keys, delayed, due, longest_wait, entry)
   end
 end
 
+-- The earlier of two answers of next_due_ms.
+local function sooner(a, b)
+  if a == '' then return b end
+  return b == '' and a or math.min(a, b)
+end
+
 -- Milliseconds until the next job is due, '' if none is delayed.
 local function next_due_ms(delayed)
   local first = redis.call('ZRANGE', delayed, 0, 0, 'WITHSCORES')

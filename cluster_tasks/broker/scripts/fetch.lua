@@ -1,15 +1,17 @@
 -- Forget what a node acknowledged, then give it work: one suspect if it holds none, from the waiting lists of the types
--- it serves, from its own lists, and from the longest lists of nodes that serve nothing it does not serve. What is
--- given is recorded as held in the same step. A node that gets less than it asked for counts as idle.
+-- it serves, from its own lists, and from the longest lists of nodes that serve nothing it does not serve; and if all
+-- that is not enough, the hedges that it is to do. What is given is recorded as held in the same step. A node that gets
+-- less than it asked for counts as idle.
 --
 -- KEYS     1 epochs, 2 draining, 3 backlog, 4 idle, 5 serves, 6 limits, 7 hash of its deliveries,
---          8 delayed jobs, 9 suspects that nodes hold, 10 last fencing token
+--          8 delayed jobs, 9 suspects that nodes hold, 10 last fencing token, 11 its hedges by due time, 12 their messages,
+--          13 counters
 -- ARGV     1 prefix of the doorbells, 2 its list, 3 its epoch, 4 how many jobs, 5 first part of the tags, which end
 --          with a fencing token, 6 number of priority suffixes, 7 number of waiting lists; then the suffixes (most
 --          urgent first), the waiting lists, the waiting lists of suspects (as many), and three an acknowledged delivery:
 --          tag, marker that its job has ended, what was kept of that end
--- Returns  {'ok' | 'fenced' | 'draining' | 'limited' and its trial, milliseconds until the next delayed job or '', tag, message, tag,
---          message, …}
+-- Returns  {'ok' | 'fenced' | 'draining' | 'limited' and its trial, milliseconds until the next delayed job or hedge or '', tag,
+--          message, tag, message, …}
 
 local keys = {
   epochs = KEYS[1], draining = KEYS[2], backlog = KEYS[3], idle = KEYS[4], serves = KEYS[5], limits = KEYS[6],
@@ -55,17 +57,22 @@ local function next_tag()
   return ARGV[5] .. string.format('%.0f', token)
 end
 
+local function give(message)
+  given = given + 1
+  local tag = next_tag()
+  reply[#reply + 1] = tag
+  reply[#reply + 1] = message
+  redis.call('HSET', KEYS[7], tag, message)
+end
+
 local function take(list, most)
   local taken = 0
   for i = 8, first_waiting - 1 do
     local left = math.min(want - given, most - taken)
     if left <= 0 then break end
     for _, message in ipairs(redis.call('RPOP', list .. ARGV[i], left) or {}) do
-      taken, given = taken + 1, given + 1
-      local tag = next_tag()
-      reply[#reply + 1] = tag
-      reply[#reply + 1] = message
-      redis.call('HSET', KEYS[7], tag, message)
+      taken = taken + 1
+      give(message)
     end
   end
   local counted = redis.call('ZSCORE', keys.backlog, list)
@@ -103,6 +110,13 @@ while given < want do
   local peer = types and longest_peer(types)
   if not peer then break end
   take(peer, 1)
+end
+-- What it could take is on no list any more: who is late with a hedged job holds it.
+if given < want and not probe then
+  local hedges = due_hedges(KEYS[11], KEYS[12], want - given, KEYS[7])
+  for _, message in ipairs(hedges) do give(message) end
+  if #hedges > 0 then redis.call('HINCRBY', KEYS[13], 'hedges', #hedges) end
+  if given < want then reply[2] = sooner(reply[2], next_due_ms(KEYS[11])) end
 end
 
 if token then redis.call('SET', KEYS[10], string.format('%.0f', token)) end
