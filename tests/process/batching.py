@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from celery import Celery
+from celery.exceptions import Reject
 
 from cluster_tasks import Cluster, ClusterTask
 from tests.process.jobs import note
@@ -28,6 +29,8 @@ class Batches:
     flaky: Any
     slow: Any
     brief: Any
+    turned: Any
+    replaced: Any
 
 
 def double_together(app: Celery, calls: Sequence[Mapping[str, Any]]) -> list[Any]:
@@ -92,7 +95,22 @@ def make_batches() -> Batches:
         time.sleep(seconds)
         return str(self.request.hostname)
 
-    return Batches(app, cluster, work, double, flaky, slow, brief)
+    @app.task(name="batches.turned", **options)
+    def turned(self: Any, times: int) -> int:
+        """Reject the message so many times, to be given it again; then return how often it was tried."""
+        tried = len(note(f"tried:{self.request.id}", self.request.hostname))
+        if tried <= times:
+            raise Reject("not now", requeue=True)
+        if times < 0:
+            raise Reject("never", requeue=False)
+        return tried
+
+    @app.task(name="batches.replaced", **options)
+    def replaced(self: Any, word: str) -> Any:
+        """What another task makes of it."""
+        return self.replace(work.s(word))
+
+    return Batches(app, cluster, work, double, flaky, slow, brief, turned, replaced)
 
 
 app = make_batches().app

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from celery.exceptions import NotRegistered, TaskRevokedError, TimeLimitExceeded
+from celery.exceptions import NotRegistered, Reject, TaskRevokedError, TimeLimitExceeded
 from celery.exceptions import TimeoutError as NotInTime
 
 from cluster_tasks.errors import InvalidArguments, PartlySubmitted, QuarantinedError
@@ -112,6 +112,25 @@ def test_a_job_that_is_tried_again_goes_on_alone_under_its_id(pool: str, jobs: B
     sent = jobs.cluster.submit(jobs.flaky, [0, 2, 1, 0])
     with running(new_worker("a", pool=pool)):
         assert sent.get(timeout=END_S) == [1, 3, 2, 1]
+        wait_until_nothing_is_left(jobs)
+
+
+@POOLS
+def test_a_job_that_rejects_its_message_is_given_it_again_alone_or_fails(
+    pool: str, jobs: Batches, new_worker: NewWorker
+) -> None:
+    sent = jobs.cluster.submit(jobs.turned, [0, 1, -1, 0])
+    with running(new_worker("a", pool=pool)):
+        ends = sent.get(timeout=END_S, propagate=False)
+        assert isinstance(ends.pop(2), Reject)
+        assert ends == [1, 2, 1]
+        wait_until_nothing_is_left(jobs)
+
+
+def test_a_job_that_is_replaced_ends_as_what_stands_for_it(jobs: Batches, new_worker: NewWorker) -> None:
+    sent = jobs.cluster.submit(jobs.replaced, ["a", "b"])
+    with running(new_worker("a")):
+        assert sent.get(timeout=END_S) == ["a a@test", "b a@test"]
         wait_until_nothing_is_left(jobs)
 
 
