@@ -31,7 +31,7 @@ from cluster_tasks.errors import (
 from cluster_tasks.shards.ingest.files import Found, Selection, find, read_bytes
 from cluster_tasks.shards.ingest.readers import Format, read
 from cluster_tasks.shards.ingest.splitting import MAX_WHOLE_ID, Split
-from cluster_tasks.tasks.arguments import MAX_LISTED
+from cluster_tasks.tasks.arguments import MAX_LISTED, OPTIMIZE_WITHIN_S
 
 IN_FLIGHT = 8
 """Jobs under way at a time: enough for several nodes, few enough to be stopped."""
@@ -102,6 +102,7 @@ class Indexing:
     def __init__(self, jobs: Mapping[str, Any], plan: Plan, progress: Callable[[Report], None]) -> None:
         self._add = jobs["retrieval.add_documents"]
         self._delete, self._list = jobs["retrieval.delete_documents"], jobs["retrieval.list_documents"]
+        self._optimize = jobs["retrieval.optimize"]
         self._plan, self._progress = plan, progress
         self.report = Report()
         self._under_way: deque[tuple[Sequence[_File], AsyncResult]] = deque()
@@ -111,6 +112,8 @@ class Indexing:
 
     def run(self) -> None:
         """Index what is new or changed, then remove what is gone; ``report`` tells what came of it.
+
+        What has changed is then compacted, by a job of its own.
 
         Raises ClusterError if the collection cannot be listed, and what the broker raises. Interrupted, it takes back
         the jobs that have not begun.
@@ -137,6 +140,9 @@ class Indexing:
             raise
         else:
             self._remove(found, held)
+        if report.indexed or report.removed:
+            # Until then each search scans what was added for its words. Nobody waits for it.
+            self._optimize.apply_async((plan.collection,), expires=OPTIMIZE_WITHIN_S, ignore_result=True)
 
     # What the collection holds.
 

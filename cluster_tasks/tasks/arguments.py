@@ -29,6 +29,8 @@ MAX_LISTED = 10_000
 """The most documents that one job lists."""
 MAX_CANDIDATES = 1000
 """The most passages that are ranked anew: providers take no more in a request."""
+OPTIMIZE_WITHIN_S = 3600.0
+"""So long one job is let alone with a collection, and a job waits for its turn before it is not run any more."""
 
 NOT_EXTRA = frozenset({"prompt", "messages", "passages", "tools", "extra", "stream"})
 """No further parameters of a provider: a job has them under this name, or cannot have them."""

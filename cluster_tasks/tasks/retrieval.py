@@ -16,6 +16,7 @@ from cluster_tasks.shards.ingest.splitting import split as split_document
 from cluster_tasks.shards.ingest.wholes import wholes
 from cluster_tasks.tasks.apps import cluster_of
 from cluster_tasks.tasks.arguments import (
+    OPTIMIZE_WITHIN_S,
     AddArguments,
     CacheUse,
     DeleteArguments,
@@ -40,9 +41,6 @@ from cluster_tasks.tasks.kept import kept_of
 from cluster_tasks.tasks.queries import query_vector
 from cluster_tasks.tasks.ready_made import backends_of, ready_made
 from cluster_tasks.tasks.reranking import Reranking, reranking_of
-
-OPTIMIZE_WITHIN_S = 3600.0
-"""So long one job is let alone with a collection, and a job waits for its turn before it is not run any more."""
 
 logger = logging.getLogger(__name__)
 

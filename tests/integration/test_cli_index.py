@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from celery import Celery
 from cluster_tasks.tasks import retrieval
 from cluster_tasks.testing import FakeOpenAI
 from tests.documents import pdf
-from tests.integration.ready_made import ROOT, WITHIN_S, Run, node, sender
+from tests.integration.ready_made import ROOT, WITHIN_S, Run, log_of, node, sender
 from tests.servers import redis_for_results
 from tests.waiting import wait_until
 from workers.redis_server import free_port
@@ -95,12 +96,18 @@ def provider() -> Iterator[FakeOpenAI]:
 
 
 @pytest.fixture(scope="module")
-def app(broker: str, provider: FakeOpenAI, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Celery]:
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the log of the node is."""
+    return tmp_path_factory.mktemp("nodes")
+
+
+@pytest.fixture(scope="module")
+def app(broker: str, provider: FakeOpenAI, directory: Path) -> Iterator[Celery]:
     settings = {
         "CLUSTER_EMBEDDING_BASE_URL": provider.base_url, "CLUSTER_EMBEDDING_MODEL": "fake-embedding",
         "CLUSTER_PROVIDER_MAX_RETRIES": "0", "CLUSTER_BREAKER_FAILURE_THRESHOLD": "1000",
     }  # fmt: skip
-    with node(broker, "indexing", tmp_path_factory.mktemp("nodes"), **settings) as app:
+    with node(broker, "indexing", directory, **settings) as app:
         yield app
 
 
@@ -142,6 +149,23 @@ def test_a_second_run_embeds_and_changes_nothing(folder: Folder, provider: FakeO
     assert (report["indexed"], report["unchanged"], report["removed"]) == ([], len(FILES), [])
     assert len(provider.requests) == asked
     assert folder.held() == before
+
+
+def test_a_run_that_changed_something_lets_a_node_compact_the_collection(folder: Folder, directory: Path) -> None:
+    def compacted() -> int:
+        found = re.findall(r"Task retrieval\.optimize\[\S+\] succeeded", log_of(directory, "indexing").read_text())
+        return len(found)
+
+    before = compacted()
+    folder.write(FILES)
+    folder.index()
+    wait_until(lambda: compacted() == before + 1, WITHIN_S)
+    folder.index()
+    (folder.path / "tool.py").unlink()
+    assert folder.index()["removed"] == ["tool.py"]
+    wait_until(lambda: compacted() > before + 1, WITHIN_S)
+    # The second run has sent none.
+    assert compacted() == before + 2
 
 
 def test_a_changed_file_leaves_no_old_passage_and_one_that_is_gone_none_at_all(folder: Folder) -> None:
