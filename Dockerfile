@@ -8,7 +8,7 @@ WORKDIR /src
 COPY constraints.txt pyproject.toml README.md ./
 COPY cluster_tasks ./cluster_tasks
 COPY workers ./workers
-RUN pip install --no-cache-dir --constraint constraints.txt ".[consul,etcd,qdrant,retrieval]"
+RUN pip install --no-cache-dir --constraint constraints.txt ".[consul,etcd,qdrant,retrieval,static]"
 
 WORKDIR /app
 COPY celeryconfig.py ./

@@ -207,8 +207,9 @@ class ClusterSettings(BaseSettings):
     """Of the whole cluster; 0: no limit."""
     llm_tokens_per_minute: Limit = 0
     embedding_base_url: SecretUrl | None = None
-    """An OpenAI-compatible endpoint; None: ``local-hash``."""
+    """An OpenAI-compatible endpoint; None: embeddings are computed on the node."""
     embedding_model: str | None = None
+    """Without an endpoint ``local-hash``, which None stands for, or ``local-static``."""
     embedding_api_key: SecretStr | None = None
     embedding_timeout_s: Seconds = 30.0
     embedding_fallbacks: Fallbacks = ()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from pydantic import SecretStr
 
 from cluster_tasks.addresses.secret import SecretUrl
-from cluster_tasks.errors import ConfigurationError
+from cluster_tasks.errors import ConfigurationError, did_you_mean
 from cluster_tasks.providers.base import (
     ChatProvider,
     ChatRequest,
@@ -26,6 +27,7 @@ from cluster_tasks.providers.base import (
 from cluster_tasks.providers.local import ExtractiveChat, HashEmbeddings, MarginalRelevance
 from cluster_tasks.providers.openai import Endpoint, OpenAIChat, OpenAIEmbeddings, Purpose
 from cluster_tasks.providers.rerank import HttpReranker
+from cluster_tasks.providers.static import StaticEmbeddings
 from cluster_tasks.settings import ClusterSettings, Fallback
 
 __all__ = [
@@ -47,6 +49,7 @@ __all__ = [
     "RerankProvider",
     "RerankRequest",
     "RerankResult",
+    "StaticEmbeddings",
     "Tell",
     "Usage",
     "chat_fallbacks",
@@ -56,6 +59,11 @@ __all__ = [
     "rerank_fallbacks",
     "rerank_provider",
 ]
+
+_LOCAL_EMBEDDINGS: dict[str, Callable[[], EmbeddingProvider]] = {
+    HashEmbeddings.name: HashEmbeddings,
+    StaticEmbeddings.name: StaticEmbeddings,
+}
 
 
 def chat_provider(settings: ClusterSettings) -> ChatProvider:
@@ -75,10 +83,13 @@ def chat_fallbacks(settings: ClusterSettings) -> list[OpenAIChat]:
 
 
 def embedding_provider(settings: ClusterSettings) -> EmbeddingProvider:
-    """The provider of ``embedding_base_url``, else ``local-hash``. Raises as ``chat_provider`` does."""
+    """The provider of ``embedding_base_url``, else the local one of ``embedding_model``, else ``local-hash``.
+
+    Raises as ``chat_provider`` does, and ConfigurationError if the package of ``local-static`` is not installed.
+    """
     if settings.embedding_base_url is None:
-        _check_no_url("EMBEDDING", settings.embedding_model, settings.embedding_api_key, HashEmbeddings.name)
-        return HashEmbeddings()
+        _check_no_url("EMBEDDING", settings.embedding_model, settings.embedding_api_key, *_LOCAL_EMBEDDINGS)
+        return _LOCAL_EMBEDDINGS[settings.embedding_model or HashEmbeddings.name]()
     return OpenAIEmbeddings(_first_endpoint(settings, "EMBEDDING", settings.embedding_base_url))
 
 
@@ -120,10 +131,12 @@ def _endpoint_of(fallback: Fallback, settings: ClusterSettings, purpose: Purpose
     return replace(first, model=fallback.model or first.model, api_key=fallback.api_key or inherited)
 
 
-def _check_no_url(purpose: str, model: str | None, api_key: SecretStr | None, local: str) -> None:
+def _check_no_url(purpose: str, model: str | None, api_key: SecretStr | None, *local: str) -> None:
     # Whoever names a model or a key means a server: a local answer in its place would go unnoticed.
-    if api_key or model not in (None, local):
+    if api_key or model not in (None, *local):
         given = "API_KEY" if api_key else "MODEL"
+        hint = "" if api_key or model is None else did_you_mean(model, local)
         raise ConfigurationError(
-            f"CLUSTER_{purpose}_{given} is set but CLUSTER_{purpose}_BASE_URL is not: without it there is only {local}"
+            f"CLUSTER_{purpose}_{given} is set but CLUSTER_{purpose}_BASE_URL is not: without it there is only "
+            f"{' or '.join(local)}{hint}"
         )

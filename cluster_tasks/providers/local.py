@@ -1,4 +1,4 @@
-"""Providers that need no download and no server. They are lexical: they compare words, not meaning.
+"""Providers that need no package, no download and no server. They are lexical: they compare words, not meaning.
 
 ``local-hash`` embeds by hashed n-grams, ``local-extractive`` answers with sentences of the given passages,
 ``local-mmr`` reranks what repeats itself.
@@ -66,7 +66,7 @@ class HashEmbeddings:
 
     def embed(self, request: EmbeddingRequest) -> EmbeddingResult:
         """Embed the texts. Raises ConfigurationError if the request names another model."""
-        _check_model(request.model, self.name, "EMBEDDING")
+        check_model(request.model, self.name, "EMBEDDING")
         count = sum(len(text.split()) for text in request.texts)
         usage = Usage(prompt_tokens=count, total_tokens=count)
         return EmbeddingResult(vectors=self._vectors(request.texts), model=self.name, usage=usage, provider=self.name)
@@ -156,7 +156,7 @@ class ExtractiveChat:
 
     def stream(self, request: ChatRequest, tell: Tell) -> ChatResult:
         """Answer as ``chat`` does, and tell one sentence after the other."""
-        _check_model(request.model, self.name, "LLM")
+        check_model(request.model, self.name, "LLM")
         if not request.passages:
             raise _needs_model("a prompt without passages")
         if request.tools or request.response_format:
@@ -198,7 +198,7 @@ class MarginalRelevance:
 
     def rerank(self, request: RerankRequest) -> RerankResult:
         """Rank the texts. Raises ConfigurationError if the request names another model."""
-        _check_model(request.model, self.name, "RERANK")
+        check_model(request.model, self.name, "RERANK")
         vectors = HashEmbeddings().embed(EmbeddingRequest(texts=request.texts)).vectors
         relevance, redundancy = _scaled(request.scores), np.zeros(len(request.texts))
         ranking: list[Rank] = []
@@ -222,16 +222,17 @@ def text_of(message: Any) -> str:
     return "\n".join(part["text"] for part in content if part.get("type") == "text")
 
 
+def check_model(asked: str | None, name: str, purpose: str) -> None:
+    """Raise ConfigurationError if a request asks for another model than the local one of this ``name``."""
+    if asked not in (None, name):
+        raise ConfigurationError(f"model {asked!r} needs CLUSTER_{purpose}_BASE_URL: without it there is only {name}")
+
+
 def _needs_model(what: str) -> ConfigurationError:
     return ConfigurationError(
         f"local-extractive cannot answer {what}: configure a language model with CLUSTER_LLM_BASE_URL and "
         "CLUSTER_LLM_MODEL"
     )
-
-
-def _check_model(asked: str | None, name: str, purpose: str) -> None:
-    if asked not in (None, name):
-        raise ConfigurationError(f"model {asked!r} needs CLUSTER_{purpose}_BASE_URL: without it there is only {name}")
 
 
 def _question(request: ChatRequest) -> str:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ from cluster_tasks.tasks import embedding, llm, rag, retrieval
 from cluster_tasks.tasks.llm import FROM_PASSAGES
 from cluster_tasks.testing import CHAT_PATH, EMBEDDINGS_PATH, RERANK_PATH, FakeOpenAI
 from tests.integration.ready_made import ROOT, WITHIN_S, Run, log_of, node, sender
-from tests.servers import redis_for_results
+from tests.servers import missing, redis_for_results
 from tests.waiting import wait_until
 
 DECLARED = (embedding, llm, rag, retrieval)
@@ -107,6 +108,20 @@ def test_one_text_gives_one_vector(run: Run) -> None:
     assert len(result["vectors"]) == 1
     assert len(result["vectors"][0]) == result["dimension"] == 384
     assert result["model"] == result["provider"] == "local-hash"
+
+
+def test_a_node_with_static_embeddings_finds_what_means_the_like(broker: str, directory: Path) -> None:
+    if find_spec("wordllama") is None:
+        missing("wordllama is not installed: cluster-tasks[static]")
+    with node(broker, "static", directory, CLUSTER_EMBEDDING_MODEL="local-static") as app:
+        run = sender(app)
+        result = run("embedding.embed", "hello")
+        assert (result["model"], result["dimension"]) == ("local-static", 256)
+        run("retrieval.add_documents", "animals", DOCUMENTS)
+        found = run("retrieval.search", "animals", "a kitten naps", k=1)
+        assert found["passages"][0]["id"] == "cat"
+        with pytest.raises(ConfigurationError, match="'local-hash' needs CLUSTER_EMBEDDING_BASE_URL"):
+            run("embedding.embed", "hello", model="local-hash")
 
 
 def test_many_texts_give_their_vectors_in_order_over_many_requests(remote: Run, provider: FakeOpenAI) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from itertools import pairwise
 from typing import Any
 
@@ -43,25 +40,10 @@ def ask(question: str, *passages: str, **given: Any) -> ChatRequest:
     return ChatRequest(messages=({"role": "user", "content": question},), passages=passages, **given)
 
 
-@given(st.lists(st.text(), min_size=1, max_size=5))
-def test_every_text_has_a_finite_float32_vector_of_length_one(texts: list[str]) -> None:
-    vectors = vectors_of(*texts)
-    assert vectors.shape == (len(texts), 384)
-    assert vectors.dtype == np.float32
-    assert np.linalg.norm(vectors, axis=1) == pytest.approx(1, abs=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("text", "near", "far"),
-    [
-        ("how do I restart a worker", "restarting a worker", "the capital of France is Paris"),
-        ("how do I restart a worker", "how do I restrat a wroker", "how do I bake some bread"),
-        ("Zugverspätung in München", "zugverspätungen in münchen", "Wetter in Hamburg"),
-        ("分布式任务队列", "任务队列", "天气很好"),
-    ],
-)
-def test_similar_texts_score_higher(text: str, near: str, far: str) -> None:
-    asked, close, distant = vectors_of(text, near, far)
+def test_misspelt_words_are_near_the_right_ones() -> None:
+    asked, close, distant = vectors_of(
+        "how do I restart a worker", "how do I restrat a wroker", "how do I bake some bread"
+    )
     assert float(asked @ close) > float(asked @ distant) + 0.1
 
 
@@ -80,18 +62,6 @@ def test_a_vector_does_not_depend_on_its_neighbours(plain: list[str], others: li
 def test_unrelated_words_spread_over_all_dimensions() -> None:
     words = [f"{number:x}" for number in np.random.default_rng(7).integers(2**60, size=500)]
     assert (np.abs(vectors_of(*words)).sum(axis=0) > 0).all()
-
-
-@pytest.mark.parametrize("seed", ["0", "1"])
-def test_a_process_with_another_hash_seed_makes_the_same_vectors(seed: str) -> None:
-    program = (
-        "import sys; from cluster_tasks.providers import *;"
-        "vectors = HashEmbeddings().embed(EmbeddingRequest(texts=('grüße from a node',))).vectors;"
-        "sys.stdout.write(vectors.astype('<f4').tobytes().hex())"
-    )
-    env = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
-    assert bytes.fromhex(done.stdout) == vectors_of("grüße from a node").astype("<f4").tobytes()
 
 
 def test_stored_vectors_stay_valid_for_later_releases() -> None:
