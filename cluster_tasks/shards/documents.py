@@ -79,7 +79,7 @@ class Passage(BaseModel):
     """Higher is better. What it is depends on the mode.
 
     ``vector``: the cosine similarity to the query, -1 to 1; ``text``: BM25, above 0, to be compared within one search
-    only; ``hybrid``: the sum of 1 / (60 + rank) over both rankings, at most 2 / 61.
+    only; ``hybrid``: the mean of what it has of the best of both, 0 to 1, to be compared within one search only.
     """
 
 

@@ -164,8 +164,8 @@ def search(
 
     Returns ``collection``, ``cached`` and ``passages``, the best first, each with ``id``, ``text``, ``metadata`` and
     ``score``. What a score is depends on the mode: the cosine similarity, -1 to 1, in ``"vector"``; BM25, above 0 and
-    to be compared within one search only, in ``"text"``; in ``"hybrid"`` the sum of 1 / (60 + rank) over both rankings,
-    which says nothing of how well a passage fits: whoever wants a least score asks for ``"vector"``.
+    to be compared within one search only, in ``"text"``; in ``"hybrid"`` the mean of what it has of the best of both, 0
+    to 1, which says nothing of how well a passage fits: whoever wants a least score asks for ``"vector"``.
 
     With ``rerank`` so many ``candidates`` are searched for (five for each that is wanted, 25 at least and 1,000 at
     most), and the ``k`` best of them chosen by a reranking model: that of the settings, else ``local-mmr``, if it is
