@@ -5,7 +5,9 @@ it back, so what ends in time costs no more than that. Once the time has passed,
 finds no other work. Then no list that it takes from holds the job: somebody is at it. From there on both are deliveries
 of one job: the first commit counts, the other one is refused, and to lose is no failure.
 
-It is for jobs that may run twice at once, and for spare time only: a cluster that is busy gives no hedges.
+It is for jobs that may run twice at once and that nothing follows but the count of their chord: what is published
+before the end, as links and steps of chains are, could come once from each. And it is for spare time only: a cluster
+that is busy gives no hedges.
 """
 
 from __future__ import annotations

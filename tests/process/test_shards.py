@@ -6,13 +6,14 @@ import re
 import signal
 import struct
 from collections.abc import Iterator
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
+from cluster_tasks.broker.message import job_of
 from cluster_tasks.cluster import cluster_of
 from cluster_tasks.errors import StoreUnavailable
 from cluster_tasks.shards.placement import Shard
@@ -20,7 +21,7 @@ from cluster_tasks.tasks.kept import Embedded, kept_of
 from cluster_tasks.testing import RERANK_PATH, FakeOpenAI
 from tests.process.accounts import END_S
 from tests.process.nodes import WorkerProcess, running
-from tests.process.sites import COUNT, SHARDS, WORDS, Site, of_a_thread, searching, site_on
+from tests.process.sites import COUNT, DOCUMENTS, SHARDS, WORDS, Site, of_a_thread, searching, site_on
 from tests.waiting import wait_until
 from workers.redis_server import RedisServer
 
@@ -204,35 +205,48 @@ def test_a_shard_moves_and_a_collection_is_split_while_they_are_searched(site: S
     assert searches.wrong == []
 
 
-@of_a_thread
-def test_searches_that_a_stopped_node_holds_are_done_by_another_long_before_it_is_lost(site: Site) -> None:
+def test_a_search_of_which_a_stopped_node_holds_a_part_is_done_by_another_before_it_is_lost(site: Site) -> None:
     # As good as never: nothing but a hedge ends such a search.
     nodes = {f"{name}@test": site.new_node(name, replicas=2, CLUSTER_LEASE_S="600") for name in "abc"}
     with running(*nodes.values()):
         site.fill()
         site.wait_until_ready(2, nodes=3)
-        with ExitStack() as stack:
-            searchers = [stack.enter_context(searching(site)) for _ in range(4)]
-            wait_until(lambda: all(each.done > 10 for each in searchers), END_S)
-            stopped = nodes[asked_now(site)]
-            stopped.signal(signal.SIGSTOP)
-            for each in searchers:
-                wait_until(each.more(5), END_S, "searches go on")
-            assert stopped.id in site.cluster.epochs.beats()
-            stopped.signal(signal.SIGCONT)
-            for each in searchers:
-                wait_until(each.more(5), END_S, "searches go on")
-        assert [each.wrong for each in searchers] == [[]] * 4
+        stopped, result = wait_until(partial(stopped_in_a_search, site, nodes), END_S, "a node is stopped in a search")
+        found = {passage["id"] for passage in result.get(timeout=END_S)["passages"]}
+        assert stopped.id in site.cluster.epochs.beats()
+        assert found == {each["id"] for each in DOCUMENTS}
+        assert given_hedges(site) > 0
+        stopped.signal(signal.SIGCONT)
         wait_until(lambda: not hedging_keys(site), END_S, "nothing is left")
         assert site.cluster.stale_commits() == 0
     assert "ERROR" not in "".join(node.read_log() for node in nodes.values())
 
 
-def asked_now(site: Site) -> str:
-    """A node that a search would ask now."""
-    shares = site.cluster.shard_map.shares("docs")
-    assert shares is not None
-    return next(iter(shares.of_nodes))
+def stopped_in_a_search(site: Site, nodes: dict[str, WorkerProcess]) -> tuple[WorkerProcess, Any] | None:
+    """Search, and stop a node that holds a part and has not ended it; return it and the search, if that was done."""
+    result = site.send("retrieval.search", "docs", "house", mode="text", k=COUNT)
+    beats = site.cluster.epochs.beats()
+    held = [(node, site.cluster.keys.unacked(node_id, beats[node_id].epoch)) for node_id, node in nodes.items()]
+    while not result.ready():
+        for node, unacked in held:
+            if holds_a_part(site, unacked):
+                node.signal(signal.SIGSTOP)
+                wait_until(partial(has_stopped, node.pid), END_S)
+                if holds_a_part(site, unacked):
+                    return node, result
+                node.signal(signal.SIGCONT)
+    return None
+
+
+def has_stopped(pid: int) -> bool:
+    return bool(psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+
+
+def holds_a_part(site: Site, unacked: str) -> bool:
+    """Whether a part of a search is among these deliveries that has not ended."""
+    held: Any = site.cluster.client.hvals(unacked)
+    parts = [job_of(message) for message in held if PARTS.encode() in message]
+    return any(not site.cluster.client.exists(site.cluster.keys.terminal(job)) for job in parts)
 
 
 def hedging_keys(site: Site) -> list[Any]:
@@ -254,7 +268,7 @@ def test_few_searches_are_hedged_while_all_is_well(hedge: bool, site: Site) -> N
         for number in range(200):
             assert len(site.ids("docs", f"house {number}", mode="text")) == 5
         parts = sum(received(PARTS, *nodes))
-        assert given_hedges(site) <= (0.1 * parts if hedge else 0)
+        assert given_hedges(site) <= (0.25 * parts if hedge else 0)
         durations = site.cluster.client.lrange(site.cluster.keys.durations("docs"), 0, -1)
         assert len(durations) == (100 if hedge else 0)
 
