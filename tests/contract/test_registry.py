@@ -413,10 +413,9 @@ def test_threads_that_fight_for_one_name_leave_a_history_without_contradiction(o
     with ThreadPoolExecutor(len(epochs)) as pool:
         expected = [*pool.map(lambda mine: come_and_go(registry, "shared", mine), epochs)]
     registry.register(node("last"))
-    told = [*until_joined("last", events)]
-    assert replay([NodeEvent(type=EventType.JOINED, node=node("first"), timestamp=0), *told]) == {
-        each.id: each.epoch for each in registry.list()
-    }
+    # Nobody renews the first one: where this takes long, it is gone before the end.
+    told = [event for event in until_joined("last", events) if event.node.id != "first"]
+    assert replay(told) == {each.id: each.epoch for each in registry.list() if each.id != "first"}
     # Each epoch came once and went once, by its own hand or replaced by the next.
     assert sorted(map(said, told[:-1])) == sorted(chain.from_iterable(expected))
 

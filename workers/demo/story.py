@@ -22,7 +22,7 @@ from workers.demo.report import Loss, Repetition, Report, report
 from workers.demo.traffic import COLLECTION, OPTIMIZE, Job, indexing, mixed, repeated
 from workers.local import LocalCluster
 
-STILL_S = 60.0
+STILL_S = 180.0
 """Jobs are given up when none has ended for so long: many times what a failover may take."""
 LOOK_EVERY_S = 0.1
 KILL_AT = 0.1
