@@ -10,7 +10,7 @@ import redis
 
 from cluster_tasks.redis_store import connect
 
-END_S = 60.0
+END_S = 120.0
 
 
 class Killed(BaseException):

@@ -31,7 +31,7 @@ from tests.consul_server import ConsulServer
 from tests.etcd_server import EtcdServer
 from workers.redis_server import RedisServer
 
-END_S = 60.0
+END_S = 120.0
 SPAWN = get_context("spawn")
 
 

@@ -26,7 +26,7 @@ from tests.contract.askers import ASKED, COMPUTED, GO, GOT
 from tests.redis_cluster import RedisCluster
 from tests.waiting import wait_until
 
-END_S = 60.0
+END_S = 120.0
 PROCESSES, THREADS = 4, 16
 NAMES = [f"k{number}" for number in range(60)]
 LONGEST_CALL_S = 10.0

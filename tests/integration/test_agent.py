@@ -22,7 +22,7 @@ from tests.waiting import wait_until
 from workers.agent import NodeAgent
 from workers.executions import Executions
 
-END_S = 60.0
+END_S = 120.0
 QUICK = {"CLUSTER_LEASE_S": "2", "CLUSTER_HEARTBEAT_S": "0.25", "CLUSTER_HEALTH_CHECK_S": "0.1"}
 
 MAY_WAIT = {"cluster-load report", "cluster-ejection", "cluster-rebalance", "cluster-shards"}

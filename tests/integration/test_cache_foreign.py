@@ -22,7 +22,7 @@ from tests.waiting import wait_until
 from workers.redis_server import RedisServer
 
 KEYS = Keys()
-WITHIN_S = 60.0
+WITHIN_S = 120.0
 MakeCaches = Callable[..., Caches]
 
 

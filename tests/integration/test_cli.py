@@ -30,7 +30,7 @@ from tests.waiting import wait_until
 from workers.redis_server import RedisServer, free_port
 
 ROOT = Path(__file__).parents[2]
-END_S = 60.0
+END_S = 120.0
 MASTER = frozenset({NodeRole.MASTER})
 
 

@@ -17,7 +17,7 @@ from cluster_tasks.redis_store import connect
 from tests.process.jobs import make_jobs
 from workers.redis_server import RedisServer, free_port
 
-END_S = 60.0
+END_S = 120.0
 
 
 def run(*words: str, exit_code: int = 0) -> Any:

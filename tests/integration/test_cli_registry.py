@@ -20,7 +20,7 @@ from tests.etcd_server import EtcdServer
 from tests.process.jobs import Jobs, make_jobs
 from workers.redis_server import RedisServer, free_port
 
-END_S = 60.0
+END_S = 120.0
 COMMAND = [sys.executable, "-m", "celery", "-A", "tests.process.jobs", "cluster"]
 NewJobs = Callable[[str], Jobs]
 

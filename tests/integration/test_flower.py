@@ -26,7 +26,7 @@ from tests.flower import Site, flower_site
 from tests.waiting import wait_until
 from workers.redis_server import RedisServer
 
-END_S = 60.0
+END_S = 120.0
 HOSTILE = "<img src=x onerror=alert(1)>"
 PASSWORD = "user:secret"
 LOGIN = "Basic " + b64encode(PASSWORD.encode()).decode()

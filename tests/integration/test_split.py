@@ -28,7 +28,7 @@ from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 MODEL = "model-a"
-WITHIN_S = 60.0
+WITHIN_S = 120.0
 SILENCE_S = 2.0
 NUMBER = 400
 VECTORS = np.random.default_rng(7).normal(size=(NUMBER, 6))

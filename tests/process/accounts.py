@@ -9,7 +9,7 @@ from cluster_tasks import Cluster
 from cluster_tasks.redis_store import text
 from tests.waiting import wait_until
 
-END_S = 60.0
+END_S = 120.0
 
 
 class Jobs(Protocol):

@@ -17,7 +17,7 @@ from typing import Any, Self
 from tests.waiting import wait_until
 from workers.tether import end_with
 
-END_S = 60.0
+END_S = 120.0
 
 
 class ForkServer:

@@ -17,7 +17,7 @@ from tests.process.forks import Fork
 from tests.waiting import wait_until
 
 START_S = 120.0
-STOP_S = 60.0
+STOP_S = 120.0
 
 
 class WorkerProcess:

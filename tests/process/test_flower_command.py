@@ -19,7 +19,7 @@ from tests.waiting import wait_until
 from workers.redis_server import free_port
 
 ROOT = Path(__file__).parents[2]
-END_S = 60.0
+END_S = 120.0
 
 
 def command_line(app: str, *options: str) -> list[str]:

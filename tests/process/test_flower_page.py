@@ -27,7 +27,7 @@ from tests.process.nodes import running
 from tests.waiting import wait_until
 from workers.redis_server import RedisServer
 
-END_S = 60.0
+END_S = 120.0
 HOSTILE = "<img src=x onerror=document.body.dataset.hurt=1>"
 
 

@@ -30,7 +30,7 @@ from workers.redis_server import free_port
 from workers.rolling import RollingRestart
 from workers.supervision import RUNNING, SupervisorClient
 
-START_S = 90.0
+START_S = 180.0
 PASSWORD = "of:Flower%40"
 KEYS = {
     "jobs", "succeeded", "failed", "lost", "executed_twice", "committed_twice", "killed_node", "held_by_killed_node",

@@ -15,7 +15,7 @@ from cluster_tasks.balancing import strategy_names
 from tests.process.nodes import WorkerProcess, running
 from tests.servers import redis_for_results
 
-END_S = 90.0
+END_S = 120.0
 POOLS = ("prefork", "threads", "solo")
 PASSAGES = ["Backups run at two in the morning.", "Logs are kept for a week.", "Nodes are restarted on Sundays."]
 

@@ -15,7 +15,7 @@ from pytest_celery import CeleryTestWorker, CeleryWorkerContainer, RedisContaine
 
 from tests.waiting import wait_until
 
-STOP_S = 60.0
+STOP_S = 120.0
 EXEC_S = 60.0
 
 

@@ -12,7 +12,7 @@ from pytest_celery import CeleryTestSetup, CeleryTestWorker
 from cluster_tasks.cluster import cluster_of
 from tests.waiting import wait_until
 
-END_S = 60.0
+END_S = 120.0
 GATE = "test:gate"
 
 

@@ -20,7 +20,7 @@ from tests.servers import redis_for_results
 from tests.waiting import wait_until
 from workers.redis_server import RedisServer
 
-END_S = 40.0
+END_S = 120.0
 APP = "tests.process.celery_features.jobs"
 
 
