@@ -30,6 +30,7 @@ from typing import Any
 import psutil
 from celery import Celery
 
+from benchmarks.throughput import stop
 from cluster_tasks import Cluster
 from cluster_tasks.tasks import embedding
 from workers.redis_server import RedisServer
@@ -38,7 +39,7 @@ from workers.tether import tethered, tethering
 MARK = 10_000
 POOLS = ("prefork", "threads", "solo")
 NODE = "node1@benchmark"
-START_S, STOP_S, END_S = 60.0, 15.0, 300.0
+START_S, END_S = 60.0, 300.0
 HOME = Path(__file__).parents[1]
 
 
@@ -111,12 +112,7 @@ class Bench:
                     time.sleep(0.05)
                 yield psutil.Process(worker.pid)
             finally:
-                worker.terminate()
-                try:
-                    worker.wait(STOP_S)
-                except subprocess.TimeoutExpired:
-                    worker.kill()
-                    worker.wait()
+                stop(worker)
 
 
 def _check(results: list[Any]) -> None:

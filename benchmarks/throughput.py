@@ -132,7 +132,7 @@ class Bench:
             try:
                 yield
             finally:
-                _stop(worker)
+                stop(worker)
 
 
 def _ended_at_s(result: Any) -> float:
@@ -141,7 +141,7 @@ def _ended_at_s(result: Any) -> float:
     return datetime.fromisoformat(meta["date_done"]).timestamp()
 
 
-def _stop(worker: subprocess.Popen[bytes]) -> None:
+def stop(worker: subprocess.Popen[bytes]) -> None:
     """End a worker in order; what is left of it and its children after a while is killed."""
     try:
         family = psutil.Process(worker.pid).children(recursive=True)

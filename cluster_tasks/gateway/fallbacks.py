@@ -176,13 +176,9 @@ def chat_gateway(settings: ClusterSettings, around: Neighbourhood) -> ChatGatewa
     first = chat_provider(settings)
     if not isinstance(first, OpenAIChat):
         return ChatGateway([first])
-    limits = [Limits(settings.llm_requests_per_minute, settings.llm_tokens_per_minute)]
-    limits += map(limits_of, settings.llm_fallbacks)
-    models = [
-        GuardedChat(provider, guard_of(settings, around, provider.endpoint, limit))
-        for provider, limit in zip([first, *chat_fallbacks(settings)], limits, strict=True)
-    ]
-    return ChatGateway(models, [FromPassages()])
+    providers = [first, *chat_fallbacks(settings)]
+    guards = guards_of(settings, around, [provider.endpoint for provider in providers], settings.llm_fallbacks)
+    return ChatGateway(list(map(GuardedChat, providers, guards)), [FromPassages()])
 
 
 def embedding_gateway(settings: ClusterSettings, around: Neighbourhood) -> EmbeddingProvider:
@@ -190,14 +186,9 @@ def embedding_gateway(settings: ClusterSettings, around: Neighbourhood) -> Embed
     first = embedding_provider(settings)
     if not isinstance(first, OpenAIEmbeddings):
         return first
-    limits = [Limits(settings.embedding_requests_per_minute, settings.embedding_tokens_per_minute)]
-    limits += map(limits_of, settings.embedding_fallbacks)
-    return EmbeddingGateway(
-        [
-            GuardedEmbeddings(provider, guard_of(settings, around, provider.endpoint, limit))
-            for provider, limit in zip([first, *embedding_fallbacks(settings)], limits, strict=True)
-        ]
-    )
+    providers = [first, *embedding_fallbacks(settings)]
+    guards = guards_of(settings, around, [provider.endpoint for provider in providers], settings.embedding_fallbacks)
+    return EmbeddingGateway(list(map(GuardedEmbeddings, providers, guards)))
 
 
 def chat_tokens(request: ChatRequest) -> int:
@@ -257,13 +248,17 @@ def _degraded(result: A, cause: ProviderUnavailable) -> A:
     return result.model_copy(update={"degraded": True, "degraded_reason": reason})
 
 
-def limits_of(fallback: Fallback) -> Limits:
-    """What a fallback may be sent."""
-    return Limits(fallback.requests_per_minute, fallback.tokens_per_minute)
+def guards_of(
+    settings: ClusterSettings, around: Neighbourhood, endpoints: Sequence[Endpoint], fallbacks: Sequence[Fallback]
+) -> list[Guard]:
+    """What the requests to each endpoint pass: the first is that of the settings, the others are its fallbacks."""
+    purpose = endpoints[0].purpose.lower()
+    per_minute = (getattr(settings, f"{purpose}_{what}_per_minute") for what in ("requests", "tokens"))
+    limits = [Limits(*per_minute), *(Limits(each.requests_per_minute, each.tokens_per_minute) for each in fallbacks)]
+    return [_guard(settings, around, endpoint, limit) for endpoint, limit in zip(endpoints, limits, strict=True)]
 
 
-def guard_of(settings: ClusterSettings, around: Neighbourhood, endpoint: Endpoint, limits: Limits) -> Guard:
-    """What the requests to an endpoint pass."""
+def _guard(settings: ClusterSettings, around: Neighbourhood, endpoint: Endpoint, limits: Limits) -> Guard:
     failures = settings.breaker_failure_threshold
     # A server that hangs fails after all its time-outs: two such rounds must fit into the window.
     longest_s = endpoint.timeout_s * (endpoint.max_retries + 1)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from cluster_tasks.gateway.fallbacks import CHARACTERS_A_TOKEN, first_available, guard_of, limits_of
+from cluster_tasks.gateway.fallbacks import CHARACTERS_A_TOKEN, first_available, guards_of
 from cluster_tasks.gateway.guard import Guard, Neighbourhood
-from cluster_tasks.gateway.shared import Limits
 from cluster_tasks.providers import (
     HttpReranker,
     MarginalRelevance,
@@ -86,10 +85,6 @@ def rerank_gateway(settings: ClusterSettings, around: Neighbourhood) -> RerankGa
     first = rerank_provider(settings)
     if not isinstance(first, HttpReranker):
         return RerankGateway([first])
-    limits = [Limits(settings.rerank_requests_per_minute, settings.rerank_tokens_per_minute)]
-    limits += map(limits_of, settings.rerank_fallbacks)
-    models = [
-        GuardedReranker(provider, guard_of(settings, around, provider.endpoint, limit))
-        for provider, limit in zip([first, *rerank_fallbacks(settings)], limits, strict=True)
-    ]
-    return RerankGateway(models, [AsFound()])
+    providers = [first, *rerank_fallbacks(settings)]
+    guards = guards_of(settings, around, [provider.endpoint for provider in providers], settings.rerank_fallbacks)
+    return RerankGateway(list(map(GuardedReranker, providers, guards)), [AsFound()])

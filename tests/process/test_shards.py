@@ -268,7 +268,7 @@ def test_few_searches_are_hedged_while_all_is_well(hedge: bool, site: Site) -> N
         for number in range(200):
             assert len(site.ids("docs", f"house {number}", mode="text")) == 5
         parts = sum(received(PARTS, *nodes))
-        assert given_hedges(site) <= (0.25 * parts if hedge else 0)
+        assert given_hedges(site) <= (0.1 * parts if hedge else 0)
         durations = site.cluster.client.lrange(site.cluster.keys.durations("docs"), 0, -1)
         assert len(durations) == (100 if hedge else 0)
 
