@@ -22,7 +22,7 @@ from kombu.serialization import loads, prepare_accept_content
 
 from cluster_tasks.broker.members import member_ids, member_request
 from cluster_tasks.broker.message import Delivery
-from cluster_tasks.broker.together import Ends
+from cluster_tasks.broker.together import Ends, HadEnded
 from cluster_tasks.cluster import cluster_of
 from cluster_tasks.errors import ClusterError, EndNotStored, InvalidArguments, StaleCommit
 from cluster_tasks.tasks.base import ClusterTask, expiry
@@ -84,7 +84,8 @@ class _Run:
         """Return whether all have ended. Raises StaleCommit, EndNotStored, redis.RedisError."""
         if self._delivery is None:
             raise ClusterError(f"the message {message_id} of several jobs came from no list of a cluster")
-        with self._task.backend.ends_together(self._delivery, message_id) as ends:
+        # Nobody is told of a success that is not committed, by a signal or an event.
+        with self._task.backend.ends_together(self._delivery, message_id, one_by_one=True) as ends:
             try:
                 is_done = self._run(ends, members)
                 ends.tell(last=is_done)
@@ -98,7 +99,7 @@ class _Run:
             return is_done
 
     def _run(self, ends: Ends, members: Sequence[Member]) -> bool:
-        alone = self._together(list(self._to_be_run(members)))
+        alone = self._together(ends, list(self._to_be_run(members)))
         begun_s, is_done = time.monotonic(), True
         for number, member in enumerate(alone):
             # What was fetched together has waited meanwhile.
@@ -108,7 +109,6 @@ class _Run:
                 return False
             elif not self._run_alone(member):
                 is_done = False
-            ends.tell()
         return is_done
 
     def _to_be_run(self, members: Sequence[Member]) -> Iterator[Member]:
@@ -140,11 +140,14 @@ class _Run:
     def _revoke(self, member: Member, reason: str) -> None:
         task, context = self._task, self._context(member)
         logger.info("Discarding revoked task: %s[%s]", task.name, member.id)
-        task.backend.mark_as_revoked(member.id, reason, request=context, store_result=self._stores_errors)
+        try:
+            task.backend.mark_as_revoked(member.id, reason, request=context, store_result=self._stores_errors)
+        except HadEnded:
+            return
         is_expired = reason == "expired"
         signals.task_revoked.send(task, request=context, terminated=False, signum=None, expired=is_expired)
 
-    def _together(self, members: list[Member]) -> list[Member]:
+    def _together(self, ends: Ends, members: list[Member]) -> list[Member]:
         """Run members as one call, and return those that are to be run alone."""
         task = self._task
         if not (isinstance(task, ClusterTask) and type(task).together and len(members) > 1):
@@ -166,7 +169,7 @@ class _Run:
                 self._fail(member, value)
             else:
                 done[member.id] = value
-        self._succeed([member for member in fitting if member.id in done], done)
+        self._succeed(ends, [member for member in fitting if member.id in done], done)
         return alone
 
     @property
@@ -186,7 +189,7 @@ class _Run:
             raise ClusterError(f"{self._task.name}: {len(given)} jobs run together gave {len(values)} results")
         return values  # type: ignore[no-any-return]
 
-    def _succeed(self, members: Sequence[Member], values: Mapping[str, Any]) -> None:
+    def _succeed(self, ends: Ends, members: Sequence[Member], values: Mapping[str, Any]) -> None:
         task = self._task
         # What Celery calls extended tells of each job by itself.
         groups = [[member] for member in members] if task.app.conf.result_extended else [members]
@@ -194,10 +197,11 @@ class _Run:
         for group in filter(None, groups):
             results = {member.id: values[member.id] for member in group}
             failed |= task.backend.mark_members_as_done(results, self._context(group[0]), not self._ignores_result)
+        ends.tell()
         for member in members:
             if member.id in failed:
                 self._fail(member, failed[member.id])
-            elif signals.task_success.receivers:
+            elif member.id not in ends.refused and signals.task_success.receivers:
                 self._tell_success(member, values[member.id])
 
     def _tell_success(self, member: Member, value: Any) -> None:
@@ -211,7 +215,8 @@ class _Run:
         try:
             raise error
         except Exception as exc:  # noqa: BLE001 - Celery looks at what is on its way
-            TraceInfo(states.FAILURE, exc).handle_error_state(self._task, self._context(member))
+            with suppress(HadEnded):
+                TraceInfo(states.FAILURE, exc).handle_error_state(self._task, self._context(member))
 
     def _run_alone(self, member: Member) -> bool:
         """Run a member as a job of its own; return whether it was dealt with."""
@@ -221,6 +226,8 @@ class _Run:
             return True
         error = result.exception
         error = error.exc if isinstance(error, ExceptionWithTraceback) else error
+        if isinstance(error, HadEnded):
+            return True
         if not isinstance(error, Reject):
             if result.internal and info.state == states.FAILURE:
                 raise error
@@ -229,9 +236,10 @@ class _Run:
             # Of a retry that could not be published.
             raise error.reason
         if not error.requeue:
-            self._task.backend.mark_as_failure(
-                member.id, error, request=Context(request), store_result=self._stores_errors
-            )
+            with suppress(HadEnded):
+                self._task.backend.mark_as_failure(
+                    member.id, error, request=Context(request), store_result=self._stores_errors
+                )
         return not error.requeue
 
     def _context(self, member: Member) -> Context:

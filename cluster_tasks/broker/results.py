@@ -170,9 +170,12 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
     # One message may be of many jobs, its members. Its own end, which is none of a job, is that of all of them.
 
     @contextmanager
-    def ends_together(self, delivery: Delivery, message_id: str) -> Iterator[Ends]:
-        """While the block lasts, the ends of a message's members are gathered; ``Ends.tell`` commits them."""
-        ends = Ends(self._commit_members, self._keys, delivery, message_id, ENDED_LIVES_S)
+    def ends_together(self, delivery: Delivery, message_id: str, *, one_by_one: bool = False) -> Iterator[Ends]:
+        """While the block lasts, the ends of a message's members are gathered; ``Ends.tell`` commits them.
+
+        ``one_by_one``: each is committed when it is marked, and only results that are marked together are gathered.
+        """
+        ends = Ends(self._commit_members, self._keys, delivery, message_id, ENDED_LIVES_S, one_by_one)
         with gathered(ends):
             yield ends
 
@@ -330,7 +333,7 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
         keys, task_id, hedge = self._keys, request.id, Hedge.of(request.properties)
         same_end = REVOKED_UNHELD if state == states.REVOKED else ""
         if (ends := gathering(delivery)) is not None:
-            ends.add(task_id, bytes_to_str(self.get_key_for_task(task_id)), encoded, lives_s, same_end, state)
+            ends.end(task_id, bytes_to_str(self.get_key_for_task(task_id)), encoded, lives_s, same_end, state)
             return
         names = [*self._job_keys(delivery, task_id), keys.counters, keys.crashes(task_id), keys.followed(task_id)]
         names.append(keys.kept_end(task_id))

@@ -22,6 +22,10 @@ AT_ONCE_BYTES = 1 << 20
 Commit = Callable[[Sequence[str], Sequence[Any]], list[int]]
 
 
+class HadEnded(StaleCommit):
+    """A member of a message had come to its end before, which stands."""
+
+
 class _End(NamedTuple):
     job_id: str
     marker: str
@@ -37,8 +41,12 @@ class _End(NamedTuple):
 class Ends:
     """What a delivery of a message has to tell of its members."""
 
-    def __init__(self, commit: Commit, keys: Keys, delivery: Delivery, message_id: str, message_lives_s: int) -> None:
-        self.delivery = delivery
+    def __init__(
+        self, commit: Commit, keys: Keys, delivery: Delivery, message_id: str, message_lives_s: int, one_by_one: bool
+    ) -> None:
+        self.delivery, self._one_by_one = delivery, one_by_one
+        self.refused: set[str] = set()
+        """Members that had ended before."""
         self._commit, self._keys, self._message_id, self._lives_s = commit, keys, message_id, message_lives_s
         self._ends: list[_End] = []
         self._bytes = 0
@@ -53,6 +61,14 @@ class Ends:
         self._bytes += len(written)
         if self._bytes >= AT_ONCE_BYTES:
             self.tell()
+
+    def end(self, job_id: str, *end: Any) -> None:
+        """Have a member end as by ``add``; if ends are told one by one, now. Raises HadEnded, and as ``tell`` does."""
+        self.add(job_id, *end)
+        if self._one_by_one:
+            self.tell()
+            if job_id in self.refused:
+                raise HadEnded(f"job {job_id} had ended before")
 
     def tell(self, *, last: bool = False) -> None:
         """Commit what was added, and with the ``last`` of it the end of the message.
@@ -74,6 +90,7 @@ class Ends:
         for end, done in zip(self._ends, reply, strict=True):
             if done < 0:
                 logger.warning("result %s of job %s refused: it had ended before", end.state, end.job_id)
+                self.refused.add(end.job_id)
             self._told += [end.marker, end.lives_s]
         self._ends.clear()
         self._bytes = 0

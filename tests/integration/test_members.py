@@ -9,11 +9,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from celery import Celery
+from celery import Celery, signals
 from celery.app.task import Context
+from celery.app.trace import build_tracer
 from celery.exceptions import TaskRevokedError
 
-from cluster_tasks import Cluster
+from cluster_tasks import Cluster, ClusterTask
 from cluster_tasks.broker.deliveries import Deliveries
 from cluster_tasks.broker.members import named, split
 from cluster_tasks.broker.message import DELIVERY_PROPERTY, Delivery
@@ -21,6 +22,7 @@ from cluster_tasks.broker.placement import Crash
 from cluster_tasks.clock import ManualClock
 from cluster_tasks.errors import StaleCommit
 from tests.broker import Broker, make_members
+from workers.members import trace_members
 
 IDS = ["one", "two", "three"]
 CRASH = Crash("a", "1-x", "it died", 1.0)
@@ -233,3 +235,36 @@ def test_what_cannot_be_split_says_so(change: dict[str, Any]) -> None:
     message = {**json.loads(make_members(IDS)), **change}
     with pytest.raises(ValueError, match="cannot be read"):
         split(json.dumps(message).encode())
+
+
+@pytest.mark.filterwarnings("ignore:Exception raised outside body")
+@pytest.mark.parametrize("how", ["each alone", "together"])
+@pytest.mark.parametrize("meanwhile", ["fenced", "revoked"])
+def test_no_success_is_told_that_is_not_committed(
+    how: str, meanwhile: str, broker: Broker, app: Celery, epoch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose() -> None:
+        if meanwhile == "fenced":
+            broker.epochs.fence("a", broker.epochs.beats()["a"])
+        else:
+            broker.client.set(broker.keys.terminal("two"), "revoked")
+
+    def both(app: Celery, calls: list[Any]) -> list[str]:
+        lose()
+        return ["done"] * len(calls)
+
+    @app.task(base=ClusterTask, name="work", shared=False, together=both if how == "together" else None)
+    def work() -> str:
+        if how != "together":
+            lose()
+        return "done"
+
+    told = list[str]()
+    monkeypatch.setattr(signals.task_success, "receivers", [])
+    signals.task_success.connect(lambda sender, **_: told.append(sender.request.id), weak=False)
+    request = vars(take(broker, epoch, message=make_members(IDS)))
+    app.set_current()
+    app.finalize()
+    work.__trace__ = build_tracer("work", work, app=app)
+    code, *_ = trace_members("work", "message", {**request, "task": "work"}, ([[(), {}]] * 3, {}, {}), "", "")
+    assert (code, told) == ((1, []) if meanwhile == "fenced" else (0, ["one", "three"]))
