@@ -85,6 +85,8 @@ class FakeOpenAI:
         self.api_key = api_key
         """The only key that is let in; None: any request is."""
         self.dimensions = dimensions
+        self.most_texts: int | None = None
+        """How many texts one request may have embedded; None: any number."""
         self.requests: deque[ReceivedRequest] = deque(maxlen=1000)
         """The last requests, the newest at the end."""
         self.counts: Counter[str] = Counter()
@@ -249,6 +251,8 @@ class FakeOpenAI:
         texts = (given,) if isinstance(given, str) else tuple(given)
         if not all(isinstance(text, str) for text in texts):
             raise _Refusal(400, "this server takes texts, not tokens")
+        if self.most_texts is not None and len(texts) > self.most_texts:
+            raise _Refusal(400, f"{len(texts)} texts are more than {self.most_texts}")
         embeddings = HashEmbeddings(body.get("dimensions") or self.dimensions)
         vectors = embeddings.embed(EmbeddingRequest(texts=texts)).vectors
         encoded = (

@@ -11,6 +11,7 @@ from celery import chord, states
 from celery.result import ResultSet
 from kombu.exceptions import OperationalError
 
+from cluster_tasks.errors import PartlySubmitted
 from tests.chaos.history import History
 from tests.chaos.jobs import ChaosJobs
 from tests.process.traffic import Traffic
@@ -54,6 +55,9 @@ class Load(Traffic):
         kind = self._rng.choice(list(self._senders))
         try:
             self.accept(self._senders[kind](), kind=kind)
+        except PartlySubmitted as exc:
+            self.accept(ResultSet(list(exc.results)), kind=kind)
+            self.refused += 1
         except (OperationalError, redis.RedisError):
             self.refused += 1
 

@@ -38,7 +38,7 @@ def test_without_the_fence_a_commit_of_an_old_epoch_is_reported(chaos: Chaos) ->
         nodes.wait_ready()
         with chaos.load(kinds=("plain",), lengths_s=(3.0,), most_open=8) as load:
             victim = nodes.pick()[0]
-            wait_until(lambda: chaos.checker.held_by(victim.id), END_S, "it works")
+            wait_until(lambda: chaos.checker.runs_on(victim.id, load), END_S, "it works")
             victim.signal(signal.SIGSTOP)
             wait_until(lambda: victim.id in chaos.checker.lost(), END_S, "it is fenced")
             load.stop()

@@ -110,7 +110,7 @@ def test_a_model_chooses_among_more_passages_than_are_wanted(run: Run, owls: str
 
 def test_without_a_server_what_repeats_itself_is_parted(run: Run, provider: FakeOpenAI) -> None:
     again = [{"id": f"again{number}", "text": "What an owl eats are mice" + "." * number} for number in range(4)]
-    other = {"id": "other", "text": "On a cold night, far from any house, an owl may eat voles of the fields as well."}
+    other = {"id": "other", "text": "Voles are what an owl eats on a cold night."}
     run("retrieval.add_documents", "repeated", [*again, other, "Trains are late.", "It rains."])
     search = partial(run, "retrieval.search", "repeated", QUESTION, k=2)
     assert ids(search()) == ["again0", "again1"]

@@ -153,9 +153,11 @@ def test_submitted_texts_are_embedded_in_few_requests(app_of_remote: Celery, pro
     assert [result["usage"]["prompt_tokens"] for result in results] == [2] * 100
 
 
-def test_texts_that_are_refused_together_are_embedded_one_by_one(app_of_remote: Celery, provider: FakeOpenAI) -> None:
+def test_texts_that_are_refused_together_are_embedded_one_by_one(
+    app_of_remote: Celery, provider: FakeOpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
     provider.requests.clear()
-    provider.fail(400, message="one of the texts is too long", times=2)
+    monkeypatch.setattr(provider, "most_texts", 1)
     cluster, texts = cluster_of(app_of_remote), [f"word {number}" for number in range(8)]
     results = cluster.submit(app_of_remote.tasks["embedding.embed"], texts).get(timeout=WITHIN_S)
     assert [len(result["vectors"]) for result in results] == [1] * 8

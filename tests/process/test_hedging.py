@@ -21,9 +21,12 @@ NEVER_LOST = {"CLUSTER_LEASE_S": "120", "CLUSTER_HEARTBEAT_S": "1"}
 
 
 def send(jobs: Jobs, hedged: Any) -> tuple[Any, Any]:
-    """Send a chord of which a part goes to a and is hedged to b; return that part and what the chord returns."""
+    """Send a chord of which a part goes to a and is hedged to b, the other to b.
+
+    Returns that part and what the chord returns.
+    """
     part = hedged.set(queue="node.a@test", **{HEDGE_PROPERTY: Hedge("b@test", 0.1, "tests")})
-    result = chord([part, jobs.work.s()], jobs.verbatim.s()).apply_async()
+    result = chord([part, jobs.work.s().set(queue="node.b@test")], jobs.verbatim.s()).apply_async()
     return result.parent.results[0], result
 
 
