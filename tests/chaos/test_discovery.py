@@ -36,6 +36,7 @@ def chaos(consul: ConsulServer, redis_server: RedisServer, tmp_path: Path, rng: 
 
 
 @pytest.mark.chaos("short")
+@pytest.mark.timed
 @pytest.mark.timeout(600)
 def test_an_outage_of_the_registry_costs_no_job_and_hardly_any_time(
     chaos: Chaos, consul: ConsulServer, by_level: ByLevel
