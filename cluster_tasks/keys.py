@@ -150,7 +150,8 @@ class Keys:
 
     @property
     def idle(self) -> str:
-        """Sorted set of node queues that wait at their doorbell, longest first."""
+        """Sorted set of node queues that wait at their doorbell, longest first. Those that were rung and have not come
+        yet are in one with ``:coming`` behind its name, by when that was."""
         return f"{self.name}:idle"
 
     @property

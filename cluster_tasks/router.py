@@ -15,7 +15,12 @@ from cluster_tasks import tracing
 from cluster_tasks.balancing import create_balancer
 from cluster_tasks.balancing.base import Balancer
 from cluster_tasks.broker.members import MEMBERS_HEADER
-from cluster_tasks.broker.message import REQUEST_TYPE_PROPERTY, SENT_AT_PROPERTY, STRATEGY_PROPERTY
+from cluster_tasks.broker.message import (
+    BATCH_PROPERTY,
+    REQUEST_TYPE_PROPERTY,
+    SENT_AT_PROPERTY,
+    STRATEGY_PROPERTY,
+)
 from cluster_tasks.clock import Clock
 from cluster_tasks.errors import ConfigurationError, UnavailableError
 from cluster_tasks.keys import Keys
@@ -121,6 +126,8 @@ class ClusterRouter:
             raise ConfigurationError(f"the header {STRATEGY_HEADER} is the name of a strategy, not {strategy!r}")
         queue = self.place(request, strategy, preferred)
         route = {"queue": self._queue(queue), REQUEST_TYPE_PROPERTY: request_type, SENT_AT_PROPERTY: self._clock.time()}
+        if batch := task.batch_of(options):
+            route[BATCH_PROPERTY] = batch
         return {**route, STRATEGY_PROPERTY: strategy} if tracing.is_on() else route
 
     def place(self, request: Request, strategy: str, preferred: str = "") -> str:

@@ -33,11 +33,11 @@ def _template() -> str:
     return json.dumps(message)
 
 
-def make_message(job_id: str, request_type: str = ANY_TYPE, priority: object = 0) -> bytes:
+def make_message(job_id: str, request_type: str = ANY_TYPE, priority: object = 0, **properties: object) -> bytes:
     """Return a message as Celery and Kombu build it."""
     message = json.loads(_template())
     message["headers"]["id"] = message["properties"]["correlation_id"] = job_id
-    message["properties"].update(priority=priority, request_type=request_type)
+    message["properties"].update(priority=priority, request_type=request_type, **properties)
     return json.dumps(message).encode()
 
 
@@ -69,11 +69,24 @@ class Fetched:
     status: str
     messages: dict[str, bytes]
     """By tag, in the order given."""
+    beside: frozenset[str] = frozenset()
+    """The tags of those that share the place of the one before."""
 
     @property
     def jobs(self) -> list[str]:
         """The ids of the jobs, in the order given."""
         return [job_of(message) for message in self.messages.values()]
+
+    @property
+    def places(self) -> list[str]:
+        """The ids of the jobs of each place, one after the other."""
+        places: list[str] = []
+        for tag, message in self.messages.items():
+            if tag in self.beside:
+                places[-1] += job_of(message)
+            else:
+                places.append(job_of(message))
+        return places
 
 
 class Broker:
@@ -123,7 +136,12 @@ class Broker:
                 *let_go_arguments(keys, {tag: self.job_held(node_id, epoch, tag) for tag in acked}),
             ],
         )
-        return Fetched(text(status), {text(tag): message for tag, message in zip(items[::2], items[1::2], strict=True)})
+        tags = list(map(text, items[::2]))
+        return Fetched(
+            text(status),
+            {tag.lstrip("+"): message for tag, message in zip(tags, items[1::2], strict=True)},
+            frozenset(tag[1:] for tag in tags if tag.startswith("+")),
+        )
 
     def job_held(self, node_id: str, epoch: str, tag: str) -> str:
         """The job of a delivery; empty if it does not stand."""

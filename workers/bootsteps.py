@@ -26,6 +26,7 @@ from cluster_tasks.router import cluster_queue
 from cluster_tasks.tasks.base import ClusterTask
 from workers import control
 from workers.agent import NodeAgent
+from workers.batches import batches
 from workers.drain import Departure, end_process
 from workers.executions import Executions
 from workers.heartbeat import HeartbeatProcess
@@ -185,11 +186,14 @@ class ResyncStep(bootsteps.StartStopStep):  # type: ignore[misc]
     def __init__(self, consumer: Any, **options: Any) -> None:
         super().__init__(consumer, **options)
         self._refusals = Refusals(consumer, cluster_of(consumer.app))
+        batches.gather(consumer)
 
     def start(self, consumer: Any) -> None:
         node = deliveries.current()
         if node is None:
             return
+        batches.clear()
+        node.all_read = batches.all_read
         node.admit = Suspects(cluster_of(consumer.app), node, self._refusals).admit
         for task in consumer.app.tasks.values():
             task.__trace__ = keeping_errors_in(task)

@@ -70,5 +70,6 @@ def unaccepted(pool: Any) -> list[Any]:
 
 def sent_requests(pool: Any) -> list[Any]:
     """The requests of such jobs."""
-    requests = (getattr(job._accept_callback, "__self__", None) for job in unaccepted(pool))
-    return [request for request in requests if request is not None]
+    owners = (getattr(job._accept_callback, "__self__", None) for job in unaccepted(pool))
+    # A batch is the owner of several.
+    return [request for owner in owners if owner is not None for request in getattr(owner, "requests", [owner])]

@@ -30,7 +30,7 @@ from kombu.exceptions import OperationalError as UnpublishableError
 from cluster_tasks.broker import deliveries
 from cluster_tasks.broker.deliveries import Deliveries, Past
 from cluster_tasks.broker.members import member_ids
-from cluster_tasks.broker.message import INTERRUPTED, Delivery
+from cluster_tasks.broker.message import BATCH_PROPERTY, INTERRUPTED, Delivery
 from cluster_tasks.broker.sequels import attempt_of, complete
 from cluster_tasks.cluster import Cluster, cluster_of
 from cluster_tasks.errors import (
@@ -43,6 +43,7 @@ from cluster_tasks.errors import (
     UnavailableError,
 )
 from cluster_tasks.metrics.counts import Outcome
+from workers.batches import Batch, Call
 from workers.counting import counts, type_of, waited_s
 from workers.load import outcomes
 from workers.members import trace_members
@@ -68,6 +69,8 @@ class ClusterRequest(Request):  # type: ignore[misc]
     _outcome: Outcome | None = Outcome.SUCCEEDED
     """How it ends, as far as is known; None: not here."""
     _due: datetime | None = None
+    batch: Batch | None = None
+    """With which it was handed to the pool."""
 
     def __init__(self, message: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(message, *args, **kwargs)
@@ -88,6 +91,8 @@ class ClusterRequest(Request):  # type: ignore[misc]
             # Each of them expires by itself, and is revoked by itself.
             self._expires, self.execute_using_pool = None, self._execute_members
             self._has_members, self._jobs = True, len(members)
+        elif not self.can_be_in_a_batch:
+            node.put_alone(self._delivery.tag)
 
     # Before it starts.
 
@@ -186,6 +191,41 @@ class ClusterRequest(Request):  # type: ignore[misc]
         self._apply_result = result and ref(result)
         return result
 
+    # With others that wait here.
+
+    @property
+    def can_be_in_a_batch(self) -> bool:
+        """Whether it may be handed to the pool with others of its task."""
+        # What was with a node before may be what ended its process, and goes alone.
+        return bool(
+            self._delivery is not None
+            and getattr(self._task, "batch", 1) > 1
+            and self._message.properties.get(BATCH_PROPERTY)
+            and not self._delivery_info.get("redelivered")
+            and not any(self.time_limits)
+        )
+
+    def execute_alone(self, pool: Any) -> Any:
+        """Hand it to the pool by itself. Raises TaskRevokedError."""
+        # Celery puts its own in a subclass; that of this request is the batch's.
+        request_cls: Any = type(self)
+        return request_cls.execute_using_pool(self, pool)
+
+    @property
+    def call(self) -> Call:
+        """What its tracer takes."""
+        return self.type, self.id, self.request_dict, self.body, self.content_type, self.content_encoding
+
+    def terminate(self, pool: Any, signal: Any = None) -> None:
+        if self.batch is None:
+            super().terminate(pool, signal)
+        else:
+            logger.warning("job %s[%s] is not terminated: its process runs others as well", self.name, self.id)
+
+    def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:
+        if self.batch is None:
+            super().cancel(pool, signal, emit_retry)
+
     # When others have been given its job.
 
     @property
@@ -199,14 +239,17 @@ class ClusterRequest(Request):  # type: ignore[misc]
         ``stop_process`` is given the process id and a signal.
         """
         self._stop_process = stop_process
-        if self.time_start:
+        is_last = self.batch is None or self.batch.stop(self.id)
+        if self.time_start and is_last:
             # What it would do when it is asked to end, the others' run may be doing at the same time.
             stop_process(self.worker_pid, signal.SIGKILL)
 
     def on_accepted(self, pid: int, time_accepted: float) -> None:
         self._accepted_s = time_accepted
+        if self.batch is not None:
+            self._jobs = len(self.batch.requests)
         super().on_accepted(pid, time_accepted)
-        if self._stop_process is not None:
+        if self._stop_process is not None and (self.batch is None or self.batch.stop(self.id)):
             self._stop_process(pid, signal.SIGKILL)
 
     def _is_over(self) -> bool:
@@ -232,7 +275,7 @@ class ClusterRequest(Request):  # type: ignore[misc]
         if exc_info.internal and not isinstance(exc, Reject | Ignore):
             self._on_end_not_stored(exc)
             return None
-        if self._has_members and isinstance(exc, TimeLimitExceeded):
+        if self._shares_time and isinstance(exc, TimeLimitExceeded):
             self._give_its_own_time_to_each()
             return None
         self._failed, self._erred = not isinstance(exc, Retry | Ignore), not isinstance(exc, Ignore)
@@ -263,7 +306,7 @@ class ClusterRequest(Request):  # type: ignore[misc]
         node = deliveries.current()
         if self.time_start and not is_ending and self._delivery is not None and node is not None:
             logger.warning("job %s[%s] is charged with a crash: %s", self.name, self.id, reason)
-            node.blame(self._delivery.tag, reason, traceback)
+            node.blame(self._delivery.tag, reason, traceback, shared=self.batch is not None)
 
     def _on_end_not_stored(self, exc: Exception) -> None:
         """Its end was refused, or could not be stored: then it must be delivered again."""
@@ -289,10 +332,8 @@ class ClusterRequest(Request):  # type: ignore[misc]
     def on_timeout(self, soft: bool, timeout: float) -> None:
         if self._is_over():
             return
-        if self._has_members and not soft:
-            logger.warning(
-                "%s[%s]: its jobs took %g s together, now each has its own time", self.name, self.id, timeout
-            )
+        if self._shares_time and not soft:
+            logger.warning("%s[%s]: jobs took %g s together, now each has its own time", self.name, self.id, timeout)
             task_ready(self)
             self.reject(requeue=True)
             return
@@ -301,6 +342,10 @@ class ClusterRequest(Request):  # type: ignore[misc]
             self._outcome = Outcome.FAILED
         with self._letting_go_last():
             super().on_timeout(soft, timeout)
+
+    @property
+    def _shares_time(self) -> bool:
+        return self._has_members or self.batch is not None
 
     def _give_its_own_time_to_each(self) -> None:
         """Together the jobs of a message were over the time limit, which is one of each. Safe to repeat."""

@@ -354,18 +354,20 @@ class ClusterChannel(stock.Channel):
         if text(status).startswith("limited "):
             # It may be given more as soon as a job ends, and nobody rings it for that.
             self._bell_wait_s = min(self._bell_wait_s, LIMITED_WAIT_S)
-        given = [(text(tag), message) for tag, message in zip(items[::2], items[1::2], strict=True)]
+        tags = list(map(text, items[::2]))
+        given = [(tag.lstrip("+"), message) for tag, message in zip(tags, items[1::2], strict=True)]
+        beside = {tag[1:] for tag in tags if tag.startswith("+")}
         standing, _, trial = text(status).partition(" ")
         node, self._fetching = self._fetching, None
         assert node is not None
-        node.receive(given, self._carried, trial)
+        node.receive(given, self._carried, trial, beside)
         if self.node is None:
             # The consumer was cancelled meanwhile. Each goes before the others, so the first one comes last.
             for tag, _ in reversed(given):
                 node.requeue(tag)
             raise Empty
         # Not "whether slots are free now": one that was freed meanwhile must not send us to wait beside a full list.
-        if standing in ("fenced", "draining") or len(given) < self._asked:
+        if standing in ("fenced", "draining") or len(given) - len(beside) < self._asked:
             self._next = "bell"
         elif len(self.active_queues) > 1 and stock.monotonic() - self._glanced_s > GLANCE_EVERY_S:
             # Queues that are not ours are read at the bell, which a busy node does not reach.
@@ -387,6 +389,8 @@ class ClusterChannel(stock.Channel):
                 continue
             if not _was_delivered(payload) or node.admit(delivery, payload):
                 self.connection._deliver(payload, node.queue)
+        if delivered:
+            node.all_read()
         return delivered
 
     def _decode(self, delivery: Delivery, message: bytes, again: bool) -> dict[str, Any]:

@@ -67,8 +67,12 @@ class Deliveries:
         self._placer = Placer(client, keys)
         self.admit: Callable[[Delivery, dict[str, Any]], bool] = lambda delivery, payload: True
         """Asked before a message is read that was delivered before; False: it is dealt with, and not to be read."""
+        self.all_read: Callable[[], None] = lambda: None
+        """Called when all that a fetch gave has been read."""
         self._lock = threading.Lock()
         self._held: dict[str, bytes] = {}
+        self._beside: set[str] = set()
+        """What is held in the place of another job, with which it is to be done in one call."""
         self._inbox: deque[tuple[str, bytes, bool]] = deque()
         self._acked: dict[str, str] = {}
         """Tag → id of the job, of what Redis has not been told to let go."""
@@ -106,7 +110,7 @@ class Deliveries:
         with self._lock:
             self.epoch, self.trial, self._trial_since = epoch, "", self._fetches
             for tag, *_ in self._inbox:
-                self._held.pop(tag, None)
+                self._drop(tag)
             self._inbox.clear()
             self._acked.clear()
             self._returned.clear()
@@ -133,8 +137,8 @@ class Deliveries:
         return self.is_sure() and tag in self._held and self._is_current(tag)
 
     def free_slots(self) -> int:
-        """How many more jobs may be fetched now."""
-        return self._slots() - len(self._held) if self.epoch and self.is_sure() else 0
+        """How many more jobs may be fetched now, each with those that are done with it."""
+        return self._slots() - len(self._held) + len(self._beside) if self.epoch and self.is_sure() else 0
 
     def held(self) -> int:
         """How many jobs this process holds, of all epochs."""
@@ -166,8 +170,14 @@ class Deliveries:
             # Random through the epoch: a Redis that lost its last second must not see a tag twice.
             return self.epoch, f"{self.epoch}.{self._fetches}.", dict(self._acked)
 
-    def receive(self, deliveries: Collection[tuple[str, bytes]], acked: Collection[str], trial: str = "") -> None:
-        """Take what a fetch returned; ``acked`` went with it. What an epoch was given that has ended is others'."""
+    def receive(
+        self, deliveries: Collection[tuple[str, bytes]], acked: Collection[str], trial: str = "",
+        beside: Collection[str] = (),
+    ) -> None:  # fmt: skip
+        """Take what a fetch returned; ``acked`` went with it. What an epoch was given that has ended is others'.
+
+        ``beside`` are the tags of what is in the place of the delivery before it.
+        """
         with self._lock:
             if trial != self.trial:
                 self.trial, self._trial_since = trial, self._fetches
@@ -175,6 +185,7 @@ class Deliveries:
             self._forget_acked(acked)
             fresh = [(tag, message) for tag, message in deliveries if self._is_current(tag) and tag not in self._held]
             self._held.update(fresh)
+            self._beside.update(tag for tag, _ in fresh if tag in beside)
             self._inbox.extend((tag, message, False) for tag, message in fresh)
 
     def next(self) -> tuple[Delivery, bytes, bool] | None:
@@ -191,6 +202,26 @@ class Deliveries:
         """Whether a delivery was given under the trial of now, or, without one, since the last."""
         return self._is_current(tag) and _fetch_of(tag) >= self._trial_since
 
+    def is_beside(self, tag: str) -> bool:
+        """Whether a delivery is held in the place of another."""
+        return tag in self._beside
+
+    def put_beside(self, tag: str) -> None:
+        """Let a delivery share the place of another, with which it is done."""
+        with self._lock:
+            if tag in self._held:
+                self._beside.add(tag)
+        self.wake()
+
+    def put_alone(self, tag: str) -> None:
+        """Let a delivery fill a place of its own."""
+        with self._lock:
+            self._beside.discard(tag)
+
+    def _drop(self, tag: str) -> bytes | None:
+        self._beside.discard(tag)
+        return self._held.pop(tag, None)
+
     def holds(self, tag: str) -> bool:
         """Whether this process holds the delivery, under whatever epoch."""
         return tag in self._held
@@ -198,7 +229,7 @@ class Deliveries:
     def ack(self, tag: str) -> None:
         """Let go of a delivery that is done. Never raises for an outage: the acknowledgement is kept."""
         with self._lock:
-            known = self._held.pop(tag, None)
+            known = self._drop(tag)
             self._blamed.pop(tag, None)
             self._release(tag)
             if known is not None and self._is_current(tag):
@@ -208,10 +239,11 @@ class Deliveries:
         if self.at_bell:
             self.flush()
 
-    def blame(self, tag: str, reason: str, traceback: str = "") -> None:
-        """Charge a job with the death of its process when it is given back."""
+    def blame(self, tag: str, reason: str, traceback: str = "", *, shared: bool = False) -> None:
+        """Charge a job with the death of its process when it is given back. ``shared``: others were at work with it."""
+        crash = Crash(self.node_id, self.epoch, reason, self._clock.time(), traceback[-TRACEBACK:], shared=shared)
         with self._lock:
-            self._blamed[tag] = Crash(self.node_id, self.epoch, reason, self._clock.time(), traceback[-TRACEBACK:])
+            self._blamed[tag] = crash
 
     def requeue(self, tag: str, queue: str = "", *, interrupted: bool = False) -> None:
         """Give a delivery back, to be placed anew in front of the others, or on the list ``queue`` of a node.
@@ -219,7 +251,7 @@ class Deliveries:
         ``interrupted``: its job may have begun. Never raises for an outage.
         """
         with self._lock:
-            message, crash = self._held.pop(tag, None), self._blamed.pop(tag, None)
+            message, crash = self._drop(tag), self._blamed.pop(tag, None)
             self._held_back.discard(tag)  # The script that moves it looks at that itself.
             if message is not None and self._is_current(tag):
                 try:
@@ -243,7 +275,7 @@ class Deliveries:
         shared = crash and replace(crash, shared=True)
         placed = self._placer.split(unacked, self._not_started, tag, keys.crashes(message_id), singles, shared)
         with self._lock:
-            self._held.pop(tag, None)
+            self._drop(tag)
             self._held_back.discard(tag)
         self.wake()
         return placed
@@ -251,7 +283,7 @@ class Deliveries:
     def let_lie(self, tag: str) -> None:
         """Forget a delivery that cannot be worked on now: if it is still ours, ``resync`` delivers it again."""
         with self._lock:
-            self._held.pop(tag, None)
+            self._drop(tag)
         self.wake()
 
     def hold_back(self, *tags: str) -> None:
@@ -316,7 +348,7 @@ class Deliveries:
     def set_aside(self, tag: str) -> None:
         """Put a message that cannot be decoded out of the way, for inspection. Never raises for an outage."""
         with self._lock:
-            message = self._held.pop(tag, None)
+            message = self._drop(tag)
             if message is not None and self._is_current(tag):
                 self._unreadable[tag] = message
         self.wake()
@@ -363,6 +395,7 @@ class Deliveries:
         with self._lock:
             if running is not None:
                 self._held = {tag: message for tag, message in self._held.items() if tag in running}
+                self._beside &= running
                 self._inbox.clear()
             # After a break no fetch is under way.
             answered = self._answered if running is None else inf
@@ -392,7 +425,7 @@ class Deliveries:
             self._taken = taken
             for tag, *_ in self._inbox:
                 if tag in taken:
-                    self._held.pop(tag, None)
+                    self._drop(tag)
             self._inbox = deque(item for item in self._inbox if item[0] not in taken)
         self.wake()
         return taken & self._held.keys()

@@ -17,6 +17,9 @@ from cluster_tasks.model import REQUEST_TYPE
 REQUEST_TYPE_PROPERTY = "request_type"
 SENT_AT_PROPERTY = "sent_at"
 """When a job was sent, in seconds since 1970, by the clock of whoever sent it. Nothing is decided by it."""
+BATCH_PROPERTY = "batch"
+"""With which others a job can be done in one call, as the script reads it that gives jobs to nodes: with how many, and
+a name that they share."""
 STRATEGY_PROPERTY = "routed_by"
 """Where a route says, for traces, which strategy made it. The message that is sent does not have it."""
 DELIVERY_PROPERTY = "cluster_delivery"

@@ -21,8 +21,10 @@ from kombu.exceptions import OperationalError
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from cluster_tasks.broker.hedging import HEDGE_PROPERTY
+from cluster_tasks.broker.members import MEMBERS_HEADER
 from cluster_tasks.broker.message import Delivery
-from cluster_tasks.errors import InvalidArguments, StreamAbandoned
+from cluster_tasks.errors import ConfigurationError, InvalidArguments, StreamAbandoned
 from cluster_tasks.keys import Keys
 from cluster_tasks.model import check_request_type
 from cluster_tasks.settings import ClusterSettings
@@ -37,7 +39,10 @@ REPLACEABLE = frozenset({"task_id", "priority", "expires"})
 """Options of a call that can be passed on to other jobs."""
 STREAM_HEADER = "cluster_stream"
 """The header of a job whose text is to be streamed, and how."""
+MOST_IN_BATCH, MOST_BATCH_WAIT_S = 256, 1.0
 _publisher: ContextVar[Publisher | None] = ContextVar("publisher", default=None)
+_answers: ContextVar[dict[str, Any] | None] = ContextVar("answers", default=None)
+_NONE = object()
 Affinity = str | Callable[..., str | None] | None
 
 
@@ -67,6 +72,10 @@ class ClusterTask(Task):  # type: ignore[misc]
     """A function of the app and a list of the arguments of several jobs, a mapping by name for each, that does them all
     in one call. It returns their results in the same order, for a job that failed the exception. If it raises, each is
     run by itself."""
+    batch: ClassVar[int] = 1
+    """Up to so many jobs that wait on a node are done ``together``, each of which was sent by itself."""
+    batch_wait_s: ClassVar[float] = 0.0
+    """So long a node waits for more of them before it begins with fewer; 0: it takes what waits already."""
     rerun_on_crash: ClassVar[bool] = True
     """Whether a job is run again when its node or process died while it ran. If not, it fails with NodeLost."""
     run: Callable[..., Any]
@@ -80,10 +89,13 @@ class ClusterTask(Task):  # type: ignore[misc]
     def __init__(self) -> None:
         if self.arguments is not None:
             self.run = self._parsing(self.run)
+        if type(self).together is not None:
+            self.run = self._answering(self.run)
 
     @classmethod
     def on_bound(cls, app: Any) -> None:
         check_request_type(cls.request_type)
+        _check_batch(cls)
         # Whatever the task says: a job that is let go when it begins is lost in a crash. One that must not be run
         # twice sets rerun_on_crash.
         cls.acks_late = cls.reject_on_worker_lost = True
@@ -229,6 +241,26 @@ class ClusterTask(Task):  # type: ignore[misc]
 
         return run_parsed
 
+    def _answering(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(run)
+        def run_or_answer(*args: Any, **kwargs: Any) -> Any:
+            answer = (_answers.get() or {}).pop(self.request.id, _NONE)
+            if answer is _NONE:
+                return run(*args, **kwargs)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+        return run_or_answer
+
+    def batch_of(self, options: Mapping[str, Any]) -> str:
+        """How many jobs can be done with one that is sent so, and a name that they share; empty: none."""
+        headers = options.get("headers") or {}
+        is_one = not (MEMBERS_HEADER in headers or STREAM_HEADER in headers or HEDGE_PROPERTY in options)
+        limits = options.get("time_limit"), options.get("soft_time_limit"), self.time_limit, self.soft_time_limit
+        is_free = self.rerun_on_crash and not self.rate_limit and not any(limits)
+        return f"{self.batch} {self.name}" if self.batch > 1 and is_one and is_free else ""
+
     def affinity_of(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
         """The key that jobs with these arguments share; empty if there is none or it cannot be told."""
         affinity = type(self).affinity
@@ -272,6 +304,30 @@ class ClusterTask(Task):  # type: ignore[misc]
         if keys.owns(str(signature.options.get("queue", ""))):
             del signature.options["queue"]
         return signature
+
+
+@contextmanager
+def answering(answers: dict[str, Any]) -> Iterator[None]:
+    """While the block lasts, jobs of this thread end with what ``answers`` has for their ids; an error fails them.
+
+    The function of their task does not run: they have been done ``together``.
+    """
+    token = _answers.set(answers)
+    try:
+        yield
+    finally:
+        _answers.reset(token)
+
+
+def _check_batch(task: type[ClusterTask]) -> None:
+    """Raise ConfigurationError if a task cannot be done in such batches."""
+    name, most, wait_s = task.name, task.batch, task.batch_wait_s
+    if not (isinstance(most, int) and 1 <= most <= MOST_IN_BATCH):
+        raise ConfigurationError(f"{name}: batch is a whole number from 1 to {MOST_IN_BATCH}, not {most!r}")
+    if not (isinstance(wait_s, int | float) and 0 <= wait_s <= MOST_BATCH_WAIT_S):
+        raise ConfigurationError(f"{name}: batch_wait_s is from 0 to {MOST_BATCH_WAIT_S:g} seconds, not {wait_s!r}")
+    if most > 1 and task.together is None:
+        raise ConfigurationError(f"{name}: batch={most} needs together=, which does several jobs in one call")
 
 
 def _wanted(options: Mapping[str, Any]) -> set[str]:

@@ -93,7 +93,7 @@ def _apportioned(total: int, weights: Sequence[int]) -> list[int]:
 
 @ready_made(
     EMBED, request_type="embedding", affinity=first_text, arguments=EmbedArguments, known=known_vectors,
-    together=embed_together,
+    together=embed_together, batch=BATCH,
 )  # fmt: skip
 def embed(task: ClusterTask, texts: list[str], model: str | None = None, cache: CacheUse = None) -> dict[str, Any]:
     """Embed one text or a list of texts.

@@ -31,6 +31,8 @@ class Batches:
     brief: Any
     turned: Any
     replaced: Any
+    triple: Any
+    patient: Any
 
 
 def double_together(app: Celery, calls: Sequence[Mapping[str, Any]]) -> list[Any]:
@@ -44,6 +46,19 @@ def double_together(app: Celery, calls: Sequence[Mapping[str, Any]]) -> list[Any
     time.sleep(max(float(call.get("seconds", 0.0)) for call in calls))
     kinds = {BAD: ValueError(BAD), "unsayable": object()}
     return [kinds.get(word, 2 * word) for word in words]
+
+
+def triple_together(app: Celery, calls: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Triple all words at once. Words may fail, fail for a while, kill the process, or break the call."""
+    words = [call["word"] for call in calls]
+    note("together", ",".join(words))
+    if POISON in words:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if "breaks all" in words:
+        raise RuntimeError("none of them can be done")
+    time.sleep(max(float(call.get("seconds", 0.0)) for call in calls))
+    kinds = {BAD: ValueError(BAD), "unsayable": object(), "later": ConnectionError("not yet")}
+    return [kinds.get(word, 3 * word) for word in words]
 
 
 def make_batches() -> Batches:
@@ -110,7 +125,29 @@ def make_batches() -> Batches:
         """What another task makes of it."""
         return self.replace(work.s(word))
 
-    return Batches(app, cluster, work, double, flaky, slow, brief, turned, replaced)
+    def done_together(name: str, **more: Any) -> Any:
+        def alone(self: Any, word: str, failures: int = 0, seconds: float = 0.0) -> str:
+            note(f"started:{self.request.id}", self.request.hostname)
+            if word == POISON:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if word == "breaks all":
+                raise RuntimeError("this one cannot be done")
+            if word == "endless":
+                time.sleep(600)
+            return 3 * word
+
+        return app.task(name=name, together=triple_together, max_retries=2, **{**options, **more})(alone)
+
+    @app.task(name="batches.joined", **options)
+    def joined(self: Any, words: list[str]) -> str:
+        """What a chord of words makes."""
+        return "".join(words)
+
+    triple = done_together("batches.triple", batch=8, autoretry_for=(ConnectionError,), retry_backoff=False,
+                           default_retry_delay=0)  # fmt: skip
+    patient = done_together("batches.patient", batch=8, batch_wait_s=1.0)
+
+    return Batches(app, cluster, work, double, flaky, slow, brief, turned, replaced, triple, patient)
 
 
 app = make_batches().app

@@ -26,6 +26,7 @@ for _, hash in ipairs({ KEYS[1], KEYS[2], KEYS[3], KEYS[11], KEYS[12], KEYS[13] 
 redis.call('SREM', KEYS[4], own)
 redis.call('ZREM', KEYS[5], own, own .. '.bound')
 redis.call('ZREM', KEYS[6], own)
+redis.call('ZREM', KEYS[6] .. ':coming', own)
 redis.call('DEL', KEYS[10])
 if ARGV[7] ~= '0' then
   redis.call('SET', KEYS[14], ARGV[2], 'EX', ARGV[7])

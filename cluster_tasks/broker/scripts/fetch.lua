@@ -3,6 +3,10 @@
 -- that is not enough, the hedges that it is to do. What is given is recorded as held in the same step. A node that gets
 -- less than it asked for counts as idle.
 --
+-- A job that says with which others it can be done in one call (`"batch": "64 name"`) brings those along that follow it in
+-- its list and say the same, up to so many, and fills one place with them. What waits is shared: between all the places
+-- that are free here, and the nodes that are idle.
+--
 -- KEYS     1 epochs, 2 draining, 3 backlog, 4 idle, 5 serves, 6 limits, 7 hash of its deliveries,
 --          8 delayed jobs, 9 suspects that nodes hold, 10 last fencing token, 11 its hedges by due time, 12 their messages,
 --          13 counters
@@ -11,7 +15,7 @@
 --          urgent first), the waiting lists, the waiting lists of suspects (as many), and three an acknowledged delivery:
 --          tag, marker that its job has ended, what was kept of that end
 -- Returns  {'ok' | 'fenced' | 'draining' | 'limited' and its trial, milliseconds until the next delayed job or hedge or '', tag,
---          message, tag, message, …}
+--          message, tag, message, …}; the tag of a job that shares the place of the one before it has '+' in front
 
 local keys = {
   epochs = KEYS[1], draining = KEYS[2], backlog = KEYS[3], idle = KEYS[4], serves = KEYS[5], limits = KEYS[6],
@@ -21,11 +25,15 @@ local own, epoch, want = ARGV[2], ARGV[3], tonumber(ARGV[4])
 local first_waiting = 8 + tonumber(ARGV[6])
 local first_suspect = first_waiting + tonumber(ARGV[7])
 local first_acked = first_suspect + tonumber(ARGV[7])
+-- Of the messages that are done in one call: they are also handed to a process together.
+local BATCH_BYTES = 256 * 1024
+local COMING_S = 1
 
 for i = first_acked, #ARGV, 3 do
   let_go(KEYS[7], ARGV[i], ARGV[i + 1], ARGV[i + 2])
 end
 if redis.call('HGET', keys.epochs, own) ~= epoch then return { 'fenced', '' } end
+redis.call('ZREM', keys.idle .. ':coming', own)
 if redis.call('SISMEMBER', keys.draining, own) == 1 then
   redis.call('ZREM', keys.idle, own)
   return { 'draining', '' }
@@ -57,22 +65,59 @@ local function next_tag()
   return ARGV[5] .. string.format('%.0f', token)
 end
 
-local function give(message)
-  given = given + 1
+local function give(message, mark)
   local tag = next_tag()
-  reply[#reply + 1] = tag
+  reply[#reply + 1] = (mark or '') .. tag
   reply[#reply + 1] = message
   redis.call('HSET', KEYS[7], tag, message)
 end
 
-local function take(list, most)
-  local taken = 0
+local function batch_of(message)
+  local _, at = string.find(message, '"batch": "', 1, true)
+  return at and string.match(message, '^[^"]+', at + 1)
+end
+
+-- How many other nodes have nothing to do: those that say so, and those that were rung just now.
+local idle_peers
+local function idle()
+  if not idle_peers then
+    local now, coming = redis.call('TIME'), keys.idle .. ':coming'
+    redis.call('ZREMRANGEBYSCORE', coming, '-inf', now[1] + now[2] / 1000000 - COMING_S)
+    local waits_here = redis.call('ZSCORE', keys.idle, own) and 1 or 0
+    idle_peers = redis.call('ZCARD', keys.idle) - waits_here + redis.call('ZCARD', coming)
+  end
+  return idle_peers
+end
+
+-- Give what can be done with the job just given, `behind` others from the same list waiting for the same. Returns how many.
+local function give_beside(list, first, behind)
+  local batch = batch_of(first)
+  local most = batch and tonumber(string.match(batch, '^%d+'))
+  if not most or limit then return 0 end
+  local share = math.floor(redis.call('LLEN', list) / (1 + behind + idle()))
+  local number = math.min(most - 1, share)
+  if number < 1 then return 0 end
+  local waiting, bytes, beside = redis.call('LRANGE', list, -number, -1), #first, 0
+  for i = #waiting, 1, -1 do
+    bytes = bytes + #waiting[i]
+    if bytes > BATCH_BYTES or batch_of(waiting[i]) ~= batch then break end
+    beside = beside + 1
+    give(waiting[i], '+')
+  end
+  if beside > 0 then redis.call('RPOP', list, beside) end
+  return beside
+end
+
+local function take(list, most, alone)
+  local taken, places = 0, 0
   for i = 8, first_waiting - 1 do
-    local left = math.min(want - given, most - taken)
+    local name, left = list .. ARGV[i], math.min(want - given, most - places)
     if left <= 0 then break end
-    for _, message in ipairs(redis.call('RPOP', list .. ARGV[i], left) or {}) do
-      taken = taken + 1
+    local messages = redis.call('RPOP', name, left) or {}
+    places, given = places + #messages, given + #messages
+    for n, message in ipairs(messages) do
       give(message)
+      taken = taken + 1 + (alone and 0 or give_beside(name, message, #messages - n))
     end
   end
   local counted = redis.call('ZSCORE', keys.backlog, list)
@@ -94,7 +139,7 @@ end
 local suspect = redis.call('HGET', KEYS[9], own)
 if not probe and (not suspect or redis.call('HEXISTS', KEYS[7], suspect) == 0) then
   for i = first_suspect, first_acked - 1 do
-    if given < want and redis.call('ZSCORE', keys.backlog, ARGV[i]) and take(ARGV[i], 1) == 1 then
+    if given < want and redis.call('ZSCORE', keys.backlog, ARGV[i]) and take(ARGV[i], 1, true) == 1 then
       redis.call('HSET', KEYS[9], own, reply[#reply - 1])
       break
     end
@@ -115,6 +160,7 @@ end
 if given < want and not probe then
   local hedges = due_hedges(KEYS[11], KEYS[12], want - given, KEYS[7])
   for _, message in ipairs(hedges) do give(message) end
+  given = given + #hedges
   if #hedges > 0 then redis.call('HINCRBY', KEYS[13], 'hedges', #hedges) end
   if given < want then reply[2] = sooner(reply[2], next_due_ms(KEYS[11])) end
 end

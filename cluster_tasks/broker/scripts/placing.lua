@@ -37,8 +37,12 @@ local function idle_node(keys, kind, queue)
   return second, false
 end
 
+-- A node that was rung is idle no more, and has fetched nothing yet: for a moment it is among those that come.
 local function ring(keys, queue)
+  local now, coming = redis.call('TIME'), keys.idle .. ':coming'
   redis.call('ZREM', keys.idle, queue)
+  redis.call('ZADD', coming, now[1] + now[2] / 1000000, queue)
+  redis.call('EXPIRE', coming, 60)
   redis.call('LPUSH', keys.bells .. queue, 1)
   redis.call('EXPIRE', keys.bells .. queue, 60)
 end
