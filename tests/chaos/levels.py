@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import pytest
 
 LEVELS = ("core", "short", "full")
+VARIANTS = {"threads", "solo", "consul", "etcd"}
+"""Pools and registries that are not the default: at the least level, what is run with several is run with that alone."""
 RECOVERY = "chaos recovery"
 """Name of the property under which a scenario reports how long the failovers took."""
 REMARK = "chaos remark"
@@ -41,8 +43,15 @@ def header(config: pytest.Config) -> str:
 def is_left_out(item: pytest.Item, level: str) -> bool:
     """Whether a test is of a level above ``level``."""
     mark = item.get_closest_marker("chaos")
-    least = mark.args[0] if mark else LEVELS[item.get_closest_marker("slow") is not None]
+    is_slow = item.get_closest_marker("slow") is not None or _is_variant(item)
+    least = mark.args[0] if mark else LEVELS[is_slow]
     return LEVELS.index(least) > LEVELS.index(level)
+
+
+def _is_variant(item: pytest.Item) -> bool:
+    """Whether a test is also run with what the product uses by default."""
+    callspec = getattr(item, "callspec", None)
+    return callspec is not None and not VARIANTS.isdisjoint(callspec.id.split("-"))
 
 
 def at_level(level: str, values: dict[str, T]) -> T:

@@ -265,7 +265,7 @@ def test_few_searches_are_hedged_while_all_is_well(hedge: bool, site: Site) -> N
     with running(*nodes):
         site.fill()
         site.wait_until_ready(2, nodes=3)
-        for number in range(200):
+        for number in range(120 if hedge else 20):
             assert len(site.ids("docs", f"house {number}", mode="text")) == 5
         parts = sum(received(PARTS, *nodes))
         assert given_hedges(site) <= (0.1 * parts if hedge else 0)
