@@ -10,7 +10,7 @@ import pytest
 
 LEVELS = ("core", "short", "full")
 VARIANTS = {"threads", "solo", "consul", "etcd"}
-"""Pools and registries that are not the default: at the least level, what is run with several is run with that alone."""
+"""Pools and registries that are not the default: at the least level, what is run with several is run with that one."""
 RECOVERY = "chaos recovery"
 """Name of the property under which a scenario reports how long the failovers took."""
 REMARK = "chaos remark"
