@@ -215,7 +215,8 @@ def test_what_others_do_with_their_namespaces_takes_no_memory() -> None:
         taken = tracemalloc.get_traced_memory()[0]
     finally:
         tracemalloc.stop()
-    assert taken < 50_000
+    # Ten thousand names would take over a megabyte; what else runs in the process takes a little.
+    assert taken < 400_000
 
 
 def test_what_takes_the_place_of_a_larger_value_gives_room_back() -> None:
