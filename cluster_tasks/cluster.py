@@ -45,6 +45,7 @@ from cluster_tasks.failover.health import HealthCheck
 from cluster_tasks.failover.quarantine import Quarantine
 from cluster_tasks.failover.rebalance import Rebalance, Rebalanced
 from cluster_tasks.failover.release import Release
+from cluster_tasks.failover.watchers import Watchers
 from cluster_tasks.gateway.guard import Neighbourhood
 from cluster_tasks.keys import Keys
 from cluster_tasks.locks import Locks, create_locks
@@ -242,6 +243,11 @@ class Cluster:
         outage_s = SOCKET_TIMEOUT_S + CONNECT_TIMEOUT_S
         detector = Detector(self.clock, self.settings.lease_s, self.settings.failure_threshold, outage_s)
         return HealthCheck(self.epochs, detector, self.evacuation, self.registry, self.events, self.clock)
+
+    @cached_property
+    def watchers(self) -> Watchers:
+        """Who observes the others where no coordinator does."""
+        return Watchers(self.client, self.keys, self.settings.lease_s)
 
     @cached_property
     def ejection(self) -> Ejection:

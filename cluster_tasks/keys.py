@@ -283,6 +283,11 @@ class Keys:
         """Number of health checks that coordinators have run."""
         return f"{self.name}:checks"
 
+    @property
+    def watchers(self) -> str:
+        """Nodes that observe all others, by when their seats end."""
+        return f"{self.name}:watchers"
+
     def queued_control(self, task_name: str) -> str:
         """The last control task of that name, as queued: one that waits is enough."""
         return f"{self.name}:queued:{task_name}"

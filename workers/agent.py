@@ -356,15 +356,20 @@ class NodeAgent:
     def _watch(self) -> None:
         # Of the registry nothing is asked here: while it is silent, who waits for it observes nobody.
         health = self._cluster.health
-        silent = health.observe()
-        checks, now_s = self._cluster.checks_done(), self._cluster.clock.monotonic()
+        try:
+            has_seat, checks = self._cluster.watchers.take_seat(self._node.id)
+        except BrokerUnavailable:
+            health.interrupted()
+            raise
+        silent = health.observe() if has_seat else []
+        now_s = self._cluster.clock.monotonic()
         if checks != self._checks[0]:
             self._uncoordinated.is_over()
         # Who could not look for a while does not know that nobody checked meanwhile.
         if checks != self._checks[0] or now_s - self._looked_s > 2 * self._settings.health_check_s + UNCHECKED_S:
             self._checks = (checks, now_s)
         self._looked_s = now_s
-        if self._is_unchecked():
+        if has_seat and self._is_unchecked():
             health.act(silent)
         if self._is_unchecked(UNCOORDINATED_S):
             self._uncoordinated.holds()

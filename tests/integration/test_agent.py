@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from typing import Any
@@ -14,6 +15,7 @@ from celery import Celery
 from cluster_tasks import Cluster
 from cluster_tasks.broker.deliveries import Deliveries
 from cluster_tasks.clock import SystemClock
+from cluster_tasks.failover.watchers import SEATS, Watchers
 from cluster_tasks.model import Capacity, Load, Node, NodeStatus
 from cluster_tasks.registry.base import Registry
 from cluster_tasks.registry.memory import MemoryRegistry
@@ -109,6 +111,44 @@ def test_nodes_watch_each_other_while_the_registry_is_silent(new_agent: NewAgent
     broker.fetch("dead", epoch, 1, ["llm"])
     wait_until(lambda: "dead" not in broker.epochs.beats(), END_S, "it is fenced")
     wait_until(lambda: broker.listed(broker.keys.suspect_queue("llm")) == ["1"], END_S, "its job is moved")
+
+
+def test_a_seat_is_kept_by_asking_and_free_when_its_holder_is_silent(broker: Broker) -> None:
+    seats = Watchers(broker.client, broker.keys, lease_s=1.0, seats=2)
+    assert [seats.take_seat(node_id) for node_id in "abcab"] == [
+        (True, 0), (True, 0), (False, 0), (True, 0), (True, 0),
+    ]  # fmt: skip
+
+    def seated() -> list[str]:
+        return [node_id for node_id in "bc" if seats.take_seat(node_id)[0]]
+
+    wait_until(lambda: seated() == ["b", "c"], END_S, "c observes in the place of a")
+    assert not seats.take_seat("a")[0]
+
+
+def test_seats_that_were_given_before_the_clock_went_back_are_free(broker: Broker) -> None:
+    seats = Watchers(broker.client, broker.keys, lease_s=1.0, seats=2)
+    broker.client.zadd(broker.keys.watchers, dict.fromkeys("ab", (time.time() + 300) * 1000))
+    assert seats.take_seat("c") == (True, 0)
+
+
+def test_who_has_no_seat_observes_nobody_until_one_is_free(new_agent: NewAgent, broker: Broker) -> None:
+    broker.client.incr(broker.keys.checks)
+    seats = Watchers(broker.client, broker.keys, float(QUICK["CLUSTER_LEASE_S"]))
+
+    def others_observe() -> list[bool]:
+        return [seats.take_seat(f"other{number}")[0] for number in range(SEATS)]
+
+    assert all(others_observe())
+    agent = new_agent("a")
+    agent.start()
+    dead = broker.open("dead", "llm")
+    until_s = time.monotonic() + 2 * float(QUICK["CLUSTER_LEASE_S"])
+    while time.monotonic() < until_s:
+        assert all(others_observe())
+        time.sleep(0.1)
+    assert broker.epochs.beats()["dead"].epoch == dead
+    wait_until(lambda: "dead" not in broker.epochs.beats(), END_S, "the others are silent: it is fenced")
 
 
 def test_neither_beating_nor_joining_nor_watching_waits_for_the_registry(new_agent: NewAgent, broker: Broker) -> None:

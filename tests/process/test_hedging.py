@@ -71,7 +71,7 @@ def test_a_job_of_a_stopped_node_is_done_by_the_second_before_any_failover(
 def test_a_job_is_done_though_one_of_its_two_nodes_is_killed(victim: str, jobs: Jobs, new_worker: NewWorker) -> None:
     nodes = {name: new_worker(name, pool="threads") for name in "abc"}
     with running(*nodes.values()):
-        part, result = send(jobs, jobs.work.s(3.0))
+        part, result = send(jobs, jobs.work.s(10.0))
         wait_until(lambda: starts_of(jobs, [part])[part.id] == 2, END_S, "both have begun")
         nodes[victim].kill()
         assert (result.get(timeout=END_S)[0]) in {node.id for name, node in nodes.items() if name != victim}
