@@ -38,7 +38,7 @@ def site(redis_server: RedisServer, tmp_path: Path) -> Iterator[Site]:
 def test_the_loss_of_a_holder_loses_no_document_and_fails_no_search(
     site: Site, by_level: ByLevel, rng: random.Random, record_property: Callable[[str, object], None]
 ) -> None:
-    # Three full runs, of a seed each, make fifty rounds. What is measured beside other tests is measured when it is quiet.
+    # Three full runs, of a seed each, make fifty rounds. Beside other tests it measures while the machine is quiet.
     rounds, documents = by_level(core=1, short=2, full=17), by_level(core=0, full=50_000)
     nodes = {name: site.new_node(name, replicas=2) for name in "abc"}
     taken: list[tuple[float, float]] = []
