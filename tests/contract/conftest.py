@@ -12,6 +12,7 @@ import pytest
 
 from cluster_tasks.clock import Clock, ManualClock, SystemClock
 from cluster_tasks.keys import Keys
+from cluster_tasks.locks import Locks
 from cluster_tasks.registry import MemoryRegistry, RedisRegistry, Registry, create_registry
 from cluster_tasks.registry.consul import ConsulRegistry
 from cluster_tasks.registry.etcd import EtcdRegistry
@@ -19,6 +20,7 @@ from cluster_tasks.shards.qdrant import open_store
 from cluster_tasks.shards.store import CollectionStore
 from cluster_tasks.shards.vector_store import VectorStore
 from tests.consul_server import ConsulServer
+from tests.contract.locking import ConsulStage, EtcdStage, OpenLocks, RedisStage, Stage
 from tests.etcd_server import EtcdServer
 from tests.qdrant_server import QdrantServer
 from workers.redis_server import RedisServer
@@ -102,6 +104,33 @@ def consul_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ConsulSe
     """A Consul that the tests of a module share; each uses a cluster name of its own."""
     with ConsulServer(tmp_path_factory.mktemp("consul")) as server:
         yield server
+
+
+# An implementation joins the suites of locks with one line.
+STAGES: dict[str, Callable[[pytest.FixtureRequest], Stage]] = {
+    "redis": lambda request: RedisStage(request.getfixturevalue("redis_server")),
+    "consul": lambda request: ConsulStage(request.getfixturevalue("consul_server")),
+    "etcd": lambda request: EtcdStage(request.getfixturevalue("etcd_server")),
+}
+
+
+@pytest.fixture(params=STAGES)
+def stage(request: pytest.FixtureRequest) -> Stage:
+    """A server that locks live in."""
+    return STAGES[request.param](request)
+
+
+@pytest.fixture
+def open_locks(stage: Stage) -> Iterator[OpenLocks]:
+    """Opens clients of one store; they are closed after the test."""
+    with ExitStack() as opened:
+        yield lambda: opened.enter_context(closing(stage.open()))
+
+
+@pytest.fixture
+def locks(open_locks: OpenLocks) -> Locks:
+    """One of them."""
+    return open_locks()
 
 
 @pytest.fixture

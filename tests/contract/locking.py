@@ -35,6 +35,9 @@ END_S = 120.0
 SPAWN = get_context("spawn")
 
 
+OpenLocks = Callable[[], Locks]
+
+
 class Stage(Protocol):
     """A server that locks live in."""
 

@@ -7,9 +7,9 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import contextmanager
 from itertools import count, pairwise
 from multiprocessing import get_context
 from pathlib import Path
@@ -23,9 +23,7 @@ from cluster_tasks.locks import Held, Locks
 from tests.contract.locking import (
     END_S,
     SPAWN,
-    ConsulStage,
-    EtcdStage,
-    RedisStage,
+    OpenLocks,
     Resource,
     Stage,
     open_redis,
@@ -34,36 +32,11 @@ from tests.contract.locking import (
 )
 from tests.waiting import wait_until
 
-OpenLocks = Callable[[], Locks]
-
-# An implementation joins the suite with one line.
-IMPLEMENTATIONS: dict[str, Callable[[pytest.FixtureRequest], Stage]] = {
-    "redis": lambda request: RedisStage(request.getfixturevalue("redis_server")),
-    "consul": lambda request: ConsulStage(request.getfixturevalue("consul_server")),
-    "etcd": lambda request: EtcdStage(request.getfixturevalue("etcd_server")),
-}
 NAMES = [
     "shard/docs/3", "shard:docs:3", "*", "a?[b]{c}", "%d%%", "../x", ".", "..", "a b\n\t", 'q"\'\\', "\0", "größe/索引",
     "return 1 --[[", "x" * 400,
 ]  # fmt: skip
 numbers = count()
-
-
-@pytest.fixture(params=IMPLEMENTATIONS)
-def stage(request: pytest.FixtureRequest) -> Stage:
-    return IMPLEMENTATIONS[request.param](request)
-
-
-@pytest.fixture
-def open_locks(stage: Stage) -> Iterator[OpenLocks]:
-    """Opens clients of one store; they are closed after the test."""
-    with ExitStack() as opened:
-        yield lambda: opened.enter_context(closing(stage.open()))
-
-
-@pytest.fixture
-def locks(open_locks: OpenLocks) -> Locks:
-    return open_locks()
 
 
 @pytest.fixture

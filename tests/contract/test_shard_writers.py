@@ -1,9 +1,9 @@
-"""Writers that take turns in a shard by locks in a real Redis, on a real LanceDB in a temporary folder."""
+"""Writers that take turns in a shard by locks in a real service, on a real LanceDB in a temporary folder."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,13 +15,12 @@ from cluster_tasks.clock import SystemClock
 from cluster_tasks.errors import StaleWriter
 from cluster_tasks.keys import Keys
 from cluster_tasks.locks import Locks, RedisLocks
-from cluster_tasks.locks.base import check_name
-from cluster_tasks.redis_store import connect
 from cluster_tasks.shards import tables
 from cluster_tasks.shards.database import Database
 from cluster_tasks.shards.documents import Document
 from cluster_tasks.shards.store import CollectionStore
 from cluster_tasks.shards.writers import Writers
+from tests.contract.locking import OpenLocks, Stage
 from workers.redis_server import free_port
 
 if TYPE_CHECKING:
@@ -33,22 +32,9 @@ LOCK = f"shard/{TABLE}"
 
 
 @pytest.fixture
-def locks(redis_url: str) -> Iterator[Locks]:
-    locks = Locks(RedisLocks(redis_url, Keys("test")), SystemClock())
-    yield locks
-    locks.close()
-
-
-@pytest.fixture
-def forget(redis_url: str) -> Callable[[], None]:
+def forget(stage: Stage) -> Callable[[], None]:
     """Let the lock of the shard run out, as it does while its holder is paused."""
-
-    def forget() -> None:
-        client = connect(redis_url)
-        assert client.delete(Keys("test").lock(check_name(LOCK))) == 1
-        client.close()
-
-    return forget
+    return lambda: stage.forget(LOCK)
 
 
 @pytest.fixture
@@ -95,11 +81,13 @@ def merge(**texts: str) -> Callable[[Table, int | None], int]:
     return write
 
 
-def test_writers_take_turns_and_leave_no_lock(store: CollectionStore, tmp_path: Path, redis_url: str) -> None:
+def test_writers_take_turns_and_leave_no_lock(
+    store: CollectionStore, tmp_path: Path, open_locks: OpenLocks, locks: Locks
+) -> None:
     barrier = threading.Barrier(4, timeout=30)
 
     def work(writer: int) -> None:
-        own = CollectionStore(str(tmp_path), locks=Locks(RedisLocks(redis_url, Keys("test")), SystemClock()))
+        own = CollectionStore(str(tmp_path), locks=open_locks())
         barrier.wait()
         for turn in range(5):
             put(own, **{f"{writer}-{turn}": "own", f"shared-{turn}": str(writer)})
@@ -107,9 +95,7 @@ def test_writers_take_turns_and_leave_no_lock(store: CollectionStore, tmp_path: 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(4)))
     assert store.count("docs") == 1 + 4 * 5 + 5
-    client = connect(redis_url)
-    assert list(client.scan_iter("test:lock:*")) == []
-    client.close()
+    locks.acquire(LOCK, ttl_s=30.0, wait_s=0.0).release()
 
 
 def test_a_writer_that_slept_replaces_nothing_that_a_later_one_has_written(
