@@ -9,7 +9,6 @@ CHAOS_ARGS ?=
 CHAOS_SEED ?= $(shell python3 -c 'import random; print(random.randrange(10**9))')
 
 bin := $(VENV)/bin
-longest := tests/chaos/test_holders.py tests/chaos/test_pauses.py
 pip := $(bin)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: chaos demo test lint clean venv
@@ -25,7 +24,7 @@ test: $(VENV)/.installed-dev
 chaos: $(VENV)/.installed-dev
 	@seed=$(CHAOS_SEED); status=0; \
 	for part in "-m timed" "-m 'not timed' --numprocesses $(CHAOS_PROCESSES) --dist loadfile --no-loadscope-reorder"; do \
-		eval "$(bin)/python -m pytest $(longest) tests/chaos --chaos full --chaos-seed $$seed $$part $(CHAOS_ARGS)" || status=1; \
+		eval "$(bin)/python -m pytest tests/chaos --chaos full --chaos-seed $$seed $$part $(CHAOS_ARGS)" || status=1; \
 	done; exit $$status
 
 lint: $(VENV)/.installed-dev

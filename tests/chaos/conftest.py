@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.chaos.harness import Chaos, chaos_on
-from tests.chaos.levels import RECOVERY, at_level, is_left_out
+from tests.chaos.levels import LEVELS, RECOVERY, at_level, is_left_out
 from tests.chaos.nodes import Kill
 from tests.process.forks import Forks
 from workers.redis_server import RedisServer
@@ -21,13 +21,23 @@ Report = Callable[[Chaos, Collection[Kill]], list[tuple[float, float]]]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the scenarios of higher levels, and give the others time: nodes that start share the machine."""
+    """Leave out the scenarios of higher levels, and give the others time: nodes that start share the machine.
+
+    At the highest level those with most time come first: a run is as long as what begins last.
+    """
     for item in items:
         if item.get_closest_marker("chaos") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(SCENARIO_S))
     left_out = [item for item in items if is_left_out(item, config.option.chaos)]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
+    if config.option.chaos == LEVELS[-1]:
+        items.sort(key=_given_s, reverse=True)
+
+
+def _given_s(item: pytest.Item) -> float:
+    mark = item.get_closest_marker("timeout")
+    return float(mark.args[0]) if mark else 0.0
 
 
 @pytest.hookimpl(wrapper=True)
