@@ -24,7 +24,7 @@ LAST_WORDS = 2_000
 
 
 def alone() -> None:
-    """Let nothing of the caller's cluster be in the figures, nor the benchmark in his; and end in order when told to."""
+    """Let nothing of the caller's cluster be in the figures, nor the benchmark in his; end in order when told to."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     for variable in [name for name in os.environ if name.startswith(("CLUSTER_", "CELERY_"))]:
         del os.environ[variable]
