@@ -1,4 +1,4 @@
-"""What a cache costs, beside cashews and dogpile.cache on one Redis: ``python -m benchmarks.cache [--json]``.
+"""What a cache costs, beside cashews and dogpile.cache on one Redis: ``python -m benchmarks.cache [--full] [--json]``.
 
 Install the others with ``pip install '.[benchmarks]'``. All use the same server, started for this run, and values of
 6 KiB, as an embedding of 1,536 numbers takes. Medians are in microseconds, taken in turns. Mark: a hit in the process
@@ -9,31 +9,29 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from statistics import median
 from typing import Any, Protocol
 
 from cashews import Cache as Cashews
 from dogpile.cache import make_region
 
+from benchmarks.report import Benchmark, Mark, Row
+from benchmarks.stage import private_redis
 from cluster_tasks.cache import Memory, RedisCache, TieredCache, share
 from cluster_tasks.cache.connection import CacheConnection
 from cluster_tasks.cache.counters import Counters
 from cluster_tasks.clock import SystemClock
 from cluster_tasks.keys import Keys
-from workers.redis_server import RedisServer
 
 VALUE = b"v" * 6144
 MANY = [f"many{number}" for number in range(100)]
-ROUNDS, CALLS = 5, 300
 CALLERS, TAKES_S = 64, 0.1
 MARK_US = 20.0
+OURS, HIT, STAMPEDE = "cluster_tasks, µs", "hit in the process", "computed in a stampede"
 
 
 class Contestant(Protocol):
@@ -59,7 +57,7 @@ class Ours:
         redis, tiered = self._redis, self._tiered
         redis.set_many(dict.fromkeys([*MANY, "k"], VALUE))
         return {
-            "hit in the process": lambda: tiered.get("k"),
+            HIT: lambda: tiered.get("k"),
             "hit in Redis": lambda: redis.get("k"),
             "hit of get or compute": lambda: redis.get_or_compute("k", lambda: VALUE),
             "set": lambda: redis.write({"s": VALUE}, replaces=False),
@@ -84,7 +82,7 @@ class Dogpile:
         local.set("k", VALUE)
         redis.set_multi(dict.fromkeys([*MANY, "k"], VALUE))
         return {
-            "hit in the process": lambda: local.get("k"),
+            HIT: lambda: local.get("k"),
             "hit in Redis": lambda: redis.get("k"),
             "hit of get or compute": lambda: redis.get_or_create("k", lambda: VALUE),
             "set": lambda: redis.set("s", VALUE),
@@ -113,7 +111,7 @@ class OfCashews:
         for key in [*MANY, "k"]:
             self._run(redis.set(key, VALUE, expire=3600))
         return {
-            "hit in the process": lambda: self._run(local.get("k")),
+            HIT: lambda: self._run(local.get("k")),
             "hit in Redis": lambda: self._run(redis.get("k")),
             "hit of get or compute": lambda: self._run(redis.get_or_set("k", VALUE, expire=3600)),
             "set": lambda: self._run(redis.set("s", VALUE, expire=3600)),
@@ -140,14 +138,14 @@ def in_threads(ask: Callable[[], object]) -> None:
         thread.join()
 
 
-def measure(contestants: dict[str, Contestant]) -> dict[str, dict[str, float]]:
+def compare(contestants: dict[str, Contestant], rounds: int, calls: int) -> dict[str, dict[str, float]]:
     """Return the median of each operation in microseconds, by contestant, and how often a stampede computed."""
     operations = {name: contestant.operations() for name, contestant in contestants.items()}
     taken: dict[str, dict[str, list[float]]] = {name: {} for name in contestants}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for name, own in operations.items():
             for what, do in own.items():
-                taken[name].setdefault(what, []).extend(timed(do) for _ in range(CALLS))
+                taken[name].setdefault(what, []).extend(timed(do) for _ in range(calls))
     found = {name: {what: median(times) * 1e6 for what, times in own.items()} for name, own in taken.items()}
     for name, contestant in contestants.items():
         computed: list[int] = []
@@ -158,7 +156,7 @@ def measure(contestants: dict[str, Contestant]) -> dict[str, dict[str, float]]:
             return VALUE
 
         contestant.stampede(compute)
-        found[name]["computed in a stampede"] = len(computed)
+        found[name][STAMPEDE] = len(computed)
     return found
 
 
@@ -169,24 +167,30 @@ def timed(do: Callable[[], object]) -> float:
     return time.perf_counter() - began_s
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as directory, RedisServer(Path(directory)) as server:
+def measure(options: argparse.Namespace) -> Iterator[Row]:
+    """Yield a row for each operation; the ratio is that of the quickest of the others to ours."""
+    with private_redis() as server:
         base = server.url.rpartition("/")[0]
-        found = measure({"cluster_tasks": Ours(server.url), "dogpile": Dogpile(f"{base}/1"),
-                         "cashews": OfCashews(f"{base}/2")})  # fmt: skip
-    if options.json:
-        print(json.dumps(found))
-        return 0
-    ours = found["cluster_tasks"]
-    print(f"{'':>24}" + "".join(f"{name:>22}" for name in found) + "   (times of cluster_tasks)")
-    for what in ours:
-        cells = [f"{own[what]:8.1f} ({own[what] / ours[what]:4.1f}x)" if what in own else "-" for own in found.values()]
-        print(f"{what:>24}" + "".join(f"{cell:>22}" for cell in cells))
-    print(f"a hit in the process: {'met' if ours['hit in the process'] < MARK_US else 'missed'} ({MARK_US:g} µs)")
-    return 0
+        contestants: dict[str, Contestant] = {
+            OURS: Ours(server.url), "dogpile, µs": Dogpile(f"{base}/1"), "cashews, µs": OfCashews(f"{base}/2"),
+        }  # fmt: skip
+        found = compare(contestants, options.rounds, options.calls)
+    for what, ours in found[OURS].items():
+        figures = {name: own[what] for name, own in found.items() if what in own}
+        others = [taken for name, taken in figures.items() if name != OURS]
+        if what == STAMPEDE:
+            yield Row(what, {name.replace("µs", "times"): times for name, times in figures.items()})
+        else:
+            mark = Mark(of=OURS, below=MARK_US) if what == HIT else None
+            yield Row(what, figures, ratio=min(others) / ours if others else None, mark=mark)
+
+
+def main() -> int:
+    benchmark = Benchmark("cache", __doc__)
+    benchmark.option("--rounds", short=2, full=5)
+    benchmark.option("--calls", short=100, full=300, help="of each operation in each round")
+    benchmark.note("ratio: the time of the quickest of the others over ours.")
+    return benchmark.run(measure)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The apps that ``benchmarks.throughput`` compares: the same job that does nothing, stock and in a cluster.
 
-Its workers import this module: ``celery -A benchmarks.noop worker``, with the variables below.
+Its workers import this module: ``celery -A benchmarks.noop worker``, with the variables below and those of
+``benchmarks.peers.job``. The stock worker fetches far ahead, as Celery's guide advises for short jobs.
 """
 
 from __future__ import annotations
@@ -9,32 +10,38 @@ import os
 
 from celery import Celery
 
+from benchmarks.peers import job
 from cluster_tasks import Cluster, ClusterTask
 
 VARIANT = "BENCHMARK_VARIANT"
-REDIS_URL = "BENCHMARK_REDIS_URL"
 
 STOCK = "stock"
 STOCK_LATE = "stock, acks_late"
 CLUSTER = "cluster"
 REQUEST_TYPE = "noop"
+PREFETCH = 64
+"""Jobs a slot; "if you have many tasks with a short duration … 64 or 128" (Celery's guide, Optimizing)."""
 
 
-def make_app(variant: str, url: str) -> Celery:
-    """Return an app whose one task is ``noop``; all settings that are not the variant are Celery's defaults."""
+def make_app(variant: str, url: str, results: bool = True) -> Celery:
+    """Return an app whose one task is ``noop``; all settings but these few are Celery's defaults."""
     app = Celery("noop", broker=url, backend=url, set_as_current=False)
     options: dict[str, object] = {}
     if variant == CLUSTER:
         Cluster(app)
         options = {"base": ClusterTask, "request_type": REQUEST_TYPE}
+    else:
+        app.conf.worker_prefetch_multiplier = PREFETCH
     app.conf.task_acks_late = variant == STOCK_LATE
+    app.conf.task_ignore_result = not results
 
     @app.task(name="noop", shared=False, **options)
     def noop() -> None:
         """Do nothing."""
+        job.noop()
 
     return app
 
 
-if REDIS_URL in os.environ:
-    app = make_app(os.environ[VARIANT], os.environ[REDIS_URL])
+if job.REDIS_URL in os.environ:
+    app = make_app(os.environ[VARIANT], os.environ[job.REDIS_URL], os.environ[job.RESULTS] == "1")

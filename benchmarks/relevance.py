@@ -1,4 +1,4 @@
-"""How well the modes of search find what was meant: ``python -m benchmarks.relevance [--every N] [--json]``.
+"""How well the modes of search find what was meant: ``python -m benchmarks.relevance [--full] [--json]``.
 
 Docstrings of the standard library are asked for by their summaries and by the names of their functions, see
 ``benchmarks.docstrings``, with each of the local embeddings. The measure is nDCG@10, 0 to 1, the mean over the queries:
@@ -10,15 +10,15 @@ others. Mark: with ``local-static``, hybrid beats both vectors and words alone.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from statistics import fmean
 from typing import get_args
 
 from benchmarks.docstrings import Docstrings, Query, load
+from benchmarks.report import Benchmark, Mark, Row
 from cluster_tasks.providers import EmbeddingProvider, EmbeddingRequest, embedding_provider
 from cluster_tasks.settings import ClusterSettings
 from cluster_tasks.shards.documents import Document, Mode
@@ -74,28 +74,26 @@ def beats_both(gains: Gains) -> bool:
     return gains["hybrid"] > max(gains["vector"], gains["text"])
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--every", type=int, default=1, help="ask every N-th query only (default: all)")
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
+def found(options: argparse.Namespace) -> Iterator[Row]:
+    """Yield a row for each model and group of queries; the ratio is hybrid search to the better of its parts."""
     data = load()
     queries = data.queries[:: options.every]
-    results: dict[str, dict[str, Gains]] = {}
     for model in MODELS:
         measured = measure(data, queries, embedding_provider(ClusterSettings(embedding_model=model)))
-        results[model] = {group: means(measured, belongs) for group, belongs in GROUPS.items()}
-    met = beats_both(results[MARKED][SHOWN])
-    if options.json:
-        print(json.dumps({"passages": len(data.passages), "queries": len(queries), "met": met, "ndcg": results}))
-    else:
-        print(f"nDCG@{K} of {len(queries)} queries, {len(data.passages)} passages")
-        print(f"{'':32}", *(f"{mode:>8}" for mode in MODES))
-        for model, groups in results.items():
-            for group, gains in groups.items():
-                print(f"{model:14} {group:17}", *(f"{gains[mode]:8.3f}" for mode in MODES))
-        print("hybrid beats both:", "met" if met else "missed")
-    return 0 if met else 1
+        for group, belongs in GROUPS.items():
+            gains = means(measured, belongs)
+            yield Row(
+                f"{model}, {group}",
+                {f"{mode}, nDCG@{K}": gain for mode, gain in gains.items()},
+                ratio=gains["hybrid"] / max(gains["vector"], gains["text"]),
+                mark=Mark(above=1.0) if (model, group) == (MARKED, SHOWN) else None,
+            )
+
+
+def main() -> int:
+    benchmark = Benchmark("relevance", __doc__)
+    benchmark.option("--every", short=10, full=1, help="ask every N-th query only")
+    return benchmark.run(found)
 
 
 if __name__ == "__main__":

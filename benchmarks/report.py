@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import operator
 import os
 import platform
 import shutil
@@ -44,6 +45,13 @@ RATIO = "ratio"
 PACKAGES = ("cluster-tasks", "celery", "kombu", "redis", "hiredis")
 BUSY = 0.25
 """A machine whose load is more than this share of its processors did other work when the benchmark began."""
+SIGNS: Mapping[str, tuple[str, Callable[[float, float], bool]]] = {
+    "at_least": ("≥", operator.ge),
+    "at_most": ("≤", operator.le),
+    "above": (">", operator.gt),
+    "below": ("<", operator.lt),
+}
+"""The bounds of a mark: how they are written, and what they ask."""
 UNKNOWN = "not known yet: profile it"
 Value = float | int | str
 
@@ -56,26 +64,25 @@ class Mark:
     """``ratio``, or the name of a figure."""
     at_least: float | None = None
     at_most: float | None = None
+    above: float | None = None
     below: float | None = None
 
     def __post_init__(self) -> None:
-        bounds = [self.at_least, self.at_most, self.below]
-        if sum(bound is not None for bound in bounds) != 1:
-            raise ValueError(f"a mark has one of at_least, at_most and below, not {self!r}")
+        if sum(getattr(self, name) is not None for name in SIGNS) != 1:
+            raise ValueError(f"a mark has one of {', '.join(SIGNS)}, not {self!r}")
 
     def met_by(self, number: float) -> bool:
         """Whether the number reaches it. One that is not a number does not."""
-        if self.at_least is not None:
-            return number >= self.at_least
-        if self.at_most is not None:
-            return number <= self.at_most
-        assert self.below is not None
-        return number < self.below
+        _, reaches, bound = self._bound
+        return reaches(number, bound)
 
     def __str__(self) -> str:
-        signs = (("≥", self.at_least), ("≤", self.at_most), ("<", self.below))
-        sign, bound = next((sign, bound) for sign, bound in signs if bound is not None)
+        sign, _, bound = self._bound
         return f"{sign} {shown(bound)}" if self.of == RATIO else f"{self.of} {sign} {shown(bound)}"
+
+    @property
+    def _bound(self) -> tuple[str, Callable[[float, float], bool], float]:
+        return next((*SIGNS[name], bound) for name in SIGNS if (bound := getattr(self, name)) is not None)
 
 
 @dataclass(frozen=True, slots=True)

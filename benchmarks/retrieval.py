@@ -1,4 +1,4 @@
-"""How quickly collections are searched, and how well: ``python -m benchmarks.retrieval [--rows N] [--json]``.
+"""How quickly collections are searched, and how well: ``python -m benchmarks.retrieval [--full] [--json]``.
 
 Vectors lie around a thousand centres, as those of texts on a thousand subjects do. Exact and indexed search, and numpy,
 which holds all vectors in memory, rank the same ones; recall is the share of numpy's ten that were found. Shards are
@@ -8,7 +8,6 @@ searched in one process. Mark: recall 0.95; eight shards take at most twice as l
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.report import Benchmark, Mark, Row
 from cluster_tasks.shards.documents import Document
 from cluster_tasks.shards.indexes import INDEX_FROM
 from cluster_tasks.shards.store import CollectionStore
@@ -26,6 +26,7 @@ from cluster_tasks.shards.store import CollectionStore
 DIMENSIONS, K, QUERIES, BATCH = 384, 10, 60, 4_000
 WORDS = np.array([f"word{number}" for number in range(20_000)])
 RECALL, TIMES = 0.95, 2.0
+FIGURES = {"p50_ms": "p50, ms", "p99_ms": "p99, ms", "per_s": "searches/s", "recall": "recall"}
 Array = NDArray[np.float32]
 
 
@@ -106,18 +107,23 @@ def measure(rows: int) -> dict[str, dict[str, float]]:
     return results
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=100_000)
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
+def found(options: argparse.Namespace) -> Iterator[Row]:
+    """Yield a row for each way to search; the ratio of eight shards is that to one."""
     results = measure(options.rows)
-    if options.json:
-        print(json.dumps(results))
-    else:
-        for name, result in results.items():
-            print(f"{name:24}", *(f"{key} {value:10.2f}" for key, value in result.items()))
-    return 0 if all(result.get("recall", 1.0) >= RECALL for result in results.values()) else 1
+    for name, result in results.items():
+        of_one = results.get(name.replace("8 shards", "1 shard")) if name.startswith("8") else None
+        times = result["p50_ms"] / of_one["p50_ms"] if of_one else None
+        figures = {FIGURES[key]: value for key, value in result.items()}
+        mark = Mark(at_most=TIMES) if of_one and "upkeep" not in name else None
+        yield Row(name, figures, ratio=times, mark=mark)
+        if "recall" in result:
+            yield Row(f"{name}: recall", {"recall": result["recall"]}, mark=Mark(of="recall", at_least=RECALL))
+
+
+def main() -> int:
+    benchmark = Benchmark("retrieval", __doc__)
+    benchmark.option("--rows", short=20_000, full=100_000, help="documents")
+    return benchmark.run(found)
 
 
 if __name__ == "__main__":

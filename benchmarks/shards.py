@@ -1,4 +1,4 @@
-"""What a search over two nodes costs, and the memory they take: ``python -m benchmarks.shards [--rows N] [--json]``.
+"""What a search over two nodes costs, and the memory they take: ``python -m benchmarks.shards [--full] [--json]``.
 
 The same documents lie in a collection of one shard and in one of eight, whose shards are spread over two nodes; one
 caller asks both in turn and waits for each answer, so a figure has everything in it: publishing, the jobs of both
@@ -9,12 +9,11 @@ searches. Mark: eight shards cost at most twice what one costs, at the median.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 import psutil
 
+from benchmarks.report import Benchmark, Mark, Row
 from benchmarks.retrieval import DIMENSIONS, Array, K, fill, texts, vectors
 from cluster_tasks.cluster import Cluster
 from cluster_tasks.errors import ClusterError
@@ -89,12 +89,13 @@ def memory(local: LocalCluster) -> int:
     return sum(process.memory_full_info().uss for process in nodes)
 
 
-def measure(rows: int, pool: str) -> dict[str, Any]:
-    """Return what each way to search takes, and the memory of the nodes."""
+def measure(options: argparse.Namespace) -> Iterator[Row]:
+    """Yield what each way to search takes, and the memory of the nodes."""
     os.environ |= {"CLUSTER_ROLES": "worker,cache", "CLUSTER_SHARD_REPLICAS": "1"}
+    rows = options.rows
     with tempfile.TemporaryDirectory(prefix="shards-") as name:
         folder = Path(name)
-        with LocalCluster(Plan(folder, NODES, pool=pool, cache=False)) as local:
+        with LocalCluster(Plan(folder, NODES, pool=options.pool, cache=False)) as local:
             if missing := local.wait_for_all():
                 raise ClusterError(f"{missing} did not start: {local.last_words(missing[0])}")
             local.app.loader.import_default_modules()
@@ -105,49 +106,28 @@ def measure(rows: int, pool: str) -> dict[str, Any]:
                 "vector": [{"vector": vector.tolist()} for vector in asked],
                 "text": [{"query": text, "mode": "text"} for text in words],
             }
-            searches = [_row(way, timed(local, questions)) for way, questions in ways.items()]
+            for way, questions in ways.items():
+                yield _row(way, timed(local, questions))
             held = memory(local) - before
-    return {
-        "rows": rows, "pool": pool, "searches": searches, "memory_mib": held / MIB,
-        "memory_mib_per_million": held / MIB / (2 * rows) * 1e6, "mark": TIMES,
-        "met": all(row["ratio"] <= TIMES for row in searches),
-    }  # fmt: skip
+    yield Row("memory of the nodes", {"MiB": held / MIB, "MiB a million": held / MIB / (2 * rows) * 1e6})
 
 
-def _row(way: str, taken: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    row: dict[str, Any] = {"mode": way}
-    for collection, times in taken.items():
-        row |= {f"{collection}_p50_ms": median(times), f"{collection}_p99_ms": float(np.quantile(times, 0.99))}
-    return row | {"ratio": row[f"{EIGHT}_p50_ms"] / row[f"{ONE}_p50_ms"]}
-
-
-def show(result: Mapping[str, Any]) -> None:
-    """Print it for people."""
-    print(f"{result['rows']} documents of {DIMENSIONS} dimensions, {NODES} nodes of pool {result['pool']}")
-    for row in result["searches"]:
-        print(
-            f"{row['mode']:>8}  1 shard p50 {row['one_p50_ms']:6.1f} p99 {row['one_p99_ms']:6.1f} ms   "
-            f"{SHARDS} shards p50 {row['eight_p50_ms']:6.1f} p99 {row['eight_p99_ms']:6.1f} ms   "
-            f"ratio {row['ratio']:.2f}  {'met' if row['ratio'] <= TIMES else 'missed'}"
-        )
-    print(f"memory of the nodes: {result['memory_mib']:.0f} MiB, {result['memory_mib_per_million']:.0f} a million")
+def _row(way: str, taken: Mapping[str, Sequence[float]]) -> Row:
+    middle = {collection: median(times) for collection, times in taken.items()}
+    figures = {}
+    for collection, shards in ((ONE, "1 shard"), (EIGHT, f"{SHARDS} shards")):
+        figures |= {
+            f"{shards}, p50, ms": middle[collection],
+            f"{shards}, p99, ms": float(np.quantile(taken[collection], 0.99)),
+        }
+    return Row(way, figures, ratio=middle[EIGHT] / middle[ONE], mark=Mark(at_most=TIMES))
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rows", type=int, default=100_000)
-    parser.add_argument("--pool", choices=("threads", "prefork"), default="threads")
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    for variable in [name for name in os.environ if name.startswith(("CLUSTER_", "CELERY_"))]:
-        # Nothing of the caller's cluster may be in the figures.
-        del os.environ[variable]
-    result = measure(options.rows, options.pool)
-    if options.json:
-        print(json.dumps(result))
-    else:
-        show(result)
-    return 0 if result["met"] else 1
+    benchmark = Benchmark("shards", __doc__)
+    benchmark.option("--rows", short=20_000, full=100_000, help="documents")
+    benchmark.parser.add_argument("--pool", choices=("threads", "prefork"), default="threads")
+    return benchmark.run(measure)
 
 
 if __name__ == "__main__":

@@ -1,57 +1,59 @@
-"""Jobs per second of one node against one stock worker: ``python -m benchmarks.throughput [--rounds 5] [--json]``.
+"""Jobs per second, beside stock Celery and six other queues: ``python -m benchmarks.throughput [--full] [--json]``.
 
-One Redis, started here; for each pool, rounds in which the stock worker, the stock worker with ``task_acks_late`` (what
-a node always does) and the node take turns, in the other direction every second round. In each turn the jobs, which do
-nothing and whose results are stored, are published first; then a worker is started, and stopped when all have ended.
-The apps differ in ``Cluster(app)`` and ``base=ClusterTask`` alone.
+Jobs that do nothing, on one Redis that is started here; for each pool, with results and without, with one worker and
+with two, rounds in which all take turns, in the other direction every second round. In a turn the jobs are published
+first; then workers are started, and stopped when all have run. Each worker has two slots: two processes (``prefork``),
+one process with two threads (``threads``), or one that runs one job after the other (``solo``). Peers that run
+coroutines have as many as they like in one process, which is compared with ``threads``, or in two, with ``prefork``.
 
-The clock is Celery's own: every stored result says in ``date_done`` when its job ended. Both sides write it anyway, and
-it is read when all is over, so measuring costs the workers nothing; the start of a worker is not in the figure. Only
-the ratios mean something on a machine that does other work: each is of one round, and their median counts.
+The clock is a note of 12 bytes that the job itself appends to a file, the same for all (``benchmarks.peers.job``): it
+costs nobody a round trip. The rate is that between the first and the last note; with several workers, of the time in
+which all of them were at work. The start of a worker is not in it. Only the ratios mean something on a machine that
+does other work: each is of one round, and their median counts.
 
-Publishing is measured by itself, without workers: ``delay()`` with a node registered, so that the router has to choose.
+The stock worker is without gossip, mingle and heartbeats and fetches 64 jobs a slot ahead, as Celery's guide advises
+for short jobs. The mark compares with its late acks, which is the promise that comes nearest; early ones are in the
+table. How each peer is set up says its file in ``benchmarks/peers``. Each has an environment of its own, made with pip
+when it is first measured.
 
-Mark: 1.5 times the jobs per second of the stock worker, for every pool.
+Marks: 3 times the stock worker, and ahead of every peer that runs the jobs of a dead worker again.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import datetime
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from itertools import count
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
 from typing import Any
 
-import psutil
 import redis
 
-from benchmarks.noop import CLUSTER, REDIS_URL, REQUEST_TYPE, STOCK, STOCK_LATE, VARIANT, make_app
-from cluster_tasks.cluster import cluster_of
-from cluster_tasks.model import Capacity, Node
+from benchmarks.noop import CLUSTER, STOCK, STOCK_LATE, VARIANT, make_app
+from benchmarks.peers import job
+from benchmarks.peers.contestants import PEERS, PREFORK, THREADS, Peer
+from benchmarks.peers.environments import environment
+from benchmarks.report import Benchmark, Mark, Row
+from benchmarks.stage import Worker, celery_worker, private_redis, wait_until
 from cluster_tasks.redis_store import connect
-from workers.redis_server import RedisServer
-from workers.tether import tethered, tethering
 
-MARK = 1.5
-POOLS = ("prefork", "threads", "solo")
-VARIANTS = (STOCK, STOCK_LATE, CLUSTER)
-SLOTS = 2
-NODE = "node1@benchmark"
+STOCK_MARK, PEER_MARK = 3.0, 1.0
+SOLO = "solo"
+POOLS = (PREFORK, THREADS, SOLO)
+SLOTS = {PREFORK: 2, THREADS: 2, SOLO: 1}
+QUIET = ("--without-gossip", "--without-mingle", "--without-heartbeat")
+BESIDE = Path(__file__).with_name("peers")
+"""Where the apps of the peers are imported from."""
 JOB_S = 0.05
 """A job takes less: who waits longer for all of them waits for one that is lost."""
-START_S = 60.0
-STOP_S = 15.0
-PUBLISH_BATCH = 500
-HOME = Path(__file__).parents[1]
+START_S = 120.0
+LEAST_SHARE = 0.2
+"""Of the jobs, that have to run while all workers are at work."""
 
 
 class Bench:
@@ -60,172 +62,167 @@ class Bench:
     def __init__(self, url: str, directory: Path, jobs: int) -> None:
         self._url, self._directory, self._jobs = url, directory, jobs
         self._client: redis.Redis = connect(url)
-        self._apps = {variant: make_app(variant, url) for variant in VARIANTS}
+        self._turns = count()
 
-    def jobs_per_s(self, pool: str, rounds: int) -> list[dict[str, float]]:
-        """Return jobs per second by variant, for each round."""
-        turns = [VARIANTS if number % 2 == 0 else VARIANTS[::-1] for number in range(rounds)]
-        return [{variant: self._turn(variant, pool) for variant in turn} for turn in turns]
-
-    def publishing_us(self, rounds: int) -> list[dict[str, float]]:
-        """Return microseconds for each ``delay()`` by variant, for each round."""
+    def celery(self, variant: str, pool: str, workers: int, results: bool) -> float:
+        """Return jobs per second of a turn of stock Celery or of the cluster."""
         self._client.flushall()
-        cluster = cluster_of(self._apps[CLUSTER])
-        epoch = cluster.epochs.open(NODE, {REQUEST_TYPE})
-        assert isinstance(epoch, str)
-        capacity = Capacity(max_connections=SLOTS, max_threads=SLOTS)
-        cluster.registry.register(Node(id=NODE, epoch=epoch, capacity=capacity, serves=frozenset({REQUEST_TYPE})))
-        cluster.router  # noqa: B018 - made at the first publish; its view is read then
-        self._publish(STOCK, PUBLISH_BATCH)
-        self._publish(CLUSTER, PUBLISH_BATCH)
-        taken = []
-        for _ in range(rounds):
-            row = {}
-            for variant in (STOCK, CLUSTER):
-                begin = time.perf_counter()
-                self._publish(variant, PUBLISH_BATCH)
-                row[variant] = (time.perf_counter() - begin) / PUBLISH_BATCH * 1e6
-            taken.append(row)
-        return taken
+        app = make_app(variant, self._url, results)
+        sent = [app.tasks["noop"].delay() for _ in range(self._jobs)]
+        if results:
+            # What was subscribed to has been given up again, but nobody has read Redis' answers to that.
+            app.backend.result_consumer.on_after_fork()
+        names = [f"celery-task-meta-{each.id}" for each in sent]
+        app.close()
+        environ = {VARIANT: variant, job.REDIS_URL: self._url, job.RESULTS: str(int(results))}
+        extra = QUIET if variant != CLUSTER else ()
+        log, ends = self._files()
+        processes = [
+            celery_worker(
+                "benchmarks.noop", f"node{number}@benchmark", pool, SLOTS[pool], log,
+                {**environ, job.ENDS: str(ends), job.WORKER: str(number)}, extra,
+            )
+            for number in range(workers)
+        ]  # fmt: skip
+        rate = self._rate(processes, ends, workers)
+        stored = self._client.exists(*names)
+        if stored != self._jobs * results:
+            raise RuntimeError(f"{variant}: {stored} of {self._jobs} results were stored")
+        return rate
+
+    def peer(self, peer: Peer, pool: str, workers: int, results: bool) -> float:
+        """Return jobs per second of a turn of a peer."""
+        self._client.flushall()
+        programs = environment(peer.name, peer.requirements) / "bin"
+        environ = {
+            **peer.environ, job.REDIS_URL: self._url, job.RESULTS: str(int(results)),
+            "RQ_REDIS_URL": self._url, "PYTHONPATH": str(BESIDE), "PYTHONUNBUFFERED": "1",
+        }  # fmt: skip
+        publish = [str(programs / "python"), str(BESIDE / f"{peer.app}.py"), str(self._jobs)]
+        subprocess.run(publish, env={**os.environ, **environ}, check=True, stdin=subprocess.DEVNULL)
+        log, ends = self._files()
+        processes = [
+            Worker(
+                [str(programs / words[0]), *words[1:]], log, {**environ, job.ENDS: str(ends), job.WORKER: str(number)}
+            )
+            for number in range(workers)
+            for words in peer.workers[pool]
+        ]
+        rate = self._rate(processes, ends, workers)
+        if peer.results:
+            stored = sum(1 for _ in self._client.scan_iter(f"{peer.results}*", count=1000))
+            if stored != self._jobs * results:
+                raise RuntimeError(f"{peer.name}: {stored} of {self._jobs} results were stored")
+        return rate
 
     def close(self) -> None:
         """Give up all connections."""
-        for app in self._apps.values():
-            app.close()
         self._client.close()
 
-    def _turn(self, variant: str, pool: str) -> float:
-        self._client.flushall()
-        names = [f"celery-task-meta-{job}" for job in self._publish(variant, self._jobs)]
-        with self._worker(variant, pool):
-            self._wait_for(names)
-        ended = sorted(_ended_at_s(result) for result in self._client.mget(names))
-        return (len(ended) - 1) / (ended[-1] - ended[0])
+    def _files(self) -> tuple[Path, Path]:
+        turn = next(self._turns)
+        return self._directory / f"turn{turn}.log", self._directory / f"turn{turn}.ends"
 
-    def _publish(self, variant: str, count: int) -> list[str]:
-        app = self._apps[variant]
-        noop = app.tasks["noop"]
-        ids = [noop.delay().id for _ in range(count)]
-        # What was subscribed to has been given up again, but nobody has read Redis' answers to that.
-        app.backend.result_consumer.on_after_fork()
-        return ids
-
-    def _wait_for(self, names: list[str]) -> None:
-        until_s = time.monotonic() + START_S + JOB_S * len(names)
-        # One look at one key does not disturb the worker; all of them are looked at near the end only.
-        while not self._client.exists(names[-1]) or self._client.exists(*names) < len(names):
-            if time.monotonic() > until_s:
-                logs = "\n".join(log.read_text(errors="replace")[-2000:] for log in self._directory.glob("*.log"))
-                raise TimeoutError(f"{self._client.exists(*names)} of {len(names)} jobs have ended\n{logs}")
-            time.sleep(0.05)
-
-    @contextmanager
-    def _worker(self, variant: str, pool: str) -> Iterator[None]:
-        """Run a worker; it ends with this process, however that ends."""
-        command = [*(sys.executable, "-m", "celery", "-A", "benchmarks.noop", "worker", "-n", NODE, "-l", "WARNING")]
-        command += ["-P", pool, "-c", str(SLOTS)]
-        environ = {**tethering(), VARIANT: variant, REDIS_URL: self._url}
-        with (self._directory / "worker.log").open("wb") as log:
-            worker = subprocess.Popen(
-                tethered(signal.SIGKILL, command), cwd=HOME, env=environ, stdout=log, stderr=log, start_new_session=True
-            )
-            try:
-                yield
-            finally:
-                stop(worker)
+    def _rate(self, processes: Sequence[Worker], ends: Path, workers: int) -> float:
+        size = job.NOTE.size * self._jobs
+        with ExitStack() as stack:
+            for process in processes:
+                stack.enter_context(process)
+            within_s = START_S + JOB_S * self._jobs
+            wait_until(lambda: ends.exists() and ends.stat().st_size >= size, within_s, processes)
+        return jobs_per_s(list(job.NOTE.iter_unpack(ends.read_bytes())), workers)
 
 
-def _ended_at_s(result: Any) -> float:
-    meta: dict[str, Any] = json.loads(result)
-    assert meta["status"] == "SUCCESS", meta
-    return datetime.fromisoformat(meta["date_done"]).timestamp()
+def jobs_per_s(notes: Sequence[tuple[float, int]], workers: int) -> float:
+    """Return the rate of the time in which all workers were at work. Raises RuntimeError if that was too short."""
+    times = [sorted(at_s for at_s, worker in notes if worker == number) for number in range(workers)]
+    if not all(times):
+        raise RuntimeError("a worker ran no job: give more --jobs")
+    begun_s, ended_s = max(each[0] for each in times), min(each[-1] for each in times)
+    within = sum(begun_s <= at_s <= ended_s for at_s, _ in notes)
+    if ended_s <= begun_s or within < LEAST_SHARE * len(notes):
+        raise RuntimeError(f"all workers were at work for {within} of {len(notes)} jobs: give more --jobs")
+    return (within - 1) / (ended_s - begun_s)
 
 
-def stop(worker: subprocess.Popen[bytes]) -> None:
-    """End a worker in order; what is left of it and its children after a while is killed."""
-    try:
-        family = psutil.Process(worker.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        family = []
-    worker.terminate()
-    try:
-        worker.wait(STOP_S)
-    except subprocess.TimeoutExpired:
-        worker.kill()
-        worker.wait()
-    _, alive = psutil.wait_procs(family, timeout=STOP_S)
-    for member in alive:
-        member.kill()
+def measure(options: argparse.Namespace) -> Iterator[Row]:
+    """Yield a row for each pool, and one for each peer beside it."""
+    with private_redis() as server:
+        bench = Bench(server.url, server.directory, options.jobs)
+        try:
+            for results in options.results:
+                for workers in options.workers:
+                    for pool in options.pools:
+                        yield from compare(bench, pool, workers, results, options)
+        finally:
+            bench.close()
 
 
-def report(pool: str, rounds: list[dict[str, float]]) -> dict[str, Any]:
-    """Return what the rounds of a pool say."""
-    ratio = median(row[CLUSTER] / row[STOCK] for row in rounds)
-    return {
-        "pool": pool,
-        "stock_jobs_per_s": median(row[STOCK] for row in rounds),
-        "stock_late_jobs_per_s": median(row[STOCK_LATE] for row in rounds),
-        "cluster_jobs_per_s": median(row[CLUSTER] for row in rounds),
-        "ratio": ratio,
-        "ratio_to_late": median(row[CLUSTER] / row[STOCK_LATE] for row in rounds),
-        "ratios": [row[CLUSTER] / row[STOCK] for row in rounds],
-        "met": ratio >= MARK,
+def compare(bench: Bench, pool: str, workers: int, results: bool, options: argparse.Namespace) -> Iterator[Row]:
+    """Let all that have such a pool take turns."""
+    turns: dict[str, Any] = {
+        variant: lambda variant=variant: bench.celery(variant, pool, workers, results)
+        for variant in (STOCK, STOCK_LATE, CLUSTER)
     }
+    peers = [peer for peer in PEERS if pool in peer.workers and peer.name in options.peers]
+    turns |= {peer.name: lambda peer=peer: bench.peer(peer, pool, workers, results) for peer in peers}
+    rounds = []
+    for number in range(options.rounds):
+        names = list(turns) if number % 2 == 0 else list(turns)[::-1]
+        rounds.append({name: turns[name]() for name in names})
+    where = f"{pool}, {workers} worker{'s' * (workers > 1)}, {'results' if results else 'no results'}"
+    yield stock_row(where, rounds)
+    for peer in peers:
+        yield peer_row(where, peer, rounds)
 
 
-def report_publishing(rounds: list[dict[str, float]]) -> dict[str, Any]:
-    """Return what publishing costs."""
-    return {
-        "stock_us": median(row[STOCK] for row in rounds),
-        "cluster_us": median(row[CLUSTER] for row in rounds),
-        "ratio": median(row[CLUSTER] / row[STOCK] for row in rounds),
+def stock_row(where: str, rounds: Sequence[Mapping[str, float]]) -> Row:
+    """Return what the rounds say of stock Celery."""
+    figures = {"cluster, jobs/s": median(row[CLUSTER] for row in rounds)}
+    figures |= {
+        "other, jobs/s": median(row[STOCK_LATE] for row in rounds),
+        "with early acks, jobs/s": median(row[STOCK] for row in rounds),
+        "ratio to early acks": median(row[CLUSTER] / row[STOCK] for row in rounds),
     }
+    return Row(
+        f"stock Celery, {where}",
+        {**figures, "a job whose worker died": "runs again after an hour, or never"},
+        ratio=median(row[CLUSTER] / row[STOCK_LATE] for row in rounds),
+        mark=Mark(at_least=STOCK_MARK),
+    )
 
 
-def show(result: dict[str, Any]) -> None:
-    """Print it for people."""
-    print(f"{result['jobs']} jobs that do nothing, {result['rounds']} rounds; mark: {MARK:g} times the stock worker")
-    for row in result["pools"]:
-        print(
-            f"{row['pool']:>8}  stock {row['stock_jobs_per_s']:5.0f}/s  cluster {row['cluster_jobs_per_s']:5.0f}/s  "
-            f"ratio {row['ratio']:.2f}  {'met' if row['met'] else 'missed'}   "
-            f"(stock with acks_late {row['stock_late_jobs_per_s']:.0f}/s: {row['ratio_to_late']:.2f})"
-        )
-    row = result["publishing"]
-    print(
-        f"publishing  stock {row['stock_us']:.0f} µs  cluster {row['cluster_us']:.0f} µs  "
-        f"ratio {row['ratio']:.2f} (less is better)"
+def peer_row(where: str, peer: Peer, rounds: Sequence[Mapping[str, float]]) -> Row:
+    """Return what the rounds say of a peer; there is a mark only if it gives the same promise."""
+    return Row(
+        f"{peer.name} {peer.version}, {where}",
+        {
+            "cluster, jobs/s": median(row[CLUSTER] for row in rounds),
+            "other, jobs/s": median(row[peer.name] for row in rounds),
+            "a job whose worker died": peer.guarantee,
+        },
+        ratio=median(row[CLUSTER] / row[peer.name] for row in rounds),
+        mark=Mark(at_least=PEER_MARK) if peer.reruns else None,
     )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--jobs", type=int, default=2000, help="jobs of each turn")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--pool", action="append", choices=POOLS, help="only this one; may be repeated")
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    # Told to end, it ends in order: what it started and wrote goes with it.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    for variable in [name for name in os.environ if name.startswith(("CLUSTER_", "CELERY_"))]:
-        # Nothing of the caller's cluster may be in the figures, nor the benchmark in his cluster.
-        del os.environ[variable]
-    with TemporaryDirectory(prefix="throughput-") as name, RedisServer(Path(name)) as server:
-        bench = Bench(server.url, Path(name), options.jobs)
-        try:
-            pools = [report(pool, bench.jobs_per_s(pool, options.rounds)) for pool in options.pool or POOLS]
-            publishing = report_publishing(bench.publishing_us(max(options.rounds, 5)))
-        finally:
-            bench.close()
-    result = {
-        "jobs": options.jobs, "rounds": options.rounds, "mark": MARK, "met": all(row["met"] for row in pools),
-        "pools": pools, "publishing": publishing,
-    }  # fmt: skip
-    if options.json:
-        print(json.dumps(result))
-    else:
-        show(result)
-    return 0
+    benchmark = Benchmark("throughput", __doc__)
+    benchmark.option("--jobs", short=1_000, full=20_000, help="jobs of each turn")
+    benchmark.option("--rounds", short=1, full=5, help="rounds of each row")
+    benchmark.option("--workers", short=[1], full=[1, 2], type=int, nargs="+", help="how many work together")
+    benchmark.option("--results", short=[True], full=[True, False], type=_yes, nargs="+", help="yes, no or both")
+    benchmark.option("--pools", short=[*POOLS], full=[*POOLS], type=str, nargs="+", choices=POOLS, help="which ones")
+    names = [peer.name for peer in PEERS]
+    benchmark.option("--peers", short=names, full=names, type=str, nargs="*", choices=names, help="just these")
+    benchmark.note("ratio: jobs/s of the cluster over those of the other, median of the rounds.")
+    return benchmark.run(measure)
+
+
+def _yes(word: str) -> bool:
+    if word not in {"yes", "no"}:
+        raise argparse.ArgumentTypeError(f"expected yes or no, not {word!r}")
+    return word == "yes"
 
 
 if __name__ == "__main__":

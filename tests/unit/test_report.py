@@ -16,7 +16,12 @@ from benchmarks.report import Benchmark, Mark, Result, Row, show, shown
 
 @pytest.mark.parametrize(
     ("mark", "reached", "missed"),
-    [(Mark(at_least=3), 3, 2.99), (Mark(at_most=1), 1, 1.01), (Mark(below=100), 99.9, 100)],
+    [
+        (Mark(at_least=3), 3, 2.99),
+        (Mark(at_most=1), 1, 1.01),
+        (Mark(above=1), 1.01, 1),
+        (Mark(below=100), 99.9, 100),
+    ],
 )
 def test_a_mark_has_its_bound_on_the_right_side(mark: Mark, reached: float, missed: float) -> None:
     assert mark.met_by(reached)
@@ -26,7 +31,7 @@ def test_a_mark_has_its_bound_on_the_right_side(mark: Mark, reached: float, miss
 
 @pytest.mark.parametrize("bounds", [{}, {"at_least": 1, "below": 2}])
 def test_a_mark_without_one_bound_is_refused(bounds: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="one of at_least, at_most and below"):
+    with pytest.raises(ValueError, match="one of at_least, at_most, above, below"):
         Mark(**bounds)
 
 

@@ -1,0 +1,166 @@
+"""What a job costs Redis, counted and not timed: whoever adds a command, a round trip or bytes to it changes these.
+
+A figure that falls is changed here as well; one that rises has a reason that is worth it, or is a regression.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Collection, Iterator
+
+import pytest
+
+from cluster_tasks.model import Capacity, Node
+from tests.monitored import Command, Monitor, monitored
+from tests.process.batching import make_batches
+from tests.process.conftest import NewWorker
+from tests.process.jobs import Jobs
+from tests.process.nodes import running
+from tests.waiting import wait_until
+from workers.redis_server import RedisServer
+
+NODE = "n1@test"
+JOBS = 100
+PUBLISH = Counter(GET=1, HEXISTS=1, SISMEMBER=1, HGET=2, ZSCORE=1, ZCARD=1, ZRANGE=1, LPUSH=1, ZINCRBY=1, SET=1)
+FETCH = Counter(
+    HDEL=1, HGET=4, ZREM=2, SISMEMBER=1, TIME=2, ZRANGEBYSCORE=1, ZRANGE=1, ZSCORE=5, RPOP=1, GET=1, HSET=1, ZINCRBY=1,
+    SET=1,
+)  # fmt: skip
+LAST_OF_A_LIST = Counter(ZREM=1)
+COMMIT = Counter(GET=1, HEXISTS=1, SET=1, EXPIRE=1, DEL=2, HDEL=1)
+RESULT = Counter(SET=1, PUBLISH=1)
+"""Beside those of the commit."""
+PUBLISH_BYTES = 1400
+"""On the wire, without the name of the host."""
+FETCH_BYTES, COMMIT_BYTES, RESULT_BYTES = 800, 540, 173
+OTHERS_PER_S = 100
+"""Commands that a node and a producer send by the clock, and not for a job, are fewer."""
+
+
+@pytest.fixture
+def monitor(redis_server: RedisServer) -> Iterator[Monitor]:
+    with monitored(redis_server.url) as made:
+        yield made
+
+
+def of_jobs(commands: Collection[Command], *marks: str) -> list[Command]:
+    """Those that say one of the marks anywhere."""
+    return [command for command in commands if any(command.mentions(mark) for mark in marks)]
+
+
+def names(commands: Collection[Command]) -> Counter[str]:
+    return Counter(command.name for command in commands)
+
+
+@pytest.mark.parametrize("wanted", [True, False], ids=["result", "no result"])
+def test_to_publish_a_job_is_one_script(jobs: Jobs, monitor: Monitor, wanted: bool) -> None:
+    epoch = jobs.cluster.epochs.open(NODE, {"llm"})
+    assert isinstance(epoch, str)
+    capacity = Capacity(max_connections=2, max_threads=2)
+    jobs.cluster.registry.register(Node(id=NODE, epoch=epoch, capacity=capacity, serves=frozenset({"llm"})))
+    jobs.verbatim.apply_async((0,), ignore_result=not wanted)
+    monitor.commands()
+    sent = [jobs.verbatim.apply_async((1,), ignore_result=not wanted) for _ in range(JOBS)]
+    seen = of_jobs(monitor.commands(), *(result.id for result in sent))
+    # Nobody waits for the answer to SUBSCRIBE.
+    assert names(seen) == Counter({"broker.publish": JOBS}) + Counter(SUBSCRIBE=JOBS * wanted)
+    for command in seen:
+        if command.name == "broker.publish":
+            assert Counter(command.inside) == PUBLISH
+            message = json.loads(command.words[-1])
+            assert message["properties"]["delivery_info"]["routing_key"] == f"node.{NODE}"
+            assert command.size - len(message["headers"]["origin"]) <= PUBLISH_BYTES
+
+
+@pytest.mark.parametrize("wanted", [True, False], ids=["result", "no result"])
+@pytest.mark.parametrize("pool", ["solo", "threads", "prefork"])
+def test_to_run_a_job_is_one_script_that_fetches_and_one_that_commits(
+    jobs: Jobs, monitor: Monitor, new_worker: NewWorker, pool: str, wanted: bool
+) -> None:
+    sent = [jobs.verbatim.apply_async((1,), ignore_result=not wanted) for _ in range(JOBS)]
+    ids, seen = [result.id for result in sent], list[Command]()
+
+    def have_all_ended() -> bool:
+        seen.extend(monitor.commands())
+        return names(seen)["broker.commit"] == JOBS
+
+    with running(new_worker("n1", pool=pool, slots=1)):
+        wait_until(have_all_ended, 60, "all jobs have ended")
+    ends = [place for place, command in enumerate(seen) if command.name == "broker.commit"]
+    # From the end of the first to that of the last nothing but these jobs is done here.
+    window = seen[ends[0] + 1 : ends[-1] + 1]
+    fetch = next(command for command in window if command.name == "broker.fetch")
+    epoch = next(word for word in fetch.words if b":unacked:" in word).decode().rpartition("/")[2]
+    for_them = of_jobs(window, *ids, f"{epoch}.")
+    assert names(for_them) == Counter({"broker.fetch": JOBS - 1, "broker.commit": JOBS - 1})
+    others_at_most = JOBS / 2 + OTHERS_PER_S * (window[-1].at_s - window[0].at_s)
+    assert len(window) - len(for_them) <= others_at_most, names(window)
+    for command in for_them:
+        inside = Counter(command.inside)
+        if command.name == "broker.commit":
+            assert inside == COMMIT + (RESULT if wanted else Counter())
+            assert command.size <= COMMIT_BYTES + RESULT_BYTES * wanted
+        else:
+            assert inside <= FETCH + LAST_OF_A_LIST
+            assert command.size <= FETCH_BYTES
+
+
+def test_of_a_job_two_keys_are_left_that_expire_and_to_read_its_result_is_one_command(
+    jobs: Jobs, monitor: Monitor, new_worker: NewWorker
+) -> None:
+    with running(new_worker("n1", pool="solo", slots=1)):
+        assert jobs.verbatim.delay(0).get(timeout=60) == 0
+        monitor.commands()
+        result = jobs.verbatim.delay(1)
+        assert result.get(timeout=60) == 1
+        seen = list[Command]()
+
+        def is_acknowledged() -> bool:
+            seen.extend(of_jobs(monitor.commands(), result.id))
+            return bool(names(seen)["broker.fetch"])
+
+        wait_until(is_acknowledged, 10, "a fetch has carried the acknowledgement")
+    assert names(seen) == {
+        "SUBSCRIBE": 1, "broker.publish": 1, "broker.commit": 1, "broker.fetch": 1, "GET": 1, "UNSUBSCRIBE": 1,
+    }  # fmt: skip
+    client = jobs.cluster.client
+    left = sorted(key.decode() for key in client.scan_iter(f"*{result.id}*"))
+    assert left == [f"celery-task-meta-{result.id}", f"cluster:terminal:{result.id}"]
+    assert all(client.ttl(key) > 0 for key in left)
+
+
+def test_256_jobs_that_are_submitted_together_are_published_in_one_script_and_ended_in_two(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch, monitor: Monitor, new_worker: NewWorker
+) -> None:
+    monkeypatch.setenv("CLUSTER_BROKER_URL", redis_server.url)
+    batches = make_batches()
+    with running(new_worker("n1", pool="solo", slots=1, app="tests.process.batching")):
+        batches.cluster.submit(batches.double, [("x",)] * 2).get(timeout=60)
+        monitor.commands()
+        sent = batches.cluster.submit(batches.double, [("x",)] * 256)
+        ids = [result.id for result in sent]
+        last = f"celery-task-meta-{ids[-1]}"
+        wait_until(lambda: batches.cluster.client.exists(last), 60, "they have ended")
+        seen = [command for command in of_jobs(monitor.commands(), *ids) if command.name != "EXISTS"]
+    batches.app.close()
+    assert names(seen) == {"broker.publish": 1, "ZMSCORE": 1, "broker.commit_members": 2}
+    bytes_a_job = sum(command.size for command in seen) / len(ids)
+    assert bytes_a_job <= 650
+
+
+def test_jobs_that_a_batch_brings_along_share_a_fetch(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch, monitor: Monitor, new_worker: NewWorker
+) -> None:
+    monkeypatch.setenv("CLUSTER_BROKER_URL", redis_server.url)
+    batches = make_batches()
+    sent = [batches.triple.delay("x") for _ in range(64)]
+    monitor.commands()
+    with running(new_worker("n1", pool="solo", slots=1, app="tests.process.batching")):
+        assert {result.get(timeout=60) for result in sent} == {"xxx"}
+        seen = monitor.commands()
+    batches.app.close()
+    counted = names(of_jobs(seen, *(result.id for result in sent)))
+    assert counted["broker.commit"] == 64
+    # Eight in a batch; the acknowledgements of the last go with a fetch of their own.
+    assert counted["broker.fetch"] <= 8 + 1
