@@ -2,9 +2,9 @@
 
 One Redis and one node, both started here, with the provider ``local-hash``; each request is a job with a short text, an
 id and a result of its own. In each round the same process sends requests in three ways and reads all their results: by
-one ``delay()`` each, of which the node does up to 64 in one call when they wait; by one ``delay()`` each, all done one by
-one; and by ``cluster.submit`` and ``get()``. The time is that from the first call to the last result read, as lists of
-numbers; the node has been at work before.
+one ``delay()`` each, of which the node does up to 64 in one call when they wait; by one ``delay()`` each, all done one
+by one; and by ``cluster.submit`` and ``get()``. The time is that from the first call to the last result read, as lists
+of numbers; the node has been at work before.
 
 Producer, node and Redis share the machine, and what they use of its processors is told for each request: on a machine
 that does other work that says more than the time, and the ratio more than both. Medians of the rounds count. The ratio

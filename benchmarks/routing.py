@@ -1,47 +1,66 @@
-"""What choosing a node costs, by strategy: ``python -m benchmarks.routing [--nodes 100] [--registry URL] [--json]``.
+"""What choosing a node costs, and all of ``delay()`` beside stock Celery's: ``python -m benchmarks.routing [--full]``.
 
-Measured is the whole router as Celery calls it at each publish: view, eligibility, affinity, strategy, queue. The view
-is refreshed by its own thread as in production: from memory, so that neither network nor decoding is in the figures,
-or from the registry at a URL (consul://…, etcd://…, redis://…), where nodes of a cluster of its own are registered.
-Marks: p99 under 100 microseconds with 100 nodes in memory, and under a millisecond with any registry.
+Routing is the whole router as Celery calls it at each publish: view, eligibility, affinity, strategy, queue, by each
+strategy among 10, 100 and 1,000 nodes. The view is refreshed by its own thread as in production: from memory, so that
+neither network nor decoding is in the figures, from Redis, and from Consul, where nodes are registered. What a call
+allocates is the most that it held at a time, as tracemalloc tells it, in calls of their own: that slows them down.
+
+``delay()`` is timed with so many nodes at work in Redis, as far as Redis knows, in turns with that of a stock app, and
+by batches; the median of the batches counts. Both ask for results.
+
+Marks: p99 under 100 microseconds with up to 100 nodes and under a millisecond with 1,000; ``delay()`` costs at most
+what it costs stock Celery.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import secrets
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from statistics import median, quantiles
+from typing import Any
 
 from celery import Celery
 
+from benchmarks.noop import CLUSTER, REQUEST_TYPE, STOCK, make_app
+from benchmarks.report import Benchmark, Mark, Row
+from benchmarks.stage import private_consul, private_redis
 from cluster_tasks import Cluster, ClusterTask
 from cluster_tasks.balancing import strategy_names
+from cluster_tasks.broker.epochs import Predecessor
 from cluster_tasks.clock import SystemClock
+from cluster_tasks.cluster import cluster_of
+from cluster_tasks.errors import ConfigurationError
 from cluster_tasks.keys import Keys
 from cluster_tasks.model import Capacity, Load, Node
 from cluster_tasks.registry import create_registry
-from cluster_tasks.router import ClusterRouter, ClusterView
+from cluster_tasks.router import STRATEGY_HEADER, ClusterRouter, ClusterView
 from cluster_tasks.settings import ClusterSettings
 
-MARK_US, REGISTRY_MARK_US = 100.0, 1000.0
-CALLS = 20_000
-LASTS_S = 3.0
-"""At least: some refreshes of the view have to be among the calls."""
+MEMORY, REDIS, CONSUL = "memory", "redis", "consul"
+P99, DELAY = "p99, µs", "delay(), µs"
+ALLOCATED_CALLS = 200
+BATCH = 500
+SERVED = "llm"
 
 
-def nodes(count: int) -> list[Node]:
+def mark_us(nodes: int) -> float:
+    """Return what p99 has to be below."""
+    return 100.0 if nodes <= 100 else 1000.0
+
+
+def members(count: int, serves: str = SERVED) -> list[Node]:
     """Return nodes of unequal size and load."""
     rng = random.Random(1)
     return [
         Node(
             id=f"node{number}@host{number % 10}",
-            serves=frozenset({"llm", "embedding"}),
+            serves=frozenset({serves}),
             capacity=Capacity(max_connections=rng.choice((2, 4, 8)), max_memory_mb=64_000),
             load=Load(
                 current_connections=rng.randrange(8),
@@ -53,40 +72,61 @@ def nodes(count: int) -> list[Node]:
     ]
 
 
-def measure(strategy: str, read: Callable[[], Sequence[Node]], mark_us: float) -> dict[str, object]:
-    """Return p50 and p99 of routing one job, in microseconds, by a view of what ``read`` returns."""
-    app = Celery("routing", set_as_current=False)
-    Cluster(app)
+class Routing:
+    """One router and its view of what ``read`` returns."""
 
-    @app.task(base=ClusterTask, request_type="llm", affinity="session_id")
-    def chat(prompt: str, session_id: str) -> str:
-        return prompt + session_id
+    def __init__(self, read: Callable[[], Sequence[Node]]) -> None:
+        app = Celery("routing", set_as_current=False)
+        Cluster(app)
 
-    settings, clock = ClusterSettings(), SystemClock()
-    view = ClusterView(read, clock, settings.snapshot_s)
-    router = ClusterRouter(settings, view, clock, random.Random(2))
-    options = {"headers": {"strategy": strategy}}
-    arguments = [{"prompt": "Tell me more.", "session_id": f"session {number}"} for number in range(1000)]
-    for number in range(1000):
-        router(chat.name, (), arguments[number], options, task=chat)
-    taken_us: list[float] = []
-    until_s = time.monotonic() + LASTS_S
-    while len(taken_us) < CALLS or time.monotonic() < until_s:
-        number = len(taken_us)
-        begin = time.perf_counter_ns()
-        router(chat.name, (), arguments[number % 1000], options, task=chat)
-        taken_us.append((time.perf_counter_ns() - begin) / 1000)
-    p99 = quantiles(taken_us, n=100)[98]
-    return {"strategy": strategy, "nodes": len(read()), "p50_us": median(taken_us), "p99_us": p99, "met": p99 < mark_us}
+        @app.task(base=ClusterTask, request_type=SERVED, affinity="session_id")
+        def chat(prompt: str, session_id: str) -> str:
+            return prompt + session_id
+
+        settings, clock = ClusterSettings(), SystemClock()
+        view = ClusterView(read, clock, settings.snapshot_s)
+        self._router, self._task = ClusterRouter(settings, view, clock, random.Random(2)), chat
+        self._arguments = [{"prompt": "Tell me more.", "session_id": f"session {number}"} for number in range(1000)]
+
+    def route(self, strategy: str, number: int) -> None:
+        """Route one job."""
+        options = {"headers": {STRATEGY_HEADER: strategy}}
+        self._router(self._task.name, (), self._arguments[number % 1000], options, task=self._task)
+
+    def taken_us(self, strategy: str, calls: int, lasts_s: float) -> list[float]:
+        """Return what each call took, of so many at least, and for so long: refreshes of the view are among them."""
+        for number in range(1000):
+            self.route(strategy, number)
+        taken: list[float] = []
+        until_s = time.monotonic() + lasts_s
+        while len(taken) < calls or time.monotonic() < until_s:
+            begin = time.perf_counter_ns()
+            self.route(strategy, len(taken))
+            taken.append((time.perf_counter_ns() - begin) / 1000)
+        return taken
+
+    def allocated(self, strategy: str) -> float:
+        """Return how many bytes a call holds at its most, the median of some: the view is refreshed in others."""
+        tracemalloc.start()
+        try:
+            found = []
+            for number in range(ALLOCATED_CALLS):
+                held, _ = tracemalloc.get_traced_memory()
+                tracemalloc.reset_peak()
+                self.route(strategy, number)
+                found.append(tracemalloc.get_traced_memory()[1] - held)
+        finally:
+            tracemalloc.stop()
+        return median(found)
 
 
 @contextmanager
-def registered(url: str, members: list[Node]) -> Iterator[Callable[[], Sequence[Node]]]:
+def registered(url: str, nodes: Sequence[Node]) -> Iterator[Callable[[], Sequence[Node]]]:
     """Register nodes under a name of their own for as long as the block lasts; yield what lists them."""
     keys = Keys(f"routing-{secrets.token_hex(4)}")
     registry = create_registry(url, broker_url=url, keys=keys, clock=SystemClock())
     try:
-        for node in members:
+        for node in nodes:
             registry.register(node)
         yield registry.list
     finally:
@@ -94,24 +134,115 @@ def registered(url: str, members: list[Node]) -> Iterator[Callable[[], Sequence[
         registry.close()
 
 
+class Publishing:
+    """A stock app and one of a cluster of so many nodes, on one Redis."""
+
+    def __init__(self, url: str, nodes: Sequence[Node]) -> None:
+        self._apps = {variant: make_app(variant, url) for variant in (STOCK, CLUSTER)}
+        self._cluster = cluster_of(self._apps[CLUSTER])
+        self._cluster.client.flushall()
+        for node in nodes:
+            epoch = self._cluster.epochs.open(node.id, node.serves)
+            assert not isinstance(epoch, Predecessor)
+            self._cluster.registry.register(node.model_copy(update={"epoch": epoch}))
+
+    def taken_us(self, strategy: str, rounds: int) -> list[dict[str, float]]:
+        """Return microseconds for each ``delay()`` by variant, for each round."""
+        for variant in (STOCK, CLUSTER):
+            self._publish(variant, strategy)
+        found = []
+        for number in range(rounds):
+            variants = (STOCK, CLUSTER) if number % 2 == 0 else (CLUSTER, STOCK)
+            found.append({variant: self._publish(variant, strategy) for variant in variants})
+        return found
+
+    def close(self) -> None:
+        """Give up all connections."""
+        for app in self._apps.values():
+            app.close()
+
+    def _publish(self, variant: str, strategy: str) -> float:
+        app = self._apps[variant]
+        task: Any = app.tasks["noop"]
+        is_chosen = variant == CLUSTER and strategy != self._cluster.settings.strategy_for(REQUEST_TYPE)
+        headers = {STRATEGY_HEADER: strategy} if is_chosen else None
+        begin = time.perf_counter()
+        results = [task.apply_async(headers=headers) for _ in range(BATCH)]
+        taken_us = (time.perf_counter() - begin) / BATCH * 1e6
+        # What was subscribed to is given up with these, and nobody would read Redis' answers to that.
+        del results
+        app.backend.result_consumer.on_after_fork()
+        return taken_us
+
+
+def measure(options: argparse.Namespace) -> Iterator[Row]:
+    """Yield what routing costs by registry, number of nodes and strategy, and then what publishing costs."""
+    with ExitStack() as stack:
+        redis_url = stack.enter_context(private_redis()).url
+        urls: dict[str, str] = {}
+        for name in options.registries:
+            if name == CONSUL:
+                try:
+                    urls[name] = stack.enter_context(private_consul())
+                except ConfigurationError as exc:
+                    print(f"without Consul: {exc}", file=sys.stderr)
+            else:
+                urls[name] = redis_url if name == REDIS else ""
+        for name, url in urls.items():
+            for count in options.nodes:
+                yield from routing(name, url, count, options)
+        for count in options.nodes:
+            publishing = Publishing(redis_url, members(count, REQUEST_TYPE))
+            try:
+                for strategy in options.strategies:
+                    yield delaying(strategy, count, publishing.taken_us(strategy, options.rounds))
+            finally:
+                publishing.close()
+
+
+def routing(registry: str, url: str, count: int, options: argparse.Namespace) -> Iterator[Row]:
+    """Yield a row for each strategy."""
+    nodes = members(count)
+    with ExitStack() as stack:
+        read = stack.enter_context(registered(url, nodes)) if url else lambda: list(nodes)
+        router = Routing(read)
+        for strategy in options.strategies:
+            taken = router.taken_us(strategy, options.calls, options.lasts)
+            figures = {
+                "p50, µs": median(taken),
+                P99: quantiles(taken, n=100)[98],
+                "allocated, bytes": router.allocated(strategy),
+            }
+            mark = Mark(of=P99, below=mark_us(count))
+            yield Row(f"{strategy}, {count} nodes in {registry}", figures, mark=mark)
+
+
+def delaying(strategy: str, count: int, rounds: Sequence[dict[str, float]]) -> Row:
+    """Return what ``delay()`` costs."""
+    return Row(
+        f"{DELAY.partition(',')[0]}, {strategy}, {count} nodes",
+        {DELAY: median(row[CLUSTER] for row in rounds), "stock, µs": median(row[STOCK] for row in rounds)},
+        ratio=median(row[CLUSTER] / row[STOCK] for row in rounds),
+        mark=Mark(at_most=1.0),
+    )
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--nodes", type=int, default=100)
-    parser.add_argument("--registry", metavar="URL", help="read the nodes from there (default: from memory)")
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    members = nodes(options.nodes)
-    mark_us = REGISTRY_MARK_US if options.registry else MARK_US
-    with registered(options.registry, members) if options.registry else nullcontext(lambda: list(members)) as read:
-        rows = [measure(strategy, read, mark_us) for strategy in strategy_names()]
-    if options.json:
-        print(json.dumps(rows))
-        return 0
-    print(f"routing one job among {options.nodes} nodes; mark: p99 < {mark_us:g} µs")
-    for row in rows:
-        verdict = "met" if row["met"] else "missed"
-        print(f"{row['strategy']:>18}  p50 {row['p50_us']:6.1f} µs  p99 {row['p99_us']:6.1f} µs  {verdict}")
-    return 0
+    benchmark = Benchmark("routing", __doc__)
+    counts, registries, strategies = [10, 100, 1000], [MEMORY, REDIS, CONSUL], [*strategy_names()]
+    benchmark.option("--nodes", short=[100], full=counts, type=int, nargs="+", help="how many")
+    benchmark.option(
+        "--registries", short=[MEMORY, REDIS], full=registries, type=str, nargs="+", choices=registries,
+        help="where the nodes are read from",
+    )  # fmt: skip
+    benchmark.option(
+        "--strategies", short=strategies, full=strategies, type=str, nargs="+", choices=strategies, help="which ones"
+    )
+    benchmark.option("--calls", short=5_000, full=20_000, help="of the router, at least")
+    benchmark.option("--lasts", short=1.0, full=5.0, help="seconds of calls, at least")
+    benchmark.option("--rounds", short=3, full=9, help=f"batches of {BATCH} delay()")
+    benchmark.note("ratio: the time of delay() over that of the stock app's, median of the rounds.")
+    return benchmark.run(measure)
 
 
 if __name__ == "__main__":

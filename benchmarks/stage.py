@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,14 +13,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from urllib.request import urlopen
 
 import psutil
 
-from workers.redis_server import RedisServer
+from cluster_tasks.errors import ConfigurationError
+from workers.redis_server import HOST, RedisServer, free_port
 from workers.tether import tethered, tethering
 
 HOME = Path(__file__).parents[1]
-STOP_S = 15.0
+START_S, STOP_S = 60.0, 15.0
 LAST_WORDS = 2_000
 """Characters of a log that an error shows."""
 
@@ -35,6 +39,32 @@ def private_redis(extra: Sequence[str] = ()) -> Iterator[RedisServer]:
     """Run a Redis with a folder of its own, ``server.directory``, in which logs and data of a run may lie as well."""
     with TemporaryDirectory(prefix="benchmark-") as name, RedisServer(Path(name), extra=extra) as server:
         yield server
+
+
+@contextmanager
+def private_consul() -> Iterator[str]:
+    """Run a Consul that keeps all in memory; yield its ``consul://`` URL. Raises ConfigurationError without one."""
+    binary = shutil.which("consul")
+    if binary is None:
+        raise ConfigurationError("no consul found: install Consul 1.8 or later (Debian: apt install consul)")
+    ports = {"http": free_port(), "server": free_port(), "serf_lan": free_port()}
+    absent = dict.fromkeys(("dns", "serf_wan", "grpc", "https"), -1)
+    settings = {"bind_addr": HOST, "client_addr": HOST, "ports": {**ports, **absent}, "disable_update_check": True}
+    with TemporaryDirectory(prefix="benchmark-") as name:
+        file = Path(name) / "consul.json"
+        file.write_text(json.dumps(settings), encoding="utf-8")
+        with Worker([binary, "agent", "-dev", f"-config-file={file}"], Path(name) / "consul.log") as agent:
+            # "" while it has no leader.
+            wait_until(lambda: len(_answer(f"http://{HOST}:{ports['http']}/v1/status/leader")) > 2, START_S, [agent])
+            yield f"consul://{HOST}:{ports['http']}"
+
+
+def _answer(url: str) -> bytes:
+    try:
+        with urlopen(url, timeout=5) as reply:
+            return bytes(reply.read())
+    except OSError:
+        return b""
 
 
 class Worker:

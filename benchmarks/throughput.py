@@ -30,11 +30,13 @@ from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Protocol
 
 import redis
+from celery import Celery
 
-from benchmarks.noop import CLUSTER, STOCK, STOCK_LATE, VARIANT, make_app
+from benchmarks import noop
+from benchmarks.noop import CLUSTER, STOCK, STOCK_LATE, VARIANT
 from benchmarks.peers import job
 from benchmarks.peers.contestants import PEERS, PREFORK, THREADS, Peer
 from benchmarks.peers.environments import environment
@@ -56,6 +58,15 @@ LEAST_SHARE = 0.2
 """Of the jobs, that have to run while all workers are at work."""
 
 
+class Apps(Protocol):
+    """A module whose app ``celery -A`` takes, by the variables that it reads."""
+
+    __name__: str
+
+    def make_app(self, variant: str, url: str, results: bool) -> Celery:
+        """Return the same app for this process."""
+
+
 class Bench:
     """One Redis, and the workers that take turns on it."""
 
@@ -64,22 +75,27 @@ class Bench:
         self._client: redis.Redis = connect(url)
         self._turns = count()
 
-    def celery(self, variant: str, pool: str, workers: int, results: bool) -> float:
-        """Return jobs per second of a turn of stock Celery or of the cluster."""
+    def celery(
+        self, variant: str, pool: str, workers: int, results: bool, apps: Apps = noop, more: Mapping[str, str] = {},
+    ) -> float:  # fmt: skip
+        """Return jobs per second of a turn of stock Celery or of the cluster.
+
+        ``more`` are further variables of the workers.
+        """
         self._client.flushall()
-        app = make_app(variant, self._url, results)
+        app = apps.make_app(variant, self._url, results)
         sent = [app.tasks["noop"].delay() for _ in range(self._jobs)]
         if results:
             # What was subscribed to has been given up again, but nobody has read Redis' answers to that.
             app.backend.result_consumer.on_after_fork()
         names = [f"celery-task-meta-{each.id}" for each in sent]
         app.close()
-        environ = {VARIANT: variant, job.REDIS_URL: self._url, job.RESULTS: str(int(results))}
-        extra = QUIET if variant != CLUSTER else ()
+        environ = {**more, VARIANT: variant, job.REDIS_URL: self._url, job.RESULTS: str(int(results))}
+        extra = QUIET if variant in {STOCK, STOCK_LATE} else ()
         log, ends = self._files()
         processes = [
             celery_worker(
-                "benchmarks.noop", f"node{number}@benchmark", pool, SLOTS[pool], log,
+                apps.__name__, f"node{number}@benchmark", pool, SLOTS[pool], log,
                 {**environ, job.ENDS: str(ends), job.WORKER: str(number)}, extra,
             )
             for number in range(workers)

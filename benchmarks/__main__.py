@@ -1,0 +1,83 @@
+"""All benchmarks, one after the other: ``python -m benchmarks [--full] [--only NAME …] [--into FOLDER]``.
+
+Each runs as a command of its own, so that none finds what another left; its table closes it, its JSON goes to
+``FOLDER/NAME.json``, and a table of all that have a mark closes the run. The short run takes ten minutes at most on two
+cores that have nothing else to do; the environments of other task queues are made once, before.
+
+The exit code is 1 if a benchmark could not be run, and 0 otherwise: a mark that is missed is a result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.report import UNKNOWN, Result, show, shown
+from benchmarks.stage import HOME
+
+NAMES = ("routing", "throughput", "batching", "guarantees", "cache", "relevance", "retrieval", "shards")
+"""In this order: what is quick and tells most comes first."""
+
+
+def run(name: str, full: bool) -> Result | None:
+    """Run one; return what it found, or None if it failed, which it has told itself."""
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--json", *(["--full"] if full else [])]
+    done = subprocess.run(command, cwd=HOME, stdout=subprocess.PIPE, text=True)
+    if done.returncode != 0:
+        return None
+    return Result.of_json(done.stdout.splitlines()[-1])
+
+
+def marks(results: Sequence[Result]) -> Table:
+    """Return the table that closes the run: whatever has a mark."""
+    made = Table(title="Marks", title_justify="left")
+    made.add_column("benchmark")
+    made.add_column("")
+    made.add_column("ratio", justify="right")
+    for name in ("mark", "", "reason"):
+        made.add_column(name)
+    for result in results:
+        for row in result.rows:
+            if row.mark is not None:
+                verdict = "[green]met[/]" if row.met else "[red]missed[/]"
+                reason = "" if row.met else row.reason or UNKNOWN
+                made.add_row(result.benchmark, row.name, shown(row.ratio), str(row.mark), verdict, reason)
+    return made
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--full", action="store_true", help="the long run of each, whose figures are kept")
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help=", ".join(NAMES))
+    parser.add_argument("--into", type=Path, default=Path("build/benchmarks"), help="where the JSON goes")
+    options = parser.parse_args()
+    options.into.mkdir(parents=True, exist_ok=True)
+    out, begun_s = Console(width=None if sys.stdout.isatty() else 200, highlight=False), time.monotonic()
+    results, failed = [], []
+    for name in options.only:
+        out.print(f"benchmarks.{name} …", style="dim")
+        result = run(name, options.full)
+        if result is None:
+            failed.append(name)
+            continue
+        (options.into / f"{name}.json").write_text(result.as_json() + "\n", encoding="utf-8")
+        show(result, out)
+        results.append(result)
+    out.print(marks(results))
+    out.print(f"{shown(round(time.monotonic() - begun_s))} s; JSON in {options.into}")
+    for name in failed:
+        out.print(f"benchmarks.{name} could not be run", style="red")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
