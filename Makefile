@@ -6,12 +6,13 @@ PYTEST_ARGS ?=
 PYTEST_PROCESSES ?= 4
 CHAOS_PROCESSES ?= 3
 CHAOS_ARGS ?=
+BENCH_ARGS ?=
 CHAOS_SEED ?= $(shell python3 -c 'import random; print(random.randrange(10**9))')
 
 bin := $(VENV)/bin
 pip := $(bin)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: chaos demo test lint clean venv
+.PHONY: bench bench-full chaos demo test lint clean venv
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -26,6 +27,13 @@ chaos: $(VENV)/.installed-dev
 	for part in "-m timed" "-m 'not timed' --numprocesses $(CHAOS_PROCESSES) --dist loadfile --no-loadscope-reorder"; do \
 		eval "$(bin)/python -m pytest tests/chaos --chaos full --chaos-seed $$seed $$part $(CHAOS_ARGS)" || status=1; \
 	done; exit $$status
+
+# A short version of each benchmark, and the long one. Nothing else should run meanwhile.
+bench: $(VENV)/.installed-bench
+	@$(bin)/python -m benchmarks $(BENCH_ARGS)
+
+bench-full: $(VENV)/.installed-bench
+	@$(bin)/python -m benchmarks --full $(BENCH_ARGS)
 
 lint: $(VENV)/.installed-dev
 	@$(bin)/ruff check
@@ -47,6 +55,11 @@ $(VENV)/.installed: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
 $(VENV)/.installed-dev: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
 	@echo "Installing into $(VENV), once, with what the tests need"
 	@$(pip) --editable '.[all,dev]'
+	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-bench: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
+	@echo "Installing into $(VENV), once, with what the benchmarks compare with"
+	@$(pip) --editable '.[all,benchmarks]'
 	@touch $@ $(VENV)/.installed
 
 $(VENV)/pyvenv.cfg:

@@ -1,7 +1,8 @@
 """All benchmarks, one after the other: ``python -m benchmarks [--full] [--only NAME …] [--into FOLDER]``.
 
 Each runs as a command of its own, so that none finds what another left; its table closes it, its JSON goes to
-``FOLDER/NAME.json``, and a table of all that have a mark closes the run. The short run takes ten minutes at most on two
+``FOLDER/NAME.json``, all tables as Markdown to ``FOLDER/benchmarks.md``, and a table of whatever has a mark closes the
+run. The short run takes ten minutes at most on two
 cores that have nothing else to do; the environments of other task queues are made once, before.
 
 The exit code is 1 if a benchmark could not be run, and 0 otherwise: a mark that is missed is a result.
@@ -10,6 +11,7 @@ The exit code is 1 if a benchmark could not be run, and 0 otherwise: a mark that
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import sys
 import time
@@ -18,12 +20,25 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from benchmarks.report import UNKNOWN, Result, show, shown
+from benchmarks.report import STYLES, UNKNOWN, VERDICTS, Result, markdown, show, shown
 from benchmarks.stage import HOME
 
-NAMES = ("routing", "throughput", "batching", "guarantees", "cache", "relevance", "retrieval", "shards")
-"""In this order: what is quick and tells most comes first."""
+ORDER = (
+    "routing", "throughput", "batching", "guarantees", "llm", "balance", "failover", "scale", "availability", "cache",
+    "relevance", "retrieval", "shards",
+)  # fmt: skip
+"""Others come after these, by their names."""
+MADE = re.compile(r"\bBenchmark\(\"(\w+)\"")
+"""By this a module is known as a benchmark."""
+
+
+def names() -> list[str]:
+    """Return the names of all benchmarks of this folder."""
+    texts = (path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("*.py"))
+    found = {name for text in texts for name in MADE.findall(text)}
+    return sorted(found, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
 
 
 def run(name: str, full: bool) -> Result | None:
@@ -46,9 +61,9 @@ def marks(results: Sequence[Result]) -> Table:
     for result in results:
         for row in result.rows:
             if row.mark is not None:
-                verdict = "[green]met[/]" if row.met else "[red]missed[/]"
-                reason = "" if row.met else row.reason or UNKNOWN
-                made.add_row(result.benchmark, row.name, shown(row.ratio), str(row.mark), verdict, reason)
+                verdict = VERDICTS[row.met]
+                told = Text(verdict, style=STYLES[verdict]), "" if row.met else Text(row.reason or UNKNOWN)
+                made.add_row(result.benchmark, Text(row.name), shown(row.ratio), Text(str(row.mark)), *told)
     return made
 
 
@@ -57,7 +72,8 @@ def main() -> int:
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--full", action="store_true", help="the long run of each, whose figures are kept")
-    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help=", ".join(NAMES))
+    parser.epilog = f"NAME is one of {', '.join(names())}."
+    parser.add_argument("--only", nargs="+", choices=names(), default=names(), metavar="NAME")
     parser.add_argument("--into", type=Path, default=Path("build/benchmarks"), help="where the JSON goes")
     options = parser.parse_args()
     options.into.mkdir(parents=True, exist_ok=True)
@@ -72,8 +88,9 @@ def main() -> int:
         (options.into / f"{name}.json").write_text(result.as_json() + "\n", encoding="utf-8")
         show(result, out)
         results.append(result)
+    (options.into / "benchmarks.md").write_text("\n\n".join(map(markdown, results)) + "\n", encoding="utf-8")
     out.print(marks(results))
-    out.print(f"{shown(round(time.monotonic() - begun_s))} s; JSON in {options.into}")
+    out.print(f"{time.monotonic() - begun_s:.0f} s; JSON and Markdown in {options.into}")
     for name in failed:
         out.print(f"benchmarks.{name} could not be run", style="red")
     return 1 if failed else 0

@@ -37,6 +37,7 @@ from typing import Any, Self
 import psutil
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from benchmarks.stage import alone
 from workers.redis_server import find_redis_server
@@ -52,6 +53,8 @@ SIGNS: Mapping[str, tuple[str, Callable[[float, float], bool]]] = {
     "below": ("<", operator.lt),
 }
 """The bounds of a mark: how they are written, and what they ask."""
+VERDICTS = {None: "", True: "met", False: "missed"}
+STYLES = {"met": "green", "missed": "red"}
 UNKNOWN = "not known yet: profile it"
 Value = float | int | str
 
@@ -253,23 +256,45 @@ def shown(value: Value | None) -> str:
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3g}"
 
 
-def table(result: Result) -> Table:
-    """Return the table that closes a benchmark."""
-    made = Table(title=result.title, title_justify="left", caption_justify="left")
+def cells(result: Result) -> tuple[list[str], list[list[str]]]:
+    """Return the heads and the rows of its table; of what no row has there is no column."""
     columns = list(dict.fromkeys(name for row in result.rows for name in row.figures))
     ratios = any(row.ratio is not None for row in result.rows)
     marks = any(row.mark is not None for row in result.rows)
-    made.add_column("")
-    for name in [*columns, *([RATIO] if ratios else [])]:
-        made.add_column(name, justify="right")
-    for name in ("mark", "") if marks else ():
-        made.add_column(name)
+    heads = ["", *columns, *([RATIO] if ratios else []), *(["mark", ""] if marks else [])]
+    rows = []
     for row in result.rows:
-        cells = [row.name, *(shown(row.figures.get(name)) for name in columns)]
-        cells += [shown(row.ratio)] if ratios else []
-        verdict = {None: "", True: "[green]met[/]", False: "[red]missed[/]"}[row.met]
-        made.add_row(*cells, *([str(row.mark or ""), verdict] if marks else []))
+        made = [row.name, *(shown(row.figures.get(name)) for name in columns)]
+        made += [shown(row.ratio)] if ratios else []
+        made += [str(row.mark or ""), VERDICTS[row.met]] if marks else []
+        rows.append(made)
+    return heads, rows
+
+
+def table(result: Result) -> Table:
+    """Return the table that closes a benchmark."""
+    heads, rows = cells(result)
+    made = Table(title=result.title, title_justify="left")
+    for place, head in enumerate(heads):
+        made.add_column(head, justify="left" if place == 0 or place >= len(heads) - 2 else "right")
+    for row in rows:
+        made.add_row(*(Text(cell, style=STYLES.get(cell, "")) for cell in row))
     return made
+
+
+def markdown(result: Result) -> str:
+    """Return it as ``docs/benchmarks.md`` shows it: the table, why marks are missed, and where it was measured."""
+    heads, rows = cells(result)
+    lines = ["| " + " | ".join(row) + " |" for row in (heads, ["---"] * len(heads), *rows)]
+    return "\n".join([f"### {result.benchmark}", "", f"{result.title}.", "", *lines, "", *told(result)])
+
+
+def told(result: Result) -> list[str]:
+    """Return the lines under its table."""
+    missed = [f"missed: {row.name}: {row.reason or UNKNOWN}" for row in result.rows if row.met is False]
+    where = ", ".join(f"{name} {value}" for name, value in (*result.machine.items(), *result.versions.items()))
+    busy = ["The machine did other work: the ratios mean something, the times do not."] if result.busy else []
+    return [*missed, *result.notes, f"{result.date}, {result.profile}, {shown(result.took_s)} s; {where}", *busy]
 
 
 def show(result: Result, console: Console | None = None) -> None:
@@ -277,12 +302,5 @@ def show(result: Result, console: Console | None = None) -> None:
     # A pipe has no width: what is written to a file is not to be cut.
     out = console or Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     out.print(table(result))
-    for row in result.rows:
-        if row.met is False:
-            out.print(f"missed: {row.name}: {row.reason or UNKNOWN}", markup=False)
-    for note in result.notes:
-        out.print(note, markup=False)
-    told = ", ".join(f"{name} {value}" for name, value in (*result.machine.items(), *result.versions.items()))
-    out.print(f"{result.date}, {result.profile}, {shown(result.took_s)} s; {told}", markup=False, style="dim")
-    if result.busy:
-        out.print("The machine did other work: the ratios mean something, the times do not.", style="yellow")
+    for line in told(result):
+        out.print(line, markup=False)

@@ -22,6 +22,8 @@ from workers.redis_server import RedisServer
 
 NODE = "n1@test"
 JOBS = 100
+END_S = 120.0
+"""Of a machine that does other work."""
 PUBLISH = Counter(GET=1, HEXISTS=1, SISMEMBER=1, HGET=2, ZSCORE=1, ZCARD=1, ZRANGE=1, LPUSH=1, ZINCRBY=1, SET=1)
 FETCH = Counter(
     HDEL=1, HGET=4, ZREM=2, SISMEMBER=1, TIME=2, ZRANGEBYSCORE=1, ZRANGE=1, ZSCORE=5, RPOP=1, GET=1, HSET=1, ZINCRBY=1,
@@ -86,7 +88,7 @@ def test_to_run_a_job_is_one_script_that_fetches_and_one_that_commits(
         return names(seen)["broker.commit"] == JOBS
 
     with running(new_worker("n1", pool=pool, slots=1)):
-        wait_until(have_all_ended, 60, "all jobs have ended")
+        wait_until(have_all_ended, END_S, "all jobs have ended")
     ends = [place for place, command in enumerate(seen) if command.name == "broker.commit"]
     # From the end of the first to that of the last nothing but these jobs is done here.
     window = seen[ends[0] + 1 : ends[-1] + 1]
@@ -110,17 +112,17 @@ def test_of_a_job_two_keys_are_left_that_expire_and_to_read_its_result_is_one_co
     jobs: Jobs, monitor: Monitor, new_worker: NewWorker
 ) -> None:
     with running(new_worker("n1", pool="solo", slots=1)):
-        assert jobs.verbatim.delay(0).get(timeout=60) == 0
+        assert jobs.verbatim.delay(0).get(timeout=END_S) == 0
         monitor.commands()
         result = jobs.verbatim.delay(1)
-        assert result.get(timeout=60) == 1
+        assert result.get(timeout=END_S) == 1
         seen = list[Command]()
 
         def is_acknowledged() -> bool:
             seen.extend(of_jobs(monitor.commands(), result.id))
             return bool(names(seen)["broker.fetch"])
 
-        wait_until(is_acknowledged, 10, "a fetch has carried the acknowledgement")
+        wait_until(is_acknowledged, END_S, "a fetch has carried the acknowledgement")
     assert names(seen) == {
         "SUBSCRIBE": 1, "broker.publish": 1, "broker.commit": 1, "broker.fetch": 1, "GET": 1, "UNSUBSCRIBE": 1,
     }  # fmt: skip
@@ -136,12 +138,12 @@ def test_256_jobs_that_are_submitted_together_are_published_in_one_script_and_en
     monkeypatch.setenv("CLUSTER_BROKER_URL", redis_server.url)
     batches = make_batches()
     with running(new_worker("n1", pool="solo", slots=1, app="tests.process.batching")):
-        batches.cluster.submit(batches.double, [("x",)] * 2).get(timeout=60)
+        batches.cluster.submit(batches.double, [("x",)] * 2).get(timeout=END_S)
         monitor.commands()
         sent = batches.cluster.submit(batches.double, [("x",)] * 256)
         ids = [result.id for result in sent]
         last = f"celery-task-meta-{ids[-1]}"
-        wait_until(lambda: batches.cluster.client.exists(last), 60, "they have ended")
+        wait_until(lambda: batches.cluster.client.exists(last), END_S, "they have ended")
         seen = [command for command in of_jobs(monitor.commands(), *ids) if command.name != "EXISTS"]
     batches.app.close()
     assert names(seen) == {"broker.publish": 1, "ZMSCORE": 1, "broker.commit_members": 2}
@@ -157,7 +159,7 @@ def test_jobs_that_a_batch_brings_along_share_a_fetch(
     sent = [batches.triple.delay("x") for _ in range(64)]
     monitor.commands()
     with running(new_worker("n1", pool="solo", slots=1, app="tests.process.batching")):
-        assert {result.get(timeout=60) for result in sent} == {"xxx"}
+        assert {result.get(timeout=END_S) for result in sent} == {"xxx"}
         seen = monitor.commands()
     batches.app.close()
     counted = names(of_jobs(seen, *(result.id for result in sent)))

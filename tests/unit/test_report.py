@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import pytest
 from rich.console import Console
 
-from benchmarks.report import Benchmark, Mark, Result, Row, show, shown
+from benchmarks.__main__ import names
+from benchmarks.report import Benchmark, Mark, Result, Row, markdown, show, shown
 
 
 @pytest.mark.parametrize(
@@ -92,6 +93,21 @@ def test_the_table_says_what_was_missed_and_why(capsys: pytest.CaptureFixture[st
     assert "missed: slow: it sleeps" in said
     assert "missed: fast" not in said
     assert "A note." in said
+
+
+def test_markdown_has_the_same_table(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = markdown(measured(capsys)).splitlines()
+    assert "|  | jobs/s | note | ratio | mark |  |" in lines
+    assert "| slow | 10.2 |  | 2 | ≥ 3 | missed |" in lines
+    assert "| other |  | no mark |  |  |  |" in lines
+    assert "missed: slow: it sleeps" in lines
+
+
+def test_what_a_folder_holds_of_benchmarks_is_run_in_a_known_order() -> None:
+    found = names()
+    assert found[:2] == ["routing", "throughput"]
+    assert {"batching", "cache", "guarantees", "relevance", "retrieval", "shards"} < {*found}
+    assert "sample" not in found
 
 
 @pytest.mark.parametrize(
