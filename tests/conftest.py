@@ -11,11 +11,11 @@ import hypothesis
 import psutil
 import pytest
 
+from benchmarks.forks import close_fork_server
 from cluster_tasks.errors import ConfigurationError
 from cluster_tasks.redis_store import connect
 from tests.chaos import levels
 from tests.etcd_server import EtcdServer
-from tests.process.forks import close_fork_server
 from tests.servers import missing, redis_for_results
 from workers.redis_server import RedisServer, find_redis_server
 

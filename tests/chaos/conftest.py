@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from benchmarks.forks import Forks
 from tests.chaos.harness import Chaos, chaos_on
 from tests.chaos.levels import LEVELS, RECOVERY, at_level, is_left_out
 from tests.chaos.nodes import Kill
-from tests.process.forks import Forks
 from workers.redis_server import RedisServer
 
 SCENARIO_S = 400

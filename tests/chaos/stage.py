@@ -11,13 +11,13 @@ from typing import Any, cast
 
 from celery import states
 
+from benchmarks.forks import END_S, Fork, Forks
 from cluster_tasks import Cluster
 from cluster_tasks.broker.placement import Crash
 from cluster_tasks.model import Node
 from cluster_tasks.redis_store import text
 from tests.broker import Broker
 from tests.chaos.harness import QUICK
-from tests.process.forks import END_S, Fork, Forks
 from tests.process.jobs import make_jobs
 from tests.waiting import wait_until
 

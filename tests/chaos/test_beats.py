@@ -7,8 +7,8 @@ import time
 
 import pytest
 
+from benchmarks.forks import END_S, Forks
 from tests.chaos.stage import Stage
-from tests.process.forks import END_S, Forks
 from tests.waiting import wait_until
 
 APP = "tests.chaos.beating"

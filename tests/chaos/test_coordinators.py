@@ -8,9 +8,9 @@ from functools import partial
 
 import pytest
 
+from benchmarks.forks import END_S, Fork, Forks
 from tests.chaos.conftest import ByLevel
 from tests.chaos.stage import VICTIM, Stage
-from tests.process.forks import END_S, Fork, Forks
 from tests.waiting import wait_until
 
 AT_ONCE = 6

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.process.forks import Fork
+from benchmarks.forks import Fork
 from tests.waiting import wait_until
 
 START_S = 120.0

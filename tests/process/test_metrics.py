@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.forks import Forks
 from cluster_tasks.breaker import BreakerPolicy
 from cluster_tasks.broker.epochs import Limit
 from cluster_tasks.errors import ProviderUnavailable, QuarantinedError
@@ -15,7 +16,6 @@ from cluster_tasks.gateway.shared import Limits
 from tests.exposition import Samples, asked_for, names, scrape, value
 from tests.process.accounts import END_S, finish
 from tests.process.conftest import NewWorker
-from tests.process.forks import Forks
 from tests.process.jobs import Jobs, make_jobs
 from tests.process.nodes import WorkerProcess, running
 from tests.waiting import wait_until

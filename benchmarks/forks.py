@@ -8,13 +8,13 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from tests.waiting import wait_until
 from workers.tether import end_with
 
 END_S = 120.0
@@ -77,12 +77,12 @@ class Fork:
 
     def wait(self, timeout: float = END_S) -> int:
         """Wait until it has ended; return the exit code."""
-        try:
-            wait_until(lambda: self.poll() is not None, timeout)
-        except AssertionError:
-            raise subprocess.TimeoutExpired(str(self._log), timeout) from None
-        assert self.returncode is not None
-        return self.returncode
+        until_s = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > until_s:
+                raise subprocess.TimeoutExpired(str(self._log), timeout)
+            time.sleep(0.01)
+        return code
 
     def send_signal(self, number: signal.Signals) -> None:
         """Send a signal, if it runs."""
