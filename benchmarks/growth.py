@@ -1,0 +1,192 @@
+"""What clusters that do not fit on one machine would ask of Redis, found from what real ones ask.
+
+Recorded is what real nodes and a coordinator say to Redis while they have nothing to do, at several sizes. A straight
+line through how often each kind comes says how often it would at any size. For a size that is not there, as many
+nodes are registered as a node registers itself, each says each of these commands once, in its own name, and then it is
+measured what one of each kind costs Redis among so many. The sum over all kinds is the cost of the cluster.
+
+Left out are the connections, of which the simulation has few, and nodes that join or leave. Taken for granted is that
+a kind comes as often as the line says. Both are checked at the size that was recorded last: simulated, it must cost
+what was measured.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from itertools import cycle, islice
+from typing import Any
+
+import redis
+
+from benchmarks.commands import Identity, Kinds, rates, said_by
+from benchmarks.figures import line
+from cluster_tasks import Cluster
+from cluster_tasks.broker.placement import fetching_script, placing_script
+from cluster_tasks.model import Node
+from cluster_tasks.redis_store import script_source
+
+Command = Sequence[bytes]
+PACKAGES = ("cluster_tasks.broker", "cluster_tasks.registry", "cluster_tasks.metrics", "cluster_tasks.shards")
+UNSAID = frozenset(
+    {b"MULTI", b"EXEC", b"SUBSCRIBE", b"UNSUBSCRIBE", b"PSUBSCRIBE", b"CLIENT", b"HELLO", b"SELECT", b"INFO", b"SCRIPT"}
+)
+"""What opens, ends or brackets, and costs next to nothing."""
+BLOCKING = frozenset({b"BRPOP", b"BLPOP"})
+BLOCK_S = b"0.001"
+AT_ONCE = 500
+LEAST_CALLS, MOST_CALLS = 20, 400
+ENOUGH_CPU_S = 0.1
+SELDOM = 0.001
+"""Of the calls: what comes less often is left out."""
+
+
+def script_sources() -> list[tuple[str, str]]:
+    """The names and the sources of the scripts of a cluster."""
+    found = [("fetch", fetching_script())]
+    for package in PACKAGES:
+        for file in sorted((files(package) / "scripts").iterdir(), key=lambda file: file.name):
+            name = file.name.removesuffix(".lua")
+            found.append((name, file.read_text(encoding="utf-8")))
+            if package == PACKAGES[0]:
+                # Of these many are whole with what they share only.
+                found.append((name, placing_script(name)))
+                found.append((name, "\n".join((script_source(package, "letting_go"), found[-2][1]))))
+    return found
+
+
+def script_names() -> dict[str, str]:
+    """The names by SHA1."""
+    return {hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest(): name for name, source in script_sources()}
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """What a cluster of some size said to Redis when it had nothing to do."""
+
+    nodes: Sequence[Identity]
+    commands: Sequence[Command]
+    lasted_s: float
+
+    @property
+    def size(self) -> int:
+        """How many nodes there were, coordinators not counted."""
+        return len(self.nodes)
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What commands of one kind ask of Redis."""
+
+    per_s: float
+    cpu_us: float
+    """Microseconds of processor for one."""
+
+    @property
+    def share(self) -> float:
+        """Of one processor."""
+        return self.per_s * self.cpu_us / 1e6
+
+
+class Growth:
+    """How often each kind comes at any size, and examples of it."""
+
+    def __init__(self, recordings: Sequence[Recording], others: Iterable[Identity] = ()) -> None:
+        """``others`` are those beside the nodes that speak, coordinators. Raises ValueError for less than two sizes."""
+        everybody = {identity for recording in recordings for identity in recording.nodes} | set(others)
+        kinds = Kinds(everybody, script_names())
+        told = [
+            rates((words for words in each.commands if words[0].upper() not in UNSAID), kinds.kind, each.lasted_s)
+            for each in recordings
+        ]
+        sizes = [recording.size for recording in recordings]
+        names = sorted({name for each in told for name in each})
+        self._lines = {name: line(sizes, [each.get(name, 0.0) for each in told]) for name in names}
+        self.examples: dict[str, list[tuple[Command, Identity | None]]] = {name: [] for name in names}
+        for words in recordings[-1].commands:
+            name = kinds.kind(words)
+            if name in self.examples:
+                self.examples[name].append((words, kinds.giver(words)))
+
+    def per_s(self, name: str, size: int) -> float:
+        """How often a kind comes in a cluster of this size."""
+        base, slope = self._lines[name]
+        return base + slope * size
+
+    def common(self, size: int) -> list[str]:
+        """The kinds that come often enough to count, and of which there are examples."""
+        total = sum(self.per_s(name, size) for name in self._lines)
+        return [name for name in self._lines if self.examples[name] and self.per_s(name, size) > SELDOM * total]
+
+
+class Simulation:
+    """A Redis with as many nodes as one likes, none of which runs."""
+
+    def __init__(self, client: redis.Redis, cluster: Cluster, sample: Node) -> None:
+        """``sample`` is a node as one registers itself, ``cluster`` one on the Redis of ``client``."""
+        self._client, self._cluster, self._sample = client, cluster, sample
+        self._sources = [source for _, source in script_sources()]
+
+    def costs(self, growth: Growth, size: int) -> Mapping[str, Cost]:
+        """Return what each kind costs among so many nodes. Empties the Redis."""
+        self._client.flushall()
+        for source in self._sources:
+            self._client.script_load(source)
+        nodes = [self._join(f"sim{number}@host{number % 100}") for number in range(size)]
+        self._say_once(growth, nodes, size)
+        return {
+            name: Cost(growth.per_s(name, size), self._cpu_us(growth.examples[name], nodes))
+            for name in growth.common(size)
+        }
+
+    def _join(self, name: str) -> Identity:
+        epoch = self._cluster.epochs.open(name, self._sample.serves, self._cluster.app.tasks)
+        assert isinstance(epoch, str)
+        self._cluster.registry.register(self._sample.model_copy(update={"id": name, "epoch": epoch}))
+        return Identity(name, epoch)
+
+    def _say_once(self, growth: Growth, nodes: Sequence[Identity], size: int) -> None:
+        """Bring Redis into the state in which all have said everything."""
+        for name in growth.common(size):
+            words, giver = growth.examples[name][0]
+            if giver is None or words[0].upper() in BLOCKING:
+                continue
+            for begin in range(0, size, AT_ONCE):
+                self._say([said_by(words, giver, node) for node in nodes[begin : begin + AT_ONCE]])
+
+    def _cpu_us(self, examples: Sequence[tuple[Command, Identity | None]], nodes: Sequence[Identity]) -> float:
+        # Spread over all nodes, for who came first may be found first.
+        chosen = cycle(nodes[:: max(1, len(nodes) // MOST_CALLS)])
+        begun_s, calls = self._cpu_s(), 0
+        for (words, giver), node in islice(zip(cycle(examples), chosen, strict=False), MOST_CALLS):
+            said = list(words) if giver is None else said_by(words, giver, node)
+            if said[0].upper() in BLOCKING:
+                said[-1] = BLOCK_S
+            self._say([said])
+            calls += 1
+            if calls % LEAST_CALLS == 0 and self._cpu_s() - begun_s > ENOUGH_CPU_S:
+                break
+        return (self._cpu_s() - begun_s) / calls * 1e6
+
+    def _cpu_s(self) -> float:
+        used: Any = self._client.info("cpu")
+        return float(used["used_cpu_user"] + used["used_cpu_sys"])
+
+    def _say(self, commands: Sequence[Command]) -> None:
+        # Unparsed: a callback that makes sense of an answer is no cost of Redis.
+        connection = self._client.connection_pool.get_connection()
+        try:
+            connection.send_packed_command(connection.pack_commands(commands))
+            for _ in commands:
+                connection.read_response(disable_decoding=True)
+        finally:
+            self._client.connection_pool.release(connection)
+
+
+def total(costs: Mapping[str, Cost]) -> Cost:
+    """What all kinds cost together."""
+    per_s = sum(cost.per_s for cost in costs.values())
+    share = sum(cost.share for cost in costs.values())
+    return Cost(per_s, share / per_s * 1e6 if per_s else 0.0)
