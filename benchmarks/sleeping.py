@@ -61,7 +61,8 @@ def make_app(variant: str, url: str, warm_keys: int = 0, visibility_s: float | N
     return app
 
 
-def _tell_ready(url: str) -> None:
+def tell_ready(url: str) -> None:
+    """Tell that the worker of this process consumes."""
     with connect(url) as client:
         client.sadd(READY, os.getpid())
 
@@ -74,4 +75,4 @@ if REDIS_URL in os.environ:
         int(os.environ.get(WARM_KEYS, "0")),
         float(visibility) if visibility else None,
     )
-    signals.worker_ready.connect(lambda **_: _tell_ready(os.environ[REDIS_URL]), weak=False)
+    signals.worker_ready.connect(lambda **_: tell_ready(os.environ[REDIS_URL]), weak=False)
