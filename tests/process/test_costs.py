@@ -36,7 +36,7 @@ RESULT = Counter(SET=1, PUBLISH=1)
 PUBLISH_BYTES = 1400
 """On the wire, without the name of the host."""
 FETCH_BYTES, COMMIT_BYTES, RESULT_BYTES = 800, 540, 173
-OTHERS_PER_S = 100
+OTHERS_PER_S = 250
 """Commands that a node and a producer send by the clock, and not for a job, are fewer."""
 
 
