@@ -95,11 +95,16 @@ def test_to_run_a_job_is_one_script_that_fetches_and_one_that_commits(
     fetch = next(command for command in window if command.name == "broker.fetch")
     epoch = next(word for word in fetch.words if b":unacked:" in word).decode().rpartition("/")[2]
     for_them = of_jobs(window, *ids, f"{epoch}.")
-    assert names(for_them) == Counter({"broker.fetch": JOBS - 1, "broker.commit": JOBS - 1})
+    counted = names(for_them)
+    assert (counted.pop("broker.fetch"), counted.pop("broker.commit")) == (JOBS - 1, JOBS - 1)
+    # A node that is held up looks whether it still has its jobs.
+    assert counted.total() <= JOBS / 20, counted
     others_at_most = JOBS / 2 + OTHERS_PER_S * (window[-1].at_s - window[0].at_s)
     assert len(window) - len(for_them) <= others_at_most, names(window)
     for command in for_them:
         inside = Counter(command.inside)
+        if command.name in counted:
+            continue
         if command.name == "broker.commit":
             assert inside == COMMIT + (RESULT if wanted else Counter())
             assert command.size <= COMMIT_BYTES + RESULT_BYTES * wanted
