@@ -1,7 +1,7 @@
 """Plots of what benchmarks have found: ``python -m benchmarks.plots build/benchmarks [--into docs/images]``.
 
-Reads ``NAME.json`` of the folder, as ``python -m benchmarks`` and ``python -m benchmarks.NAME --json`` write them, and makes
-``benchmark-NAME.png`` of each that it can draw. Install ``cluster-tasks[benchmarks]`` for matplotlib.
+Reads ``NAME.json`` of the folder, as ``python -m benchmarks`` writes and ``python -m benchmarks.NAME --json`` prints
+them, and makes ``benchmark-NAME.png`` of each that it can draw. Install ``cluster-tasks[benchmarks]`` for matplotlib.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ DPI = 110
 
 
 def numbers(rows: Sequence[Row], name: str, figure: str) -> dict[int, float]:
-    """Return a figure by the number that stands first in the names of the rows, of those whose names end with ``name``."""
+    """Return a figure by the number that begins a row's name, of the rows whose names end with ``name``."""
     found = {}
     for row in rows:
         first = re.match(r"[\d,]+", row.name)
@@ -85,9 +85,9 @@ def draw(result: Result, path: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
-    from matplotlib import pyplot
+    import matplotlib.pyplot as plt
 
-    picture, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    picture, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     try:
         PLOTS[result.benchmark](result, axes)
         axes.set_title(result.title, loc="left", fontsize=10)
@@ -96,7 +96,7 @@ def draw(result: Result, path: Path) -> None:
             axes.legend(fontsize=8)
         picture.savefig(path, dpi=DPI)
     finally:
-        pyplot.close(picture)
+        plt.close(picture)
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""The benchmarks that have many workers, each at its least size: what they measure is there. How much, no test judges."""
+"""The benchmarks of many workers, each at its least size: what they measure is there. How much, no test judges."""
 
 from __future__ import annotations
 
