@@ -20,10 +20,12 @@ class SystemClock:
     """The clocks of this machine."""
 
     def monotonic(self) -> float:
+        """Seconds on a clock that no setting of the time moves, and that goes on while the machine sleeps."""
         # CLOCK_BOOTTIME goes on while the machine sleeps: a lease must run out then, too.
         return time.clock_gettime(time.CLOCK_BOOTTIME)
 
     def time(self) -> float:
+        """Seconds since 1970, as this machine has them."""
         return time.time()
 
 
@@ -34,9 +36,11 @@ class ManualClock:
         self._now_s = start_s
 
     def monotonic(self) -> float:
+        """The seconds that it was started with and told to let pass."""
         return self._now_s
 
     def time(self) -> float:
+        """The same: both of its clocks are one."""
         return self._now_s
 
     def advance(self, seconds: float) -> None:

@@ -276,6 +276,7 @@ class ClusterSettings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Variables win over keys; no file is read."""
         return env_settings, init_settings
 
     @field_validator("name", mode="after")

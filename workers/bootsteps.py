@@ -79,6 +79,7 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
         signals.worker_shutting_down.connect(self._shutting_down, sender=worker.hostname)
 
     def start(self, worker: Any) -> None:
+        """Join the cluster: register, beat, and look after what the node holds."""
         cluster = self._cluster
         node = describe(cluster, worker)
         register = Deliveries(
@@ -127,6 +128,7 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
         self._agent = agent
 
     def register_with_event_loop(self, worker: Any, hub: Any) -> None:
+        """Let the loop show that it turns, and look for dead children each second."""
         self._pulse.beat()
         hub.call_repeatedly(LOOK_EVERY_S, self._pulse.beat)
         if isinstance(worker.pool, PreforkPool):
@@ -139,6 +141,7 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
             self._departure.begin(worker.exitcode or EX_OK)
 
     def terminate(self, worker: Any) -> None:
+        """Leave at once: what the node holds is given back."""
         self._leave()
 
     def _shutting_down(self, how: str, exitcode: int, **_: Any) -> None:
@@ -189,6 +192,7 @@ class ResyncStep(bootsteps.StartStopStep):  # type: ignore[misc]
         batches.gather(consumer)
 
     def start(self, consumer: Any) -> None:
+        """After each connection: deliver what Redis says that the node holds, and the pool does not."""
         node = deliveries.current()
         if node is None:
             return

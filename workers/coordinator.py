@@ -31,11 +31,13 @@ class CoordinatorStep(bootsteps.StartStopStep):  # type: ignore[misc]
         self._beat = beat.EmbeddedService(worker.app, thread=True, scheduler_cls=beat.Scheduler)
 
     def start(self, worker: Any) -> None:
+        """Join the cluster, and begin to send health checks and to serve metrics."""
         join(self._agent)
         self._beat.start()
         self._metrics.start()
 
     def stop(self, worker: Any) -> None:
+        """Send nothing any more, and leave."""
         self._beat.stop()
         self._agent.stop()
         self._metrics.stop()

@@ -217,12 +217,14 @@ class ClusterRequest(Request):  # type: ignore[misc]
         return self.type, self.id, self.request_dict, self.body, self.content_type, self.content_encoding
 
     def terminate(self, pool: Any, signal: Any = None) -> None:
+        """End its process, unless that runs other jobs as well."""
         if self.batch is None:
             super().terminate(pool, signal)
         else:
             logger.warning("job %s[%s] is not terminated: its process runs others as well", self.name, self.id)
 
     def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:
+        """Cancel it, unless its process runs other jobs as well."""
         if self.batch is None:
             super().cancel(pool, signal, emit_retry)
 
@@ -245,6 +247,7 @@ class ClusterRequest(Request):  # type: ignore[misc]
             stop_process(self.worker_pid, signal.SIGKILL)
 
     def on_accepted(self, pid: int, time_accepted: float) -> None:
+        """A process has begun it: one that was to be stopped meanwhile is ended."""
         self._accepted_s = time_accepted
         if self.batch is not None:
             self._jobs = len(self.batch.requests)
@@ -262,6 +265,7 @@ class ClusterRequest(Request):  # type: ignore[misc]
     # How it ends.
 
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> Any:
+        """End it as its error says: failed, tried again, charged with a crash; given back if that cannot be stored."""
         if self._is_over():
             return None
         exc = exc_info.exception
@@ -330,6 +334,7 @@ class ClusterRequest(Request):  # type: ignore[misc]
             self.reject(requeue=True)
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
+        """End it as failed; of jobs that share a call, give each its own time."""
         if self._is_over():
             return
         if self._shares_time and not soft:
@@ -411,6 +416,7 @@ class ClusterRequest(Request):  # type: ignore[misc]
             complete(self._task.backend, self._context)
 
     def acknowledge(self) -> None:
+        """Let go of the delivery, and count how it ended; while it is ending, when that is done."""
         if self._is_ending:
             self._letting_go = self.acknowledge
             return
@@ -438,6 +444,7 @@ class ClusterRequest(Request):  # type: ignore[misc]
         outcomes.record_run(self._task.name, not self._erred, took_s, node.trial)
 
     def reject(self, requeue: bool = False) -> None:
+        """Give the delivery back with ``requeue``, else let go of it; while it is ending, when that is done."""
         if self._is_ending:
             self._letting_go = partial(self.reject, requeue)
             return

@@ -43,12 +43,14 @@ class Adaptive(Balancer):
         self._joined_s: dict[tuple[str, str], float] | None = None
 
     def select(self, request: Request, nodes: Sequence[Node]) -> Node:
+        """Return the lower of two random nodes by ``score``, if it has ramped up. Raises NoNodeAvailable."""
         require_nodes(request, nodes)
         node = self._accepted(sorted(self._rng.sample(nodes, min(2, len(nodes))), key=self.score))
         self._sent.add(node.id)
         return node
 
     def update(self, nodes: Sequence[Node]) -> None:
+        """Count anew from a fresh view; whoever appears in it for the first time begins to ramp up."""
         self._sent.clear()
         known, now_s = self._joined_s, self._clock.monotonic()
         joined_s = float("-inf") if known is None else now_s

@@ -48,6 +48,7 @@ class ConsistentHash(Balancer):
         self._circles: Views[_Circle] = Views(lambda nodes, _: _Circle(nodes, self._virtual_nodes))
 
     def select(self, request: Request, nodes: Sequence[Node]) -> Node:
+        """Return the first node with room from the key's place on. Raises NoNodeAvailable."""
         circle = self._circles.of(request, nodes)
         loads = self._sent.in_flight_each(circle.reported)
         if request.affinity:
@@ -59,6 +60,7 @@ class ConsistentHash(Balancer):
         return node
 
     def update(self, nodes: Sequence[Node]) -> None:
+        """Count anew from a fresh view; the ring stays while the ids do."""
         self._sent.clear()
 
 

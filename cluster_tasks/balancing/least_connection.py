@@ -22,6 +22,7 @@ class LeastConnection(Balancer):
         self._reported: Views[list[tuple[str, int]]] = Views(lambda nodes, _: reported_in_flight(nodes))
 
     def select(self, request: Request, nodes: Sequence[Node]) -> Node:
+        """Return a node with the fewest jobs in flight. Raises NoNodeAvailable."""
         loads = self._sent.in_flight_each(self._reported.of(request, nodes))
         fewest = min(loads)
         node = nodes[self._rng.choice([place for place, load in enumerate(loads) if load == fewest])]
@@ -29,4 +30,5 @@ class LeastConnection(Balancer):
         return node
 
     def update(self, nodes: Sequence[Node]) -> None:
+        """Count anew from a fresh view."""
         self._sent.clear()

@@ -21,6 +21,7 @@ class RoundRobin(Balancer):
         self._last_id: dict[str, str] = {}
 
     def select(self, request: Request, nodes: Sequence[Node]) -> Node:
+        """Return the node whose id follows the last one served. Raises NoNodeAvailable."""
         order = self._orders.of(request, nodes)
         following = bisect_right(order.ids, self._last_id.get(request.type, ""))
         node = order.nodes[following % len(order.nodes)]

@@ -32,6 +32,7 @@ class Weighted(Balancer):
         self._warned: set[str] = set()
 
     def select(self, request: Request, nodes: Sequence[Node]) -> Node:
+        """Return the node with the most credit. Raises NoNodeAvailable."""
         return self._turns.of(request, nodes).take()
 
     def weight(self, node: Node) -> float:

@@ -28,6 +28,7 @@ class ClusterConnection(Connection):
     """A connection whose ``redis://`` means the transport of the cluster: URLs and Flower stay as they are."""
 
     def get_transport_cls(self) -> type[stock.Transport]:
+        """The transport of the cluster for the URLs of Redis; Kombu's for all others."""
         if self.transport_cls in ("redis", "rediss", "redis+socket"):
             return ClusterTransport
         if self.transport_cls == "sentinel":
@@ -43,6 +44,7 @@ class ClusterConnection(Connection):
         return super()._ensure_connection(errback, max_retries, *waits, *args, **kwargs)
 
     def Pool(self, limit: int | None = None, **options: Any) -> ConnectionPool:  # noqa: N802 - Kombu's name
+        """A pool whose connections are of the cluster too."""
         return ClusterConnectionPool(self, limit, **options)
 
 
@@ -54,6 +56,7 @@ class ClusterConnectionPool(ConnectionPool):
     """A pool of connections of the cluster."""
 
     def new(self) -> PooledClusterConnection:
+        """A connection of the cluster, not connected yet."""
         return PooledClusterConnection(self, **dict(self.connection._info(resolve=False)))
 
 
@@ -64,6 +67,7 @@ class ClusterQueues(Queues):  # type: ignore[misc]
     """Their names, read from Redis."""
 
     def keys(self) -> Any:
+        """The names of the app's queues and of the lists that the cluster has now. Asks Redis."""
         return {*super().keys(), *self.lists_of_the_cluster()}
 
 
@@ -116,6 +120,7 @@ class ClusterAMQP(AMQP):  # type: ignore[misc]
 
     @property
     def routes(self) -> tuple[Any, ...]:
+        """The cluster's route, and behind it those of the app."""
         return (self.cluster_route, *self.routes_of_the_app)
 
     @property

@@ -75,17 +75,20 @@ class ClusterQoS(stock.QoS):
         return bool(node.free_slots() > foreign)
 
     def append(self, message: Any, delivery_tag: str) -> None:
+        """Note a message of other queues; what is the cluster's is noted by its node."""
         # Not "whether the node holds it": it may have let go of it just now, and Kombu must never hold it then.
         if Delivery.of(message.properties) is None:
             super().append(message, delivery_tag)
 
     def ack(self, delivery_tag: str) -> None:
+        """Acknowledge a message, one of the cluster's through its node: kept while Redis is away."""
         if delivery_tag in self._delivered or (node := deliveries.current()) is None:
             super().ack(delivery_tag)
         else:
             node.ack(delivery_tag)
 
     def reject(self, delivery_tag: str, requeue: bool = False) -> None:
+        """Give a message back to all nodes with ``requeue``, else let go of it."""
         if delivery_tag in self._delivered or (node := deliveries.current()) is None:
             super().reject(delivery_tag, requeue=requeue)
         elif requeue:
@@ -121,6 +124,7 @@ class ClusterChannel(stock.Channel):
 
     @cached_property
     def keys(self) -> Keys:
+        """Names of the Redis keys of its cluster."""
         return Keys(self.cluster_name)
 
     @cached_property
@@ -419,6 +423,7 @@ class ClusterChannel(stock.Channel):
         return super()._receive_one(c)
 
     def close(self) -> None:
+        """Close it without waiting for a fetch under way: what that gives is recorded, and resynced."""
         if self._under_way == "fetch":
             # Kombu would wait for the reply and deliver it. What it gives is recorded in Redis and not lost.
             self._in_poll = False
@@ -443,6 +448,7 @@ class ClusterTransport(stock.Transport):
         super().__init__(client, **kwargs)
 
     def register_with_event_loop(self, connection: Any, loop: Any) -> None:
+        """Let the loop wake when a slot gets free in another thread."""
         super().register_with_event_loop(connection, loop)
         node = deliveries.current()
         if node is not None:

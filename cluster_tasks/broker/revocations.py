@@ -60,16 +60,19 @@ class ClusterControl(Control):  # type: ignore[misc]
     revocations: Revocations
 
     def revoke(self, task_id: Any, destination: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Revoke a job or several, for nodes that join later too. Raises BrokerUnavailable."""
         if destination is None:
             self.revocations.add(maybe_list(task_id))
         return super().revoke(task_id, destination, *args, **kwargs)
 
     def revoke_by_stamped_headers(self, headers: Any, destination: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Revoke the jobs with these stamps, for nodes that join later too."""
         if destination is None:
             self.revocations.add_stamps(headers)
         return super().revoke_by_stamped_headers(headers, destination, *args, **kwargs)
 
     def purge(self, connection: Any = None) -> int:
+        """Empty the queues of the app and the lists of the cluster; return how many messages there were."""
         purged = int(super().purge(connection) or 0)
         with self.app.connection_or_acquire(connection) as held:
             lists = self.app.amqp.queues.lists_of_the_cluster()

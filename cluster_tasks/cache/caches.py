@@ -42,6 +42,7 @@ class Caches:
         renewed_after_fork(self)
 
     def after_fork(self) -> None:
+        """Begin in a child without the locks of the parent's threads."""
         self._lock = Lock()
 
     def namespace(self, name: str = DEFAULT_NAMESPACE, *, tenant: str = "", staleness_s: float | None = None) -> Cache:

@@ -113,6 +113,7 @@ class Coherence:
             listener.join()
 
     def after_fork(self) -> None:
+        """Begin in a child knowing nothing: its own listener will hear what changes."""
         self._lock, self._listener = threading.Lock(), None
         self._states = {}
 

@@ -158,6 +158,7 @@ class CacheConnection:
             client.close()
 
     def after_fork(self) -> None:
+        """Begin in a child with connections of its own."""
         self._lock = Lock()
         self._breaker = Breaker(_POLICY, self._clock)
         # Not closed: the connections are the parent's.

@@ -59,6 +59,7 @@ class Flights:
         renewed_after_fork(self)
 
     def after_fork(self) -> None:
+        """Begin with no computation under way: those of the parent's threads are not here."""
         self._lock = threading.Lock()
         self._running: dict[str, tuple[Future[bytes | None], int]] = {}
         """With the thread that computes."""

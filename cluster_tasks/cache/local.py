@@ -52,6 +52,7 @@ class Memory:
         renewed_after_fork(self)
 
     def after_fork(self) -> None:
+        """Begin empty: what the parent holds may change while nobody tells this process."""
         self._lock = RLock()
         self._entries: OrderedDict[Place, _Held] = OrderedDict()
         self._keys: dict[str, set[str]] = {}
@@ -157,9 +158,11 @@ class LocalCache(Cache):
         renewed_after_fork(self)
 
     def after_fork(self) -> None:
+        """Begin in a child without the locks and leases of the parent's threads."""
         self._lock, self._leases = RLock(), {}
 
     def read(self, keys: Iterable[str]) -> Reading:
+        """As ``Cache.read``, from the memory of this process."""
         keys = check_keys(keys)
         found = {key: entry for key in keys if (entry := self.memory.get(self.namespace, key)) is not None}
         count_found(self.counters, "local", len(keys), found)
@@ -175,6 +178,7 @@ class LocalCache(Cache):
         generation: str | None = None,
         replaces: bool = True,
     ) -> bool:
+        """As ``Cache.write``; what is older goes when there is no room."""
         values = {key: as_bytes(key, values[key]) for key in check_keys(values)}
         ttl_s, kept_s = self._ttl(ttl_s), check_kept(kept_s)
         with self._lock:
@@ -186,6 +190,7 @@ class LocalCache(Cache):
             return sum(self.memory.put(self.namespace, key, entry) for key, entry in entries.items()) == len(values)
 
     def delete(self, *keys: str) -> int:
+        """As ``Cache.delete``; of this process, for no other has it."""
         check_keys(keys)
         with self._lock:
             for key in keys:
@@ -193,6 +198,7 @@ class LocalCache(Cache):
             return self.memory.forget(self.namespace, keys)
 
     def expire(self, key: str, ttl_s: float) -> bool:
+        """As ``Cache.expire``."""
         check_keys([key])
         check_ttl(ttl_s)
         with self._lock:
@@ -202,6 +208,7 @@ class LocalCache(Cache):
             return self.memory.put(self.namespace, key, replace(entry, ttl_s=ttl_s, left_s=ttl_s))
 
     def clear(self, pattern: str = "*") -> int:
+        """As ``Cache.clear``."""
         matches = compile_pattern(pattern).fullmatch
         with self._lock:
             self._leases = {key: lease for key, lease in self._leases.items() if not matches(key)}
@@ -210,12 +217,14 @@ class LocalCache(Cache):
             )
 
     def invalidate(self) -> None:
+        """As ``Cache.invalidate``."""
         with self._lock:
             self._generation = token_hex(8)
             self._leases.clear()
             self.memory.forget(self.namespace, None)
 
     def lease(self, keys: Iterable[str], lease_s: float, *, by_force: bool = False) -> dict[str, str]:
+        """As ``Cache.lease``, among the threads of this process."""
         checked, now_s, leases = check_keys(keys), self.memory._clock.monotonic(), dict[str, str]()
         with self._lock:
             for key in checked:
@@ -228,6 +237,7 @@ class LocalCache(Cache):
         return leases
 
     def hold(self, leases: Leases, lease_s: float, *, shared: bool = False) -> int:
+        """As ``Cache.hold``."""
         until_s = self.memory._clock.monotonic() + lease_s
         with self._lock:
             held = {key: token for key, token in leases.items() if self._leases.get(key, ("",))[0] == token}
@@ -239,6 +249,7 @@ class LocalCache(Cache):
             return len(held)
 
     def commit(self, leases: Leases, entries: Mapping[str, Entry], *, replaces: bool = False) -> int:
+        """As ``Cache.commit``."""
         with self._lock:
             return sum(self._commit(key, leases[key], entry) for key, entry in entries.items())
 

@@ -68,6 +68,7 @@ class RedisCache(Cache):
         self._connection, self._keys = shared.connection, shared.keys
 
     def read(self, keys: Iterable[str]) -> Reading:
+        """As ``Cache.read``, in one round trip; while Redis is away, nothing is found."""
         keys = check_keys(keys)
         reading = self.look(keys)
         count_found(self.counters, "redis", len(keys), reading.entries)
@@ -100,6 +101,7 @@ class RedisCache(Cache):
         generation: str | None = None,
         replaces: bool = True,
     ) -> bool:
+        """As ``Cache.write``; False while Redis is away or full, or if a value is too large."""
         keys, ttl_s, kept_s = check_keys(values), self._ttl(ttl_s), check_kept(kept_s)
         if not keys:
             return True
@@ -134,10 +136,12 @@ class RedisCache(Cache):
         return self._change(calls, list(entries) if replaces else [])[1]
 
     def delete(self, *keys: str) -> int:
+        """As ``Cache.delete``. Raises CacheUnavailable."""
         checked = check_keys(keys)
         return self._change([("remove", self._places(key), []) for key in checked], checked)[0]
 
     def expire(self, key: str, ttl_s: float) -> bool:
+        """As ``Cache.expire``. Raises CacheUnavailable."""
         check_keys([key])
         check_ttl(ttl_s)
         state, packed = self._fetch([key])
@@ -151,6 +155,7 @@ class RedisCache(Cache):
         return bool(done)
 
     def clear(self, pattern: str = "*") -> int:
+        """As ``Cache.clear``: scans, a thousand keys at a time. Raises CacheUnavailable."""
         matches = compile_pattern(pattern).fullmatch
         cleared = 0
         for place, count in ((self._keys.cache_lease, 0), (self._keys.cache_entry, 1)):
@@ -166,14 +171,17 @@ class RedisCache(Cache):
         return cleared
 
     def invalidate(self) -> None:
+        """As ``Cache.invalidate``: one new token. Raises CacheUnavailable."""
         self.shared.coherence.announce(self.namespace, None, new_generation=True)
 
     def lease(self, keys: Iterable[str], lease_s: float, *, by_force: bool = False) -> dict[str, str]:
+        """As ``Cache.lease``: by the clock of Redis."""
         keys, rest = check_keys(keys), [_milliseconds(lease_s), SHARED, int(by_force)]
         taken = self._run([("lease", [self._lease(key)], [token_hex(8), *rest]) for key in keys])
         return {key: text(token) for key, token in zip(keys, taken, strict=True) if token}
 
     def hold(self, leases: Leases, lease_s: float, *, shared: bool = False) -> int:
+        """As ``Cache.hold``."""
         lasts_ms = _milliseconds(lease_s)
         calls = [
             ("hold", [self._lease(key)], [token, lasts_ms, SHARED if shared else token])
@@ -182,6 +190,7 @@ class RedisCache(Cache):
         return int(sum(self._run(calls)))
 
     def commit(self, leases: Leases, entries: Mapping[str, Entry], *, replaces: bool = False) -> int:
+        """As ``Cache.commit``: of each key in one step with its lease."""
         too_large = self._too_large({key: entry.value for key, entry in entries.items()})
         if too_large and replaces:
             self.delete(*too_large)

@@ -41,6 +41,7 @@ class TieredCache(Cache):
         shared.shared.coherence.on_change(memory.forget)
 
     def read(self, keys: Iterable[str]) -> Reading:
+        """As ``Cache.read``: from memory what is known to stand, all else from Redis."""
         keys = check_keys(keys)
         memory, name, coherence = self.memory, self.namespace, self.redis.shared.coherence
         held = {key: entry for key in keys if (entry := memory.get(name, key)) is not None and entry.is_fresh}
@@ -75,6 +76,7 @@ class TieredCache(Cache):
         generation: str | None = None,
         replaces: bool = True,
     ) -> bool:
+        """As ``Cache.write``: to Redis; memory forgets."""
         written = self.redis.write(
             values, ttl_s, kept_s=kept_s, cost_s=cost_s, generation=generation, replaces=replaces
         )
@@ -83,24 +85,31 @@ class TieredCache(Cache):
         return written
 
     def delete(self, *keys: str) -> int:
+        """As ``Cache.delete``. Raises CacheUnavailable."""
         return self.redis.delete(*keys)
 
     def expire(self, key: str, ttl_s: float) -> bool:
+        """As ``Cache.expire``. Raises CacheUnavailable."""
         return self.redis.expire(key, ttl_s)
 
     def clear(self, pattern: str = "*") -> int:
+        """As ``Cache.clear``. Raises CacheUnavailable."""
         return self.redis.clear(pattern)
 
     def invalidate(self) -> None:
+        """As ``Cache.invalidate``. Raises CacheUnavailable."""
         self.redis.invalidate()
 
     def lease(self, keys: Iterable[str], lease_s: float, *, by_force: bool = False) -> dict[str, str]:
+        """As ``Cache.lease``: that of Redis."""
         return self.redis.lease(keys, lease_s, by_force=by_force)
 
     def hold(self, leases: Leases, lease_s: float, *, shared: bool = False) -> int:
+        """As ``Cache.hold``: that of Redis."""
         return self.redis.hold(leases, lease_s, shared=shared)
 
     def commit(self, leases: Leases, entries: Mapping[str, Entry], *, replaces: bool = False) -> int:
+        """As ``Cache.commit``: to Redis; memory forgets."""
         stored = self.redis.commit(leases, entries, replaces=replaces)
         self.memory.forget(self.namespace, entries)
         return stored

@@ -36,6 +36,7 @@ class ConsulLocks:
         self._root = f"{url.service}/{keys.name}/locks/"
 
     def take(self, key: str, ttl_s: float) -> Grant | None:
+        """As ``LockStore.take``: a key under a new session; its token is the index that made the key."""
         with self._foreign_errors("taking a lock"):
             # Who waits asks often: a session is made only where there is hope.
             # (Not by its address: in one, Consul takes "." for a folder.)
@@ -49,6 +50,7 @@ class ConsulLocks:
             return None
 
     def renew(self, grant: Grant) -> bool:
+        """As ``LockStore.renew``: renews the session."""
         with self._foreign_errors("renewing a lock"):
             if not self._client.renew_session(grant.lease):
                 return False
@@ -56,6 +58,7 @@ class ConsulLocks:
             return self._client.transact([self._ours(grant)], is_read=True) is not None
 
     def release(self, grant: Grant) -> bool:
+        """As ``LockStore.release``: the key goes with its session."""
         with self._foreign_errors("releasing a lock"):
             # The key first: with a session that ends before it there would be the delay.
             released = self._client.transact([self._ours(grant), {"Verb": "delete", "Key": self._root + grant.key}])
@@ -63,6 +66,7 @@ class ConsulLocks:
             return released is not None
 
     def close(self) -> None:
+        """As ``LockStore.close``."""
         self._client.close()
 
     def _ours(self, grant: Grant) -> dict[str, str]:

@@ -31,6 +31,7 @@ class EtcdLocks:
         self._root = f"{address.prefix}/{keys.name}/locks/"
 
     def take(self, key: str, ttl_s: float) -> Grant | None:
+        """As ``LockStore.take``: a key under a new lease; its token is the revision that made the key."""
         path, doing = self._root + key, "taking a lock"
         # Who waits asks often: a lease is made only where there is hope.
         if self._store.commit([], [read(path, keys_only=True)], doing).found[0]:
@@ -47,15 +48,18 @@ class EtcdLocks:
         return None
 
     def renew(self, grant: Grant) -> bool:
+        """As ``LockStore.renew``: keeps the lease alive."""
         # Somebody may have deleted the key of a lease that lives.
         return self._store.keep_alive(int(grant.lease)) and self._is_ours(grant)
 
     def release(self, grant: Grant) -> bool:
+        """As ``LockStore.release``: the key goes with its lease."""
         is_ours = self._is_ours(grant)
         # The key goes with its lease.
         return self._store.revoke(int(grant.lease)) and is_ours
 
     def close(self) -> None:
+        """As ``LockStore.close``."""
         self._store.close()
 
     def _is_ours(self, grant: Grant) -> bool:

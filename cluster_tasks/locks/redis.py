@@ -28,16 +28,20 @@ class RedisLocks:
         self._scripts = {name: load_script(self._client, __package__, name) for name in ("take", "renew", "release")}
 
     def take(self, key: str, ttl_s: float) -> Grant | None:
+        """As ``LockStore.take``, in one script, which also makes the token."""
         token = self._run("take", [self._keys.lock(key), self._keys.lock_token], [_milliseconds(ttl_s)])
         return Grant(key, int(token), ttl_s) if token else None
 
     def renew(self, grant: Grant) -> bool:
+        """As ``LockStore.renew``, in one script, which compares the token."""
         return bool(self._run("renew", [self._keys.lock(grant.key)], [grant.token, _milliseconds(grant.ttl_s)]))
 
     def release(self, grant: Grant) -> bool:
+        """As ``LockStore.release``, in one script, which compares the token."""
         return bool(self._run("release", [self._keys.lock(grant.key)], [grant.token]))
 
     def close(self) -> None:
+        """As ``LockStore.close``."""
         self._client.connection_pool.disconnect(inuse_connections=False)
 
     def _run(self, script: str, keys: list[str], arguments: list[Any]) -> Any:

@@ -108,6 +108,7 @@ class Connection:
 
     @property
     def client(self) -> OpenAI:
+        """The client of this process, made when it is first asked for."""
         pid = os.getpid()
         # Two threads may both build one; the first that is stored serves both.
         return self._clients.get(pid) or self._clients.setdefault(pid, self._build())
@@ -124,6 +125,7 @@ class Connection:
         )
 
     def headers(self) -> dict[str, Any]:
+        """The headers of a request that say who asks; what the environment says of that is left out."""
         from openai import Omit
 
         nothing = Omit()
@@ -164,6 +166,7 @@ class Connection:
         return kind(f"{self._endpoint.base_url}: {detail}")
 
     def close(self) -> None:
+        """Close the connections of this process. Safe to repeat, also before first use."""
         if client := self._clients.pop(os.getpid(), None):
             client.close()
 

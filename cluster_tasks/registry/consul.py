@@ -91,16 +91,20 @@ class ConsulRegistry:
         self._unreadable: set[str] = set()
 
     def register(self, node: Node) -> None:
+        """As ``Registry.register``; shows the node in the catalog as well."""
         self._write(node.id, lambda _: _fields_of(node))
         self._catalog.show(node)
 
     def beat(self, node_id: str, load: Load, status: NodeStatus) -> None:
+        """As ``Registry.beat``: one write, in which the record is compared."""
         renewed = {"load": load.model_dump(mode="json"), "status": status, "last_seen": self._clock.time()}
         node = self._write(node_id, self._renewal(node_id, renewed), self._written.get(node_id))
         if node is not None:
             self._catalog.pass_check(node)
 
     def deregister(self, node_id: str, epoch: str) -> None:
+        """As ``Registry.deregister``; takes the node out of the catalog, too."""
+
         def leave(fields: Fields | None) -> Fields | None:
             return None if fields is None or fields.get("epoch") == epoch else fields
 
@@ -110,6 +114,7 @@ class ConsulRegistry:
         self._catalog.remove(node_id)
 
     def get(self, node_id: str) -> Node:
+        """As ``Registry.get``."""
         entry = self._entry(node_id)
         node = self._read(entry.key, _decoded(entry))
         if node is None:
@@ -117,13 +122,16 @@ class ConsulRegistry:
         return node
 
     def list(self, where: NodeFilter = ALL) -> Sequence[Node]:
+        """As ``Registry.list``."""
         nodes, _ = self._snapshot()
         return [node for _, node in sorted(nodes.items()) if where.matches(node)]
 
     def set_status(self, node_id: str, status: NodeStatus) -> None:
+        """As ``Registry.set_status``."""
         self._write(node_id, self._renewal(node_id, {"status": status}))
 
     def watch(self, stop: Event) -> Iterator[NodeEvent]:
+        """As ``Registry.watch``, by blocking queries."""
         told: dict[str, Node] = {}
         link: _Link | None = None
         index = 0
@@ -140,6 +148,7 @@ class ConsulRegistry:
         return follow(news, stop)
 
     def erase(self) -> None:
+        """As ``Registry.erase``."""
         for node_id in self._snapshot()[0]:
             self._catalog.remove(node_id)
         self._written.clear()
@@ -150,6 +159,7 @@ class ConsulRegistry:
             )
 
     def close(self) -> None:
+        """As ``Registry.close``."""
         # Connections in use stay: a watch in another thread ends by its stop, not by a torn connection.
         self._client.close()
 

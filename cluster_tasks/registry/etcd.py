@@ -78,6 +78,7 @@ class EtcdRegistry:
         self._unreadable: set[str] = set()
 
     def register(self, node: Node) -> None:
+        """As ``Registry.register``: a key under a lease of the URL's ``ttl``."""
         while True:
             old, revision = self._find(node.id)
             asked_s = self._lease_clock.monotonic()
@@ -95,6 +96,7 @@ class EtcdRegistry:
                 return
 
     def beat(self, node_id: str, load: Load, status: NodeStatus) -> None:
+        """As ``Registry.beat``: one transaction, in which the record is compared."""
         renewed = {"load": load, "status": status, "last_seen": self._clock.time()}
         entry = self._beaten.get(node_id) or self._find(node_id)[0]
         while entry:
@@ -113,6 +115,7 @@ class EtcdRegistry:
         raise self._not_found(node_id)
 
     def deregister(self, node_id: str, epoch: str) -> None:
+        """As ``Registry.deregister``."""
         while (entry := self._find(node_id)[0]) and entry.node.epoch == epoch:
             then = [
                 self._put_past(entry.node, entry.lease),
@@ -123,15 +126,18 @@ class EtcdRegistry:
                 return
 
     def get(self, node_id: str) -> Node:
+        """As ``Registry.get``."""
         entry, _ = self._find(node_id)
         if entry is None:
             raise self._not_found(node_id)
         return entry.node
 
     def list(self, where: NodeFilter = ALL) -> Sequence[Node]:
+        """As ``Registry.list``."""
         return [node for _, node in sorted(self._snapshot().nodes.items()) if where.matches(node)]
 
     def set_status(self, node_id: str, status: NodeStatus) -> None:
+        """As ``Registry.set_status``."""
         while entry := self._find(node_id)[0]:
             then = [self._put_record(entry.node.model_copy(update={"status": status}))]
             if status is entry.node.status or self._commit(node_id, entry.revision, then, "setting a status"):
@@ -139,6 +145,7 @@ class EtcdRegistry:
         raise self._not_found(node_id)
 
     def watch(self, stop: Event) -> Iterator[NodeEvent]:
+        """As ``Registry.watch``, from the revision that was read on."""
         following = Following(self._store, self._folder, self._snapshot, self._read, self._clock)
         try:
             yield from follow(following.news, stop)
@@ -146,12 +153,14 @@ class EtcdRegistry:
             following.close()
 
     def erase(self) -> None:
+        """As ``Registry.erase``."""
         self._beaten.clear()
         # Not all of the cluster: its locks are its neighbours.
         folders = [delete(f"{self._folder}{kind}/", f"{self._folder}{kind}0") for kind in ("loads", "nodes", "past")]
         self._store.commit([], [delete(f"{self._folder}mark"), *folders], "erasing the nodes")
 
     def close(self) -> None:
+        """As ``Registry.close``."""
         self._store.close()
 
     def _find(self, node_id: str) -> tuple[_Entry | None, int]:

@@ -34,16 +34,19 @@ class MemoryRegistry:
         self._inboxes: WeakSet[SimpleQueue[NodeEvent]] = WeakSet()
 
     def register(self, node: Node) -> None:
+        """As ``Registry.register``."""
         with _lock:
             self._put(node)
 
     def beat(self, node_id: str, load: Load, status: NodeStatus) -> None:
+        """As ``Registry.beat``."""
         seen_at = self._clock.time()
         with _lock:
             node = self._find(node_id)
             self._put(node.model_copy(update={"load": load, "status": status, "last_seen": seen_at}))
 
     def deregister(self, node_id: str, epoch: str) -> None:
+        """As ``Registry.deregister``."""
         with _lock:
             node = self._nodes.get(node_id)
             if node is not None and node.epoch == epoch:
@@ -51,19 +54,23 @@ class MemoryRegistry:
                 self._tell({node_id: node}, {})
 
     def get(self, node_id: str) -> Node:
+        """As ``Registry.get``."""
         with _lock:
             return self._find(node_id)
 
     def list(self, where: NodeFilter = ALL) -> Sequence[Node]:
+        """As ``Registry.list``."""
         with _lock:
             nodes = sorted(self._nodes.items())
         return [node for _, node in nodes if where.matches(node)]
 
     def set_status(self, node_id: str, status: NodeStatus) -> None:
+        """As ``Registry.set_status``."""
         with _lock:
             self._put(self._find(node_id).model_copy(update={"status": status}))
 
     def watch(self, stop: Event) -> Iterator[NodeEvent]:
+        """As ``Registry.watch``."""
         inbox: SimpleQueue[NodeEvent] = SimpleQueue()
         with _lock:
             for event in changes({}, self._nodes, self._clock.time()):
@@ -77,6 +84,7 @@ class MemoryRegistry:
             yield event
 
     def erase(self) -> None:
+        """As ``Registry.erase``."""
         with _lock:
             nodes, self._nodes = self._nodes, {}
             self._tell(nodes, {})

@@ -51,16 +51,20 @@ class RedisRegistry:
         }
 
     def register(self, node: Node) -> None:
+        """As ``Registry.register``, in one script."""
         self._run("register", node.id, _record(node), _state(node.load, node.last_seen, node.status))
 
     def beat(self, node_id: str, load: Load, status: NodeStatus) -> None:
+        """As ``Registry.beat``, in one script."""
         if not self._run("beat", node_id, _state(load, self._clock.time(), status)):
             raise self._not_found(node_id)
 
     def deregister(self, node_id: str, epoch: str) -> None:
+        """As ``Registry.deregister``, in one script, which compares the epoch."""
         self._run("deregister", node_id, epoch)
 
     def get(self, node_id: str) -> Node:
+        """As ``Registry.get``."""
         with foreign_errors(RegistryUnavailable, "reading a node"), self._client.pipeline() as pipe:
             pipe.hget(self._keys.nodes, node_id)
             pipe.hget(self._keys.loads, node_id)
@@ -71,14 +75,17 @@ class RedisRegistry:
         return node
 
     def list(self, where: NodeFilter = ALL) -> Sequence[Node]:
+        """As ``Registry.list``."""
         nodes, _ = self._snapshot()
         return [node for _, node in sorted(nodes.items()) if where.matches(node)]
 
     def set_status(self, node_id: str, status: NodeStatus) -> None:
+        """As ``Registry.set_status``, in one script."""
         if not self._run("set_status", node_id, status):
             raise self._not_found(node_id)
 
     def watch(self, stop: Event) -> Iterator[NodeEvent]:
+        """As ``Registry.watch``, by a stream of what has changed."""
         told: dict[str, Node] = {}
         cursor: str | None = None
 
@@ -92,10 +99,12 @@ class RedisRegistry:
         return follow(news, stop)
 
     def erase(self) -> None:
+        """As ``Registry.erase``."""
         with foreign_errors(RegistryUnavailable, "erasing the nodes"):
             self._client.delete(self._keys.nodes, self._keys.loads, self._keys.node_events)
 
     def close(self) -> None:
+        """As ``Registry.close``."""
         # Connections in use stay: a watch in another thread ends by its stop, not by a torn connection.
         self._client.connection_pool.disconnect(inuse_connections=False)
 

@@ -19,10 +19,12 @@ class Ranked(Protocol):
     """What was found: higher scores come first, of equals the least id."""
 
     @property
-    def score(self) -> float: ...
+    def score(self) -> float:
+        """How well it fits; higher is better."""
 
     @property
-    def id(self) -> str: ...
+    def id(self) -> str:
+        """Of the document."""
 
 
 R = TypeVar("R", bound=Ranked)

@@ -26,11 +26,14 @@ Held = Mapping[Shard, int]
 class WarmStore(Protocol):
     """What a keeper needs of a store. Everything may raise StoreUnavailable."""
 
-    def collections(self) -> list[str]: ...
+    def collections(self) -> list[str]:
+        """The names of all collections."""
 
-    def layout(self, collection: str) -> Layout: ...
+    def layout(self, collection: str) -> Layout:
+        """How a collection is divided. Raises CollectionNotFound."""
 
-    def warm(self, collection: str, shards: list[int] | None = None, generation: int | None = None) -> None: ...
+    def warm(self, collection: str, shards: list[int] | None = None, generation: int | None = None) -> None:
+        """Load shards, None: all, of a generation, None: the present one, into memory."""
 
 
 class ShardKeeper:

@@ -94,6 +94,7 @@ class ClusterTask(Task):  # type: ignore[misc]
 
     @classmethod
     def on_bound(cls, app: Any) -> None:
+        """Check what the task declares, and have its jobs acknowledged late. Raises ValueError."""
         check_request_type(cls.request_type)
         _check_batch(cls)
         # Whatever the task says: a job that is let go when it begins is lost in a crash. One that must not be run

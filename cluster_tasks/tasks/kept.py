@@ -67,6 +67,7 @@ class Kept:
         renewed_after_fork(self)
 
     def after_fork(self) -> None:
+        """Begin in a child without the locks and timers of the parent."""
         self._lock = threading.Lock()
         self._payer: threading.Timer | None = None
 
