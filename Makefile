@@ -12,7 +12,7 @@ CHAOS_SEED ?= $(shell python3 -c 'import random; print(random.randrange(10**9))'
 bin := $(VENV)/bin
 pip := $(bin)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: bench bench-full chaos demo test lint clean venv
+.PHONY: bench bench-full chaos demo docs test lint clean venv
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -40,12 +40,17 @@ lint: $(VENV)/.installed-dev
 	@$(bin)/ruff format --check
 	@$(bin)/mypy
 	@$(bin)/lint-imports
+	@$(bin)/interrogate --quiet cluster_tasks workers
+
+# Into site/. A link that leads nowhere, or a page that is in no menu, ends it.
+docs: $(VENV)/.installed-dev
+	@NO_MKDOCS_2_WARNING=true $(bin)/mkdocs build --strict --quiet
 
 venv: $(VENV)/.installed-dev
 
 clean:
 	@test ! -e $(VENV)/pyvenv.cfg || rm -rf $(VENV)
-	@rm -rf .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist
+	@rm -rf .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist site
 
 $(VENV)/.installed: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
 	@echo "Installing into $(VENV), once"

@@ -1,0 +1,171 @@
+"""Every shell and Python block of README.md and docs/, run as it stands, but for those whose fence says why not.
+
+Each session has a network of its own, in which the ports that the guides name are free, and a folder of its own.
+Whatever a block has started ends with the session. How fences are read: tests/guides.py.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.partitions import can_make_namespaces
+from tests.guides import ROOT, Block, Session, sessions
+from tests.servers import missing
+
+LIMIT_S = 600
+PATIENCE_S = 240
+"""For a command to do its work: what was started before may need a while."""
+URL = "redis://127.0.0.1:6379/0"
+GIVEN = {
+    "nothing": "",
+    "redis": f"""
+        redis-server --bind 127.0.0.1 --save '' > .redis.log &
+        export CLUSTER_BROKER_URL={URL}
+    """,
+    "cluster": f"""
+        redis-server --bind 127.0.0.1 --save '' > .redis.log &
+        export CLUSTER_BROKER_URL={URL} CLUSTER_CACHE_URL={URL}
+        celery -A cluster_tasks worker -n given@%h -P threads -c 4 -l INFO > .given.log 2>&1 &
+        until grep --quiet --no-messages ' ready\\.' .given.log; do sleep 0.2; done
+    """,
+}
+"""What runs where a session begins."""
+HEAD = """
+set -u
+ip link set lo up
+told() { echo "+ $1" >> .said; }
+fail() { echo "$1"; tail -c 3000 "$2"; exit 1; }
+patiently() {  # the command, what it prints
+    local until=$((SECONDS + PATIENCE))
+    until eval "$1" > "$2" 2>&1; do
+        local code=$?
+        ((code != 2 && code != 126 && code != 127 && SECONDS < until)) || fail "it ended with $code: $1" "$2"
+        sleep 0.5
+    done
+}
+shown() {  # a program that looks for what is told, what prints it
+    local until=$((SECONDS + PATIENCE))
+    until python "$1" "$2"; do
+        ((SECONDS < until)) || fail "it does not print what the guide shows" "$2"
+        sleep 0.5
+    done
+}
+"""
+FINDS = r"""
+import pathlib, re, sys
+wanted = {wanted!r}
+printed = pathlib.Path(sys.argv[1]).read_text(errors="replace")
+printed = [" ".join(re.sub(r"[─━]+", " ", line).split()) for line in printed.splitlines()]
+place = 0
+for line in wanted:
+    pattern = "".join(r"[\d.,:]+" if part[0].isdigit() else ".*" if part == "…" else re.escape(part)
+                      for part in re.findall(r"\d[\d.,:]*|…|[^\d…]+", line))
+    found = [number for number in range(place, len(printed)) if re.fullmatch(pattern, printed[number])]
+    if not found:
+        sys.exit(f"not printed: {{line}}")
+    place = found[0] + 1
+"""
+
+
+def test_what_is_shown_is_looked_for_line_by_line(tmp_path: Path) -> None:
+    program, printed = tmp_path / "shown.py", tmp_path / "printed"
+    program.write_text(looking_for("3 nodes  online\n…\nend in 1.5 s\n"))
+
+    def finds(text: str) -> bool:
+        printed.write_text(text)
+        return subprocess.run([sys.executable, program, printed], capture_output=True, check=False).returncode == 0
+
+    assert finds("before\n  17 nodes online\nbetween\nend in 20 s\nafter")
+    assert not finds("17 nodes online\nbetween\nend in x s")
+    assert not finds("17 nodes offline\nbetween\nend in 1.5 s")
+    assert not finds("end in 1.5 s\nbetween\n17 nodes online")
+
+
+def looking_for(text: str) -> str:
+    """Return a program that ends with 0 if a file has the lines of ``text``, in their order, among others."""
+    return FINDS.format(wanted=[" ".join(line.split()) for line in text.splitlines() if line.strip()])
+
+
+def script_of(session: Session, directory: Path) -> str:
+    """Return what a reader does in this session, as a program of bash. Writes the files that he writes."""
+    lines = [HEAD, f"PATIENCE={PATIENCE_S}", GIVEN[session.begin]]
+    printed = ""
+    for number, block in enumerate(session.blocks):
+        lines.append(f"told {shlex.quote(str(block))}")
+        if "title" in block.options:
+            path = directory / block.options["title"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(block.text)
+        elif block.is_run:
+            printed = f".printed-{number}"
+            lines += commands_of(block, number, printed, directory)
+        elif block.language == "text" and printed:
+            (directory / f".shown-{number}.py").write_text(looking_for(block.text))
+            lines.append(f"shown .shown-{number}.py {printed}")
+        if not block.is_run:
+            printed = ""
+    return "\n".join(lines)
+
+
+def commands_of(block: Block, number: int, printed: str, directory: Path) -> list[str]:
+    """Return the lines that run a block and put what it prints into the file ``printed``."""
+    if block.language == "python":
+        program = directory / f"block_{number}.py"
+        program.write_text(block.text)
+        return [f"python {program.name} > {printed} 2>&1 || fail 'it raised' {printed}"]
+    lines = [f": > {printed}"]
+    for part, command in enumerate(block.commands()):
+        stays = block.options.get("stays") or command.endswith("&")
+        if re.match(r"(?:export|cd|source|\.) ", command):
+            lines.append(command)
+        elif stays:
+            lines.append(f"{{ {command.removesuffix('&')}; }} >> {printed} 2>&1 &")
+        else:
+            lines += [f"patiently {shlex.quote(command)} {printed}.{part}", f"cat {printed}.{part} >> {printed}"]
+    return lines
+
+
+def give_files(directory: Path) -> None:
+    """Write what the guides take for the reader's own."""
+    shutil.copytree(ROOT / "docs", directory / "docs", ignore=shutil.ignore_patterns("images"))
+    (directory / "src").mkdir()
+    (directory / "src/backups.py").write_text('def run() -> None:\n    """Copy everything to another machine."""\n')
+    (directory / "texts.txt").write_text("first text\nsecond text\n")
+
+
+def test_blocks_are_found() -> None:
+    found = sessions()
+    assert {"README.md", "docs/quick-start.md", "docs/user-guide.md"} <= {session.page for session in found}
+    assert sum(block.is_run for session in found for block in session.blocks) > 40
+
+
+@pytest.mark.timeout(LIMIT_S + 60)
+@pytest.mark.parametrize("session", sessions(), ids=str)
+def test_a_reader_can_do_what_the_page_says(session: Session, tmp_path: Path) -> None:
+    text = "\n".join(block.text for block in session.blocks if block.is_run)
+    named = [program for program in ("consul", "etcd") if re.search(rf"^{program} ", text, re.MULTILINE)]
+    for program in ("redis-server", "unshare", "ip", *named):
+        if shutil.which(program) is None:
+            missing(f"{program} is not installed: the guide's commands need it")
+    if not can_make_namespaces():
+        pytest.skip("without the right to make a network, the ports of the guide may be others'")
+    give_files(tmp_path)
+    environ = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+    environ |= {"PYTHONUNBUFFERED": "1", "COLUMNS": "200", "NO_PROXY": "127.0.0.1"}
+    # Whatever it started ends with it.
+    within = ["unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    log = tmp_path / ".log"
+    with log.open("wb") as output:
+        command = [*within, "timeout", str(LIMIT_S), "bash", "-c", script_of(session, tmp_path)]
+        done = subprocess.run(command, env=environ, cwd=tmp_path, stdout=output, stderr=output, check=False)
+    said = tmp_path / ".said"
+    reached = said.read_text() if said.exists() else ""
+    assert done.returncode == 0, f"{reached}{log.read_text(errors='replace')}"
