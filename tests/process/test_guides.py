@@ -12,7 +12,9 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -41,6 +43,7 @@ GIVEN = {
 HEAD = """
 set -u
 ip link set lo up
+stay=()
 told() { echo "+ $1" >> .said; }
 fail() { echo "$1"; tail -c 3000 "$2"; exit 1; }
 patiently() {  # the command, what it prints
@@ -49,6 +52,11 @@ patiently() {  # the command, what it prints
         local code=$?
         ((code != 2 && code != 126 && code != 127 && SECONDS < until)) || fail "it ended with $code: $1" "$2"
         sleep 0.5
+    done
+}
+stayed() {
+    for ((place = 0; place < ${#stay[@]}; place += 2)); do
+        kill -0 "${stay[place]}" 2> /dev/null || fail "what was to stay has ended" "${stay[place + 1]}"
     done
 }
 shown() {  # a program that looks for what is told, what prints it
@@ -112,7 +120,7 @@ def script_of(session: Session, directory: Path) -> str:
             lines.append(f"shown .shown-{number}.py {printed}")
         if not block.is_run:
             printed = ""
-    return "\n".join(lines)
+    return "\n".join([*lines, "stayed"])
 
 
 def commands_of(block: Block, number: int, printed: str, directory: Path) -> list[str]:
@@ -123,11 +131,13 @@ def commands_of(block: Block, number: int, printed: str, directory: Path) -> lis
         return [f"python {program.name} > {printed} 2>&1 || fail 'it raised' {printed}"]
     lines = [f": > {printed}"]
     for part, command in enumerate(block.commands()):
-        stays = block.options.get("stays") or command.endswith("&")
         if re.match(r"(?:export|cd|source|\.) ", command):
             lines.append(command)
-        elif stays:
-            lines.append(f"{{ {command.removesuffix('&')}; }} >> {printed} 2>&1 &")
+        elif block.options.get("stays") or command.endswith("&"):
+            # On a line of its own, for a comment may end the command.
+            lines.append(f"{{ {command.removesuffix('&')}\n}} >> {printed} 2>&1 &")
+            if block.options.get("stays"):
+                lines.append(f"stay+=($! {printed})")
         else:
             lines += [f"patiently {shlex.quote(command)} {printed}.{part}", f"cat {printed}.{part} >> {printed}"]
     return lines
@@ -141,6 +151,13 @@ def give_files(directory: Path) -> None:
     (directory / "texts.txt").write_text("first text\nsecond text\n")
 
 
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """Of a short name: it has sockets in it, whose paths may not be long."""
+    with TemporaryDirectory(prefix="guide", ignore_cleanup_errors=True) as name:
+        yield Path(name)
+
+
 def test_blocks_are_found() -> None:
     found = sessions()
     assert {"README.md", "docs/quick-start.md", "docs/user-guide.md"} <= {session.page for session in found}
@@ -149,7 +166,7 @@ def test_blocks_are_found() -> None:
 
 @pytest.mark.timeout(LIMIT_S + 60)
 @pytest.mark.parametrize("session", sessions(), ids=str)
-def test_a_reader_can_do_what_the_page_says(session: Session, tmp_path: Path) -> None:
+def test_a_reader_can_do_what_the_page_says(session: Session, directory: Path) -> None:
     text = "\n".join(block.text for block in session.blocks if block.is_run)
     named = [program for program in ("consul", "etcd") if re.search(rf"^{program} ", text, re.MULTILINE)]
     for program in ("redis-server", "unshare", "ip", *named):
@@ -157,15 +174,15 @@ def test_a_reader_can_do_what_the_page_says(session: Session, tmp_path: Path) ->
             missing(f"{program} is not installed: the guide's commands need it")
     if not can_make_namespaces():
         pytest.skip("without the right to make a network, the ports of the guide may be others'")
-    give_files(tmp_path)
-    environ = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+    give_files(directory)
+    environ = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HOME": str(directory)}
     environ |= {"PYTHONUNBUFFERED": "1", "COLUMNS": "200", "NO_PROXY": "127.0.0.1"}
     # Whatever it started ends with it.
     within = ["unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
-    log = tmp_path / ".log"
+    log = directory / ".log"
     with log.open("wb") as output:
-        command = [*within, "timeout", str(LIMIT_S), "bash", "-c", script_of(session, tmp_path)]
-        done = subprocess.run(command, env=environ, cwd=tmp_path, stdout=output, stderr=output, check=False)
-    said = tmp_path / ".said"
+        command = [*within, "timeout", str(LIMIT_S), "bash", "-c", script_of(session, directory)]
+        done = subprocess.run(command, env=environ, cwd=directory, stdout=output, stderr=output, check=False)
+    said = directory / ".said"
     reached = said.read_text() if said.exists() else ""
     assert done.returncode == 0, f"{reached}{log.read_text(errors='replace')}"

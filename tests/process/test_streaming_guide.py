@@ -1,29 +1,27 @@
-"""Every example of docs/streaming.md, run as it stands."""
+"""The web server of docs/streaming.md and a browser: what it is sent, loses, and goes on with."""
 
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import pytest
 
 from cluster_tasks.testing import FakeOpenAI
+from tests.guides import ROOT, blocks_of
 from tests.process.accounts import END_S
 from tests.process.conftest import NewWorker
 from tests.process.nodes import running
 from workers.redis_server import RedisServer
 
-GUIDE = (Path(__file__).parents[2] / "docs" / "streaming.md").read_text(encoding="utf-8")
-PYTHON = re.findall(r"^```python\n(.*?)^```", GUIDE, re.MULTILINE | re.DOTALL)
-SSE = next(code for code in PYTHON if "ThreadingHTTPServer" in code)
+BLOCKS = blocks_of(ROOT / "docs/streaming.md")
+SSE = next(block.text for block in BLOCKS if block.options.get("title") == "answers.py")
 SAID = "one two three four five six seven eight"
 
 
@@ -69,15 +67,6 @@ def events(lines: Any) -> Iterator[tuple[str, Any, str]]:
         else:
             yield fields["event"], json.loads(fields["data"]), fields.get("id", "")
             fields = {}
-
-
-def test_the_code_of_the_guide_runs() -> None:
-    codes = [code for code in PYTHON if code is not SSE]
-    assert len(codes) == 4
-    pipes: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    for process in [subprocess.Popen([sys.executable, "-c", code], **pipes) for code in codes]:
-        _, errors = process.communicate(timeout=END_S)
-        assert (process.returncode, errors) == (0, "")
 
 
 def test_a_browser_reads_an_answer_loses_its_connection_and_goes_on(url: str, provider: FakeOpenAI) -> None:
