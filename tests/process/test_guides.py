@@ -102,9 +102,9 @@ def looking_for(text: str) -> str:
     return FINDS.format(wanted=[" ".join(line.split()) for line in text.splitlines() if line.strip()])
 
 
-def script_of(session: Session, directory: Path) -> str:
+def script_of(session: Session, directory: Path, patience_s: int = PATIENCE_S) -> str:
     """Return what a reader does in this session, as a program of bash. Writes the files that he writes."""
-    lines = [HEAD, f"PATIENCE={PATIENCE_S}", GIVEN[session.begin]]
+    lines = [HEAD, f"PATIENCE={patience_s}", GIVEN[session.begin]]
     printed = ""
     for number, block in enumerate(session.blocks):
         lines.append(f"told {shlex.quote(str(block))}")
@@ -151,11 +151,67 @@ def give_files(directory: Path) -> None:
     (directory / "texts.txt").write_text("first text\nsecond text\n")
 
 
+def run(session: Session, directory: Path, patience_s: int = PATIENCE_S) -> str:
+    """Do what a reader does, in a network of its own; return how that failed, or nothing."""
+    for program in ("redis-server", "unshare", "ip"):
+        if shutil.which(program) is None:
+            missing(f"{program} is not installed: the guide's commands need it")
+    if not can_make_namespaces():
+        pytest.skip("without the right to make a network, the ports of the guide may be others'")
+    give_files(directory)
+    environ = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HOME": str(directory)}
+    environ |= {"PYTHONUNBUFFERED": "1", "COLUMNS": "200", "NO_PROXY": "127.0.0.1"}
+    # Whatever it started ends with it.
+    within = ["unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    command = [*within, "timeout", str(LIMIT_S), "bash", "-c", script_of(session, directory, patience_s)]
+    log = directory / ".log"
+    with log.open("wb") as output:
+        done = subprocess.run(command, env=environ, cwd=directory, stdout=output, stderr=output, check=False)
+    if done.returncode == 0:
+        return ""
+    said = directory / ".said"
+    reached = said.read_text() if said.exists() else ""
+    return f"{reached}{log.read_text(errors='replace')}\nit ended with {done.returncode}"
+
+
 @pytest.fixture
 def directory() -> Iterator[Path]:
     """Of a short name: it has sockets in it, whose paths may not be long."""
     with TemporaryDirectory(prefix="guide", ignore_cleanup_errors=True) as name:
         yield Path(name)
+
+
+def of(*blocks: tuple[str, dict[str, str], str]) -> Session:
+    """Return a session of such blocks."""
+    made = tuple(Block("a.md", line, language, options, text) for line, (language, options, text) in enumerate(blocks))
+    return Session("a.md", 1, "nothing", made)
+
+
+STAYS = {"stays": "yes"}
+
+
+@pytest.mark.parametrize(
+    ("session", "failure"),
+    [
+        (of(("sh", {}, "echo one\n"), ("text", {}, "one\n")), ""),
+        (of(("sh", {}, "echo one\n"), ("text", {}, "two\n")), "it does not print what the guide shows"),
+        (of(("sh", {}, "false\n")), "it ended with 1: false"),
+        (of(("sh", {}, "no-such-program\n")), "it ended with 127: no-such-program"),
+        (of(("sh", {"norun": "why"}, "false\n")), ""),
+        (of(("python", {}, "raise SystemExit(3)\n")), "it raised"),
+        (of(("python", {"title": "own.py"}, "ONE = 1\n"), ("python", {}, "import own\nprint(own.ONE)\n"),
+            ("text", {}, "1\n")), ""),
+        (of(("sh", {}, "export NAME='a b'\n"), ("sh", {}, "echo $NAME | \\\n  tr a c\n"), ("text", {}, "c b\n")), ""),
+        (of(("sh", STAYS, "echo up; sleep 100  # a comment\n"), ("text", {}, "up\n")), ""),
+        (of(("sh", STAYS, "echo up\n"), ("sh", {}, "sleep 0.5\n")), "what was to stay has ended"),
+        (of(("sh", {}, "sleep 1 && touch made &\ntest -e made\n")), ""),
+    ],
+    ids=range(11),
+)  # fmt: skip
+def test_what_a_reader_would_notice_fails_a_session(session: Session, failure: str, directory: Path) -> None:
+    told = run(session, directory, patience_s=3)
+    assert failure in told
+    assert bool(told) == bool(failure), told
 
 
 def test_blocks_are_found() -> None:
@@ -168,21 +224,7 @@ def test_blocks_are_found() -> None:
 @pytest.mark.parametrize("session", sessions(), ids=str)
 def test_a_reader_can_do_what_the_page_says(session: Session, directory: Path) -> None:
     text = "\n".join(block.text for block in session.blocks if block.is_run)
-    named = [program for program in ("consul", "etcd") if re.search(rf"^{program} ", text, re.MULTILINE)]
-    for program in ("redis-server", "unshare", "ip", *named):
-        if shutil.which(program) is None:
+    for program in ("consul", "etcd"):
+        if re.search(rf"^{program} ", text, re.MULTILINE) and shutil.which(program) is None:
             missing(f"{program} is not installed: the guide's commands need it")
-    if not can_make_namespaces():
-        pytest.skip("without the right to make a network, the ports of the guide may be others'")
-    give_files(directory)
-    environ = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HOME": str(directory)}
-    environ |= {"PYTHONUNBUFFERED": "1", "COLUMNS": "200", "NO_PROXY": "127.0.0.1"}
-    # Whatever it started ends with it.
-    within = ["unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
-    log = directory / ".log"
-    with log.open("wb") as output:
-        command = [*within, "timeout", str(LIMIT_S), "bash", "-c", script_of(session, directory)]
-        done = subprocess.run(command, env=environ, cwd=directory, stdout=output, stderr=output, check=False)
-    said = directory / ".said"
-    reached = said.read_text() if said.exists() else ""
-    assert done.returncode == 0, f"{reached}{log.read_text(errors='replace')}"
+    assert run(session, directory) == ""
