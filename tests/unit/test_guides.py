@@ -32,7 +32,7 @@ from workers.demo.__main__ import demo
 from workers.up import up
 
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-TARGETS = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 BEHIND: dict[str, click.Command] = {"up": up, "index": index, "demo": demo}
 """What commands of cluster-tasks become, which have the options."""
 SHELL = [block for block in all_blocks() if block.language == "sh"]
