@@ -26,8 +26,8 @@ from benchmarks.report import STYLES, UNKNOWN, VERDICTS, Result, markdown, show,
 from benchmarks.stage import HOME
 
 ORDER = (
-    "routing", "throughput", "batching", "guarantees", "llm", "balance", "failover", "scale", "availability", "cache",
-    "relevance", "retrieval", "shards",
+    "routing", "throughput", "profiling", "batching", "guarantees", "llm", "balance", "failover", "scale",
+    "availability", "cache", "relevance", "retrieval", "shards",
 )  # fmt: skip
 """Others come after these, by their names."""
 MADE = re.compile(r"\bBenchmark\(\"(\w+)\"")

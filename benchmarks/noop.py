@@ -7,13 +7,15 @@ Its workers import this module: ``celery -A benchmarks.noop worker``, with the v
 from __future__ import annotations
 
 import os
+from cProfile import Profile
 
-from celery import Celery
+from celery import Celery, signals
 
 from benchmarks.peers import job
 from cluster_tasks import Cluster, ClusterTask
 
-VARIANT = "BENCHMARK_VARIANT"
+VARIANT, PROFILE = "BENCHMARK_VARIANT", "BENCHMARK_PROFILE"
+"""The second names a file for a profile of the worker's main thread; without it there is none."""
 
 STOCK = "stock"
 STOCK_LATE = "stock, acks_late"
@@ -43,5 +45,19 @@ def make_app(variant: str, url: str, results: bool = True) -> Celery:
     return app
 
 
+def profile(file: str) -> None:
+    """Profile this worker from when it is ready until it shuts down."""
+    made = Profile()
+
+    def end(**_: object) -> None:
+        made.disable()
+        made.dump_stats(file)
+
+    signals.worker_ready.connect(lambda **_: made.enable(), weak=False)
+    signals.worker_shutdown.connect(end, weak=False)
+
+
+if PROFILE in os.environ:
+    profile(os.environ[PROFILE])
 if job.REDIS_URL in os.environ:
     app = make_app(os.environ[VARIANT], os.environ[job.REDIS_URL], os.environ[job.RESULTS] == "1")
