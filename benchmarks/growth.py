@@ -43,23 +43,23 @@ SELDOM = 0.001
 """Of the calls: what comes less often is left out."""
 
 
-def script_sources() -> list[tuple[str, str]]:
-    """The names and the sources of the scripts of a cluster."""
-    found = [("fetch", fetching_script())]
-    for package in PACKAGES:
-        for file in sorted((files(package) / "scripts").iterdir(), key=lambda file: file.name):
-            name = file.name.removesuffix(".lua")
-            found.append((name, file.read_text(encoding="utf-8")))
-            if package == PACKAGES[0]:
-                # Of these many are whole with what they share only.
-                found.append((name, placing_script(name)))
-                found.append((name, "\n".join((script_source(package, "letting_go"), found[-2][1]))))
-    return found
-
-
 def script_names() -> dict[str, str]:
-    """The names by SHA1."""
-    return {hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest(): name for name, source in script_sources()}
+    """The names of the scripts that nodes use, by SHA1."""
+    named = {}
+    for package in PACKAGES:
+        for file in (files(package) / "scripts").iterdir():
+            name, source = file.name.removesuffix(".lua"), file.read_text(encoding="utf-8")
+            named[_sha1(source)] = name
+            if package == PACKAGES[0]:
+                # Of these many are whole only with what they share.
+                named[_sha1(placing_script(name))] = name
+                for shared in ("letting_go", "storing"):
+                    named[_sha1("\n".join((script_source(package, shared), source)))] = name
+    return {**named, _sha1(fetching_script()): "fetch"}
+
+
+def _sha1(source: str) -> str:
+    return hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,18 +122,18 @@ class Growth:
 
 
 class Simulation:
-    """A Redis with as many nodes as one likes, none of which runs."""
+    """A Redis with as many nodes as one likes, none of which runs.
+
+    It is the one that was recorded, for it knows the scripts.
+    """
 
     def __init__(self, client: redis.Redis, cluster: Cluster, sample: Node) -> None:
         """``sample`` is a node as one registers itself, ``cluster`` one on the Redis of ``client``."""
         self._client, self._cluster, self._sample = client, cluster, sample
-        self._sources = [source for _, source in script_sources()]
 
     def costs(self, growth: Growth, size: int) -> Mapping[str, Cost]:
         """Return what each kind costs among so many nodes. Empties the Redis."""
         self._client.flushall()
-        for source in self._sources:
-            self._client.script_load(source)
         nodes = [self._join(f"sim{number}@host{number % 100}") for number in range(size)]
         self._say_once(growth, nodes, size)
         return {

@@ -189,9 +189,9 @@ class Bench:
         return used
 
 
-def simulate(growth: Growth, sample: Node, sizes: Sequence[int]) -> dict[int, Mapping[str, Cost]]:
-    """Return what each kind of command costs, by size."""
-    with private_redis() as server, Client(server.url, CLUSTER) as client, patient(server.url) as connection:
+def simulate(server: RedisServer, growth: Growth, sample: Node, sizes: Sequence[int]) -> dict[int, Mapping[str, Cost]]:
+    """Return what each kind of command costs, by size, on a Redis whose nodes are gone."""
+    with Client(server.url, CLUSTER) as client, patient(server.url) as connection:
         simulation = Simulation(connection, cluster_of(client.app), sample)
         return {size: simulation.costs(growth, size) for size in sizes}
 
@@ -250,20 +250,21 @@ benchmark.note("A ratio is that of what was simulated to what was measured at th
 
 def measure(options: argparse.Namespace) -> Iterator[Row]:
     recordings = []
-    with private_redis() as server, Fleet(server, CLUSTER) as fleet, Client(server.url, CLUSTER) as client:
-        bench = Bench(server, fleet, client)
-        try:
-            for size in sorted(options.nodes):
-                cost, recording = bench.idle(size, options.lasts_s)
-                recordings.append(recording)
-                yield cost.row()
-            coordinator, sample = bench.coordinator(), bench.sample()
-            yield bench.work()
-        finally:
-            bench.close()
-    growth = Growth(recordings, [coordinator])
-    sizes = sorted({cost.size, *options.simulated})
-    yield from simulated_rows(simulate(growth, sample, sizes), cost)
+    with private_redis() as server:
+        with Fleet(server, CLUSTER) as fleet, Client(server.url, CLUSTER) as client:
+            bench = Bench(server, fleet, client)
+            try:
+                for size in sorted(options.nodes):
+                    cost, recording = bench.idle(size, options.lasts_s)
+                    recordings.append(recording)
+                    yield cost.row()
+                coordinator, sample = bench.coordinator(), bench.sample()
+                yield bench.work()
+            finally:
+                bench.close()
+        growth = Growth(recordings, [coordinator])
+        sizes = sorted({cost.size, *options.simulated})
+        yield from simulated_rows(simulate(server, growth, sample, sizes), cost)
 
 
 if __name__ == "__main__":
