@@ -181,6 +181,16 @@ class EpochTable:
                 found[node_id] = Beat(text(epoch), int(counters.get(queue, 0)))
         return found
 
+    def look_at(self, node_id: str) -> tuple[Beat, bool] | None:
+        """Return the beat of a node and whether it is draining, in one round trip; None: no epoch of it stands."""
+        queue = self._keys.node_queue(node_id)
+        with foreign_errors(BrokerUnavailable, f"looking at {node_id}"), self._client.pipeline() as pipe:
+            pipe.hget(self._keys.epochs, queue)
+            pipe.hget(self._keys.beats, queue)
+            pipe.sismember(self._keys.draining, queue)
+            epoch, counter, drains = pipe.execute()
+        return None if epoch is None else (Beat(text(epoch), int(counter or 0)), bool(drains))
+
     def fence(self, node_id: str, seen: Beat, event: Event = MappingProxyType({})) -> bool:
         """End an epoch, unless it has beaten since it was ``seen``; False if it has, or had ended. Safe to repeat."""
         return self._end(node_id, seen.epoch, str(seen.counter), Ending.LOST, event)

@@ -187,7 +187,7 @@ def drain(cluster: Cluster, node: str, wait: bool, timeout: float | None, as_jso
 
     What it runs goes on, with --timeout for so long: then it is handed back to the cluster, without a crash being
     counted, and NODE cannot commit it any more. NODE is an id, or what stands before the @ if only one node has that
-    name.
+    name; %h in it is this host.
 
     \b
     Example: celery -A cluster_tasks cluster drain gpu1 --timeout 60

@@ -12,6 +12,7 @@ from typing import Any, Concatenate, ParamSpec
 
 import click
 from celery.platforms import EX_UNAVAILABLE
+from celery.utils.nodenames import gethostname
 
 from cluster_tasks.cluster import Cluster, cluster_of
 from cluster_tasks.errors import CacheUnavailable, ClusterError, NodeNotFound, RegistryUnavailable, UnavailableError
@@ -71,7 +72,12 @@ def pass_cluster(command: Callable[Concatenate[Cluster, P], None]) -> Callable[P
 
 
 def node_id_of(cluster: Cluster, given: str) -> str:
-    """Return the id of the one node of this id or name. Raises NodeNotFound, or ClusterError if there are several."""
+    """Return the id of the one node of this id or name, %h being this host.
+
+    Raises NodeNotFound, or ClusterError if there are several.
+    """
+    # Who runs a command in the container of a node has no shell that could say which host it is.
+    given = given.replace("%h", gethostname())
     known = sorted(cluster.epochs.beats())
     if given in known:
         return given

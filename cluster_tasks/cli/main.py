@@ -14,7 +14,7 @@ from cluster_tasks.runtime import check_runtime
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
-    """Run a cluster on this machine, and fill its collections."""
+    """Run a cluster on this machine, fill its collections, and probe its nodes."""
 
 
 def _command(name: str, module: str, about: str) -> None:
@@ -31,6 +31,7 @@ def _command(name: str, module: str, about: str) -> None:
 
 _command("up", "workers.up", "Start Redis, nodes, a coordinator and Flower, and keep them running.")
 _command("index", "cluster_tasks.cli.index", "Fill a collection with the texts of a folder, and keep it up to date.")
+_command("ping", "cluster_tasks.cli.ping", "Tell by the exit code whether a node works; for probes.")
 _command("demo", "workers.demo", "Run the main job on real text, with a node killed midway.")
 
 
