@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -20,10 +21,16 @@ from celery.utils.nodenames import host_format
 from cluster_tasks.cluster import cluster_of
 from cluster_tasks.errors import BrokerUnavailable, ClusterError, ConfigurationError
 from cluster_tasks.redis_store import foreign_errors
+from workers.autoscale import Autoscaler
 from workers.redis_server import HOST, RedisServer, free_port
+from workers.scaling import ScalePolicy
 from workers.supervision import NUMBER, Program, Supervisor
 
+logger = logging.getLogger(__name__)
+
 NODE = "node"
+SPARE = "spare"
+"""The group of the nodes that are started when there is more to do."""
 COORDINATOR = "coordinator"
 REDIS_PORT = 6379
 FLOWER_PORT = 5555
@@ -44,6 +51,10 @@ class Plan:
     directory: Path
     """Holds Redis' data, the ``logs`` and the collections."""
     nodes: int = 3
+    most_nodes: int = 0
+    """So many are started when jobs wait; at most ``nodes``: no more than these."""
+    scale_down_after_s: float = 60.0
+    """For so long fewer nodes must be enough before one of these ends."""
     app: str = "cluster_tasks"
     pool: str = "prefork"
     concurrency: int = 2
@@ -81,6 +92,8 @@ class LocalCluster:
         """Where Flower listens; 0: nowhere."""
         self._running = ExitStack()
         self._earlier: dict[str, str] = {}
+        self._scaler: Autoscaler | None = None
+        self._tell: Callable[[str], None] = logger.info
 
     def start(self) -> None:
         """Start everything; nodes still have to join. Raises ClusterError, and then nothing runs."""
@@ -103,6 +116,7 @@ class LocalCluster:
                 # Not by its command line, which is for everybody to read.
                 os.environ["FLOWER_BASIC_AUTH"] = f"{FLOWER_USER}:{password.get_secret_value()}"
             self.flower_port = _free_or_other(self.plan.flower_port)
+            self._scaler = self._autoscaler()
             self.supervisor = running.enter_context(Supervisor(self.directory, self._programs()))
             self._running = running.pop_all()
 
@@ -128,7 +142,8 @@ class LocalCluster:
         return missing
 
     def keep_running(self, tell: Callable[[str], None]) -> None:
-        """Start again what dies, until this is interrupted; ``tell`` of it."""
+        """Start again what dies, and scale as planned, until this is interrupted; ``tell`` of it."""
+        self._tell = tell
         while True:
             time.sleep(LOOK_EVERY_S)
             for name, server in (("Redis", self.redis), ("The Redis of the cache", self.cache)):
@@ -141,6 +156,8 @@ class LocalCluster:
             if not self.supervisor.running:
                 tell("supervisord has died and is started again")
                 self.supervisor.start()
+            elif self._scaler:
+                self._scaler.look()
 
     def variables(self) -> dict[str, str]:
         """Return the variables by which other commands find this cluster; its Redis only if it was started here."""
@@ -183,21 +200,30 @@ class LocalCluster:
         names = {self.node_id(name): name for name in self._names()}
         return {names[node.id]: node.epoch for node in self.cluster.nodes() if node.id in names}
 
+    def _autoscaler(self) -> Autoscaler | None:
+        plan = self.plan
+        if plan.most_nodes <= plan.nodes:
+            return None
+        names = {name: self.node_id(name) for name in (f"{NODE}{each}" for each in range(1, plan.most_nodes + 1))}
+        slots = 1 if plan.pool == "solo" else plan.concurrency
+        policy = ScalePolicy(plan.nodes, plan.most_nodes, slots, down_after_s=plan.scale_down_after_s)
+        return Autoscaler(self.cluster, self.directory, policy, names, lambda news: self._tell(news))
+
     def _programs(self) -> list[Program]:
         plan, celery = self.plan, [sys.executable, "-m", "celery", "-A", self.plan.app]
         node = f"{NODE}{NUMBER}"
         pool = ["--pool", plan.pool, "--concurrency", str(plan.concurrency)]
-        programs = [
-            Program(COORDINATOR, [*celery, "cluster", "coordinator"], priority=2),
-            Program(
-                node,
-                [*celery, "worker", "-n", f"{node}@%h", *pool, "--task-events", "--loglevel", "INFO"],
-                priority=3,
-                copies=plan.nodes,
-                restart=plan.restart,
-                stop_timeout_s=self.cluster.settings.drain_timeout_s + BEYOND_DRAIN_S,
-            ),
-        ]
+        nodes = Program(
+            node,
+            [*celery, "worker", "-n", f"{node}@%h", *pool, "--task-events", "--loglevel", "INFO"],
+            priority=3,
+            copies=plan.nodes,
+            restart=plan.restart,
+            stop_timeout_s=self.cluster.settings.drain_timeout_s + BEYOND_DRAIN_S,
+        )
+        programs = [Program(COORDINATOR, [*celery, "cluster", "coordinator"], priority=2), nodes]
+        if (spare := plan.most_nodes - plan.nodes) > 0:
+            programs.append(replace(nodes, copies=spare, first=plan.nodes + 1, group=SPARE, started=False))
         if self.flower_port:
             where = [f"--address={HOST}", f"--port={self.flower_port}"]
             programs.append(Program("flower", [*celery, "flower", *where], priority=1))

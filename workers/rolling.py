@@ -12,8 +12,8 @@ from typing import TypeVar
 from cluster_tasks.cluster import Cluster
 from cluster_tasks.errors import ClusterError, NodeNotFound
 from cluster_tasks.model import NodeStatus
-from workers.local import BEYOND_DRAIN_S, COORDINATOR, JOIN_TIMEOUT_S, NODE, last_words, local_node_id
-from workers.supervision import ENDED, RUNNING, STOPPING, SupervisorClient
+from workers.local import BEYOND_DRAIN_S, COORDINATOR, JOIN_TIMEOUT_S, NODE, SPARE, last_words, local_node_id
+from workers.supervision import ENDED, RUNNING, STOPPING, SupervisorClient, turn_to_change
 from workers.up import interrupt_on_signals
 
 LOOK_EVERY_S = 0.2
@@ -47,10 +47,22 @@ class RollingRestart:
         does not come back: then the rest is left as it is. Interrupted, it lets the node of its turn work on before it
         ends, or starts it again; interrupted once more, it does not.
         """
-        names = [name for name in self._supervisor.states() if name.startswith((NODE, COORDINATOR))]
-        for name in sorted(names, key=lambda name: (name == COORDINATOR, len(name), name)):
-            self._wait_for_all(names, name)
-            tell(self._restart(name))
+        self._supervisor.states()
+        with turn_to_change(self._directory, wait=True):
+            names = self._names()
+            for name in sorted(names, key=lambda name: (name == COORDINATOR, len(name), name)):
+                self._wait_for_all(names, name)
+                tell(self._restart(name))
+
+    def _names(self) -> list[str]:
+        """Those that run or should; not those that are started when there is more to do."""
+        states = self._supervisor.states()
+        return [
+            name
+            for name, stands in states.items()
+            if name.startswith((NODE, COORDINATOR))
+            and not (self._supervisor.group(name) == SPARE and stands in (*ENDED, STOPPING))
+        ]
 
     def _wait_for_all(self, names: Sequence[str], next_name: str) -> None:
         def away() -> list[str]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pwd
 import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -44,6 +46,12 @@ class Program:
     priority: int
     """Low ones are started first and stopped last."""
     copies: int = 1
+    first: int = 1
+    """Number of the first copy."""
+    group: str = ""
+    """What supervisord calls all copies; empty: their name without the number."""
+    started: bool = True
+    """Whether it runs from the start, or when it is told to."""
     restart: bool = True
     stop_timeout_s: float = 10.0
     """What still runs so long after SIGTERM is killed."""
@@ -175,6 +183,10 @@ class SupervisorClient:
         self._full_names = {each["name"]: f"{each['group']}:{each['name']}" for each in found}
         return {each["name"]: str(each["statename"]) for each in found}
 
+    def group(self, name: str) -> str:
+        """Return the group of a program that ``states`` has told of."""
+        return self._full_names[name].partition(":")[0]
+
     def stop(self, name: str) -> None:
         """Tell a program to end; does not wait."""
         self._call(lambda: self._server.supervisor.stopProcess(self._full_names[name], False))
@@ -195,14 +207,30 @@ class SupervisorClient:
             self._transport.close()
 
 
+@contextmanager
+def turn_to_change(directory: Path, *, wait: bool) -> Iterator[bool]:
+    """Be the only one, for as long as the block lasts, that starts and stops programs of a directory by itself.
+
+    Yields whether that is so: if another is at it, and ``wait`` is not set, it is not.
+    """
+    with (directory / "change.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
 def _section(program: Program) -> dict[str, str]:
     command = shlex.join(tethered(signal.SIGKILL, program.command)).replace("%", "%%")
     return {
-        "": f"program:{program.name.replace(NUMBER, '')}",
+        "": f"program:{program.group or program.name.replace(NUMBER, '')}",
         "command": command.replace("%" + NUMBER, NUMBER),
         "process_name": program.name,
         "numprocs": str(program.copies),
-        "numprocs_start": "1",
+        "numprocs_start": str(program.first),
+        "autostart": str(program.started).lower(),
         "priority": str(program.priority),
         "autorestart": str(program.restart).lower(),
         "startsecs": str(STEADY_S),

@@ -8,14 +8,28 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from cluster_tasks.errors import ClusterError
 from workers.local import FLOWER_PORT, FLOWER_USER, POOLS, REDIS_PORT, LocalCluster, Plan
 from workers.redis_server import HOST
 
 
+def _bounds(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    least, separator, most = value.partition(",")
+    if not (separator and least.isdecimal() and most.isdecimal() and 1 <= int(least) <= int(most)):
+        raise click.BadParameter(f"expected MIN,MAX such as 1,4 with 1 <= MIN <= MAX, not {value!r}")
+    return int(least), int(most)
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--nodes", type=click.IntRange(min=1), default=3, show_default=True, help="How many nodes.")
+@click.option("--autoscale", metavar="MIN,MAX", callback=_bounds,
+              help="Instead of --nodes: MIN, and up to MAX while jobs wait.")  # fmt: skip
+@click.option("--scale-down-after", "scale_down_after_s", type=click.FloatRange(min=0), default=60, show_default=True,
+              metavar="SECONDS", help="When fewer of these were enough for so long, one drains and ends.")  # fmt: skip
 @click.option("--concurrency", type=click.IntRange(min=1), default=2, show_default=True, help="Jobs at a time on each.")
 @click.option("--pool", type=click.Choice(POOLS), default=POOLS[0], show_default=True, help="How a node runs jobs.")
 @click.option("--strategy", default="", help="How jobs are balanced, of all types; else as the settings say.")
@@ -26,15 +40,23 @@ from workers.redis_server import HOST
 @click.option("--broker-url", default="", envvar="CLUSTER_BROKER_URL", show_envvar=True,
               help="A Redis that runs already; without it one is started.")  # fmt: skip
 @click.option("--app", default="cluster_tasks", show_default=True, help="The Celery app, as for celery -A.")
-def up(flower_port: int, no_flower: bool, data_dir: str, **options: Any) -> None:
+def up(
+    nodes: int, autoscale: tuple[int, int] | None, flower_port: int, no_flower: bool, data_dir: str, **options: Any
+) -> None:
     """Start Redis, nodes, a coordinator and Flower, and keep them running.
 
     Ctrl-C or SIGTERM ends all of it: nodes finish the jobs that they run, what waits stays in --data-dir.
     """
     if "://" in data_dir:
         raise click.UsageError(f"--data-dir must be a folder of this machine, not {data_dir}")
+    given = click.get_current_context().get_parameter_source("nodes")
+    if autoscale and given is not ParameterSource.DEFAULT:
+        raise click.UsageError("--autoscale says how many nodes there are: leave --nodes out")
+    least, most = autoscale or (nodes, nodes)
     interrupt_on_signals()
-    plan = Plan(Path(data_dir), flower_port=0 if no_flower else flower_port, redis_port=REDIS_PORT, **options)
+    plan = Plan(
+        Path(data_dir), least, most, flower_port=0 if no_flower else flower_port, redis_port=REDIS_PORT, **options
+    )
     try:
         run(LocalCluster(plan))
     except ClusterError as exc:
@@ -67,6 +89,8 @@ def banner(local: LocalCluster) -> str:
     if local.flower_port:
         login = f", user {FLOWER_USER}" if local.cluster.settings.flower_password else ""
         where.append(("Flower", f"http://{HOST}:{local.flower_port}/cluster{login}"))
+    if plan.most_nodes > plan.nodes:
+        where.append(("Nodes", f"{plan.nodes}, and up to {plan.most_nodes} while jobs wait"))
     where.append(("Logs", f"{local.directory}/logs"))
     if local.redis and local.redis.port != plan.redis_port:
         where.append(("Note", f"Redis is not at {plan.redis_port}, which is taken"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from time import sleep
+from typing import NamedTuple
 
 import redis
 
@@ -20,6 +21,14 @@ from cluster_tasks.registry.base import Registry
 logger = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 0.1
+
+
+class Standing(NamedTuple):
+    """How an epoch that drains stands."""
+
+    held: int
+    """Jobs that it runs or has reserved; 0 if it has ended."""
+    drains: bool
 
 
 class Draining:
@@ -63,6 +72,16 @@ class Draining:
             self._events.add("jobs handed back", node=node_id, epoch=epoch, held=moved.held)
         return moved
 
+    def standing(self, node_id: str, epoch: str) -> Standing:
+        """Return how much an epoch of a node still holds, and whether nothing new is placed on it."""
+        queue = self._keys.node_queue(node_id)
+        with foreign_errors(BrokerUnavailable, f"waiting for {node_id}"), self._client.pipeline() as pipe:
+            pipe.hlen(self._keys.unacked(node_id, epoch))
+            pipe.hget(self._keys.epochs, queue)
+            pipe.sismember(self._keys.draining, queue)
+            held, standing, drains = pipe.execute()
+        return Standing(int(held) if text(standing or b"") == epoch else 0, bool(drains))
+
     def resume(self, node_id: str) -> None:
         """Let a draining node take jobs again. Raises NodeNotFound."""
         self._set_draining(node_id, False)
@@ -70,20 +89,14 @@ class Draining:
 
     def _wait_until_quiet(self, node_id: str, epoch: str, timeout_s: float) -> bool:
         """Whether a draining node came to hold nothing in time, or left. Raises ClusterError if it is resumed."""
-        until_s, queue = self._clock.monotonic() + timeout_s, self._keys.node_queue(node_id)
-        while True:
-            with foreign_errors(BrokerUnavailable, f"waiting for {node_id}"), self._client.pipeline() as pipe:
-                pipe.hlen(self._keys.unacked(node_id, epoch))
-                pipe.hget(self._keys.epochs, queue)
-                pipe.sismember(self._keys.draining, queue)
-                held, standing, drains = pipe.execute()
-            if not held or text(standing or b"") != epoch:
-                return True
-            if not drains:
+        until_s = self._clock.monotonic() + timeout_s
+        while (standing := self.standing(node_id, epoch)).held:
+            if not standing.drains:
                 raise ClusterError(f"{node_id} was resumed before it had ended what it runs")
             if (left_s := until_s - self._clock.monotonic()) <= 0:
                 return False
             sleep(min(left_s, LOOK_EVERY_S))
+        return True
 
     def _set_draining(self, node_id: str, draining: bool, epoch: str = "") -> None:
         self._epochs.set_draining(node_id, draining, epoch)

@@ -53,9 +53,10 @@ def test_the_demo_keeps_its_promises_and_says_so_in_one_json_object(redis_binary
 
 
 @contextmanager
-def up(directory: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
-    """``cluster-tasks up`` with two nodes, without Flower if nothing is said of it, started and ready."""
-    command = [sys.executable, "-m", "cluster_tasks.cli.main", "up", "--nodes", "2", "--pool", "solo"]
+def up(directory: Path, *options: str, nodes: int | None = 2) -> Iterator[subprocess.Popen[bytes]]:
+    """``cluster-tasks up`` with so many nodes, without Flower if nothing is said of it, started and ready."""
+    command = [sys.executable, "-m", "cluster_tasks.cli.main", "up", "--pool", "solo"]
+    command += ["--nodes", str(nodes)] if nodes else []
     command += options if "--flower-port" in options else [*options, "--no-flower"]
     log = directory / "up.log"
     with log.open("wb") as output:
