@@ -59,31 +59,32 @@ class Autoscaler:
         self._next_s = time.monotonic() + LOOK_EVERY_S
 
     def _scale(self) -> None:
-        states, beats = self._supervisor.states(), self._cluster.epochs.beats()
-        self._see_off(states, beats)
-        present = [name for name in self._ids if states[name] not in (*ENDED, STOPPING) and name not in self._leaving]
-        nodes = {node.id: node for node in self._cluster.nodes()}
+        cluster, states = self._cluster, self._supervisor.states()
+        lists, nodes = cluster.epochs.lists(), {node.id: node for node in cluster.nodes()}
+        self._see_off(states, cluster.epochs.beats())
+        # What somebody drains by hand is no help, and left to him.
+        drained = {name for name, node_id in self._ids.items() if cluster.keys.node_queue(node_id) in lists.draining}
+        gone = {name for name in self._ids if states[name] in (*ENDED, STOPPING)} | drained | self._leaving
+        present = [name for name in self._ids if name not in gone]
         ours = {name: nodes[self._ids[name]] for name in present if self._ids[name] in nodes}
         if present and not ours:
             return  # They start, and nobody knows yet what they serve.
+        waiting = jobs_for(list(ours.values()), list(nodes.values()), lists.lengths, cluster.keys)
         held = {name: node.load.current_connections for name, node in ours.items()}
-        waiting = jobs_for(
-            list(ours.values()), list(nodes.values()), self._cluster.epochs.lengths(), self._cluster.keys
-        )
         look = Look(time.monotonic(), len(present), sum(held.values()), waiting)
         self._since, wanted = decide(self._policy, self._since, look)
         if wanted > len(present):
-            resumed = self._resume(wanted - len(present))
-            ended = [name for name in self._ids if states[name] in ENDED]
-            started = ended[: wanted - len(present) - len(resumed)]
-            for name in started:
-                self._supervisor.start(name)
-            if called := resumed + started:
-                self._tell(f"Jobs wait, {waiting} of them: {', '.join(called)} to help")
-        elif wanted < len(present):
-            spare = [name for name in present if name in ours][self._policy.minimum :]
-            if spare:
-                self._dismiss(min(reversed(spare), key=lambda name: held[name]))
+            self._call(wanted - len(present), states, waiting)
+        elif wanted < len(present) and (spare := list(ours)[self._policy.minimum :]):
+            self._dismiss(min(reversed(spare), key=lambda name: held[name]))
+
+    def _call(self, most: int, states: Mapping[str, str], waiting: int) -> None:
+        called = self._resume(most)
+        for name in [name for name in self._ids if states[name] in ENDED][: most - len(called)]:
+            self._supervisor.start(name)
+            called.append(name)
+        if called:
+            self._tell(f"Jobs wait, {waiting} of them: {', '.join(called)} to help")
 
     def _dismiss(self, name: str) -> None:
         self._cluster.drain(self._ids[name])
