@@ -93,7 +93,8 @@ class Autoscaler:
 
     def _resume(self, most: int) -> list[str]:
         """Let nodes that leave and still run take jobs again; return their names."""
-        states, resumed = self._supervisor.states(), []
+        states = self._supervisor.states()
+        resumed: list[str] = []
         for name in sorted(self._leaving):
             if len(resumed) < most and states[name] not in (*ENDED, STOPPING):
                 try:

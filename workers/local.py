@@ -51,10 +51,6 @@ class Plan:
     directory: Path
     """Holds Redis' data, the ``logs`` and the collections."""
     nodes: int = 3
-    most_nodes: int = 0
-    """So many are started when jobs wait; at most ``nodes``: no more than these."""
-    scale_down_after_s: float = 60.0
-    """For so long fewer nodes must be enough before one of these ends."""
     app: str = "cluster_tasks"
     pool: str = "prefork"
     concurrency: int = 2
@@ -71,6 +67,10 @@ class Plan:
     """0: no Flower."""
     restart: bool = True
     """Whether a node that dies is started again."""
+    most_nodes: int = 0
+    """So many are started when jobs wait; at most ``nodes``: only those are run."""
+    scale_down_after_s: float = 60.0
+    """For so long fewer nodes must be enough before one of these ends."""
 
 
 class LocalCluster:

@@ -55,8 +55,9 @@ def up(
     least, most = autoscale or (nodes, nodes)
     interrupt_on_signals()
     plan = Plan(
-        Path(data_dir), least, most, flower_port=0 if no_flower else flower_port, redis_port=REDIS_PORT, **options
-    )
+        Path(data_dir), least, flower_port=0 if no_flower else flower_port, redis_port=REDIS_PORT, most_nodes=most,
+        **options,
+    )  # fmt: skip
     try:
         run(LocalCluster(plan))
     except ClusterError as exc:
