@@ -56,7 +56,10 @@ class Monitor:
         self._sources = script_sources()
 
     def commands(self) -> list[Command]:
-        """Return what has come since the last call, in the order in which Redis did it."""
+        """Return what has come since the last call, in the order in which Redis did it.
+
+        Left out are calls of scripts that it did not know yet, which it refuses; they come again.
+        """
         mark = secrets.token_hex(8).encode()
         self._client.echo(mark)
         found: list[Command] = []
@@ -66,8 +69,8 @@ class Monitor:
                 return found
             if client == "lua":
                 found[-1].inside.append(words[0].upper().decode())
-            else:
-                found.append(Command(at_s, client, words, self._name(words)))
+            elif name := self._name(words):
+                found.append(Command(at_s, client, words, name))
 
     def close(self) -> None:
         """See no more."""
@@ -88,7 +91,7 @@ class Monitor:
         elif command == b"EVAL":
             return self._learn(words[1])
         elif command == b"EVALSHA":
-            return self._names.get(words[1], words[1].decode())
+            return self._names.get(words[1], "")
         return command.decode()
 
     def _learn(self, text: bytes) -> str:

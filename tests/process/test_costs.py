@@ -38,6 +38,8 @@ PUBLISH_BYTES = 1400
 FETCH_BYTES, COMMIT_BYTES, RESULT_BYTES = 800, 540, 173
 OTHERS_PER_S = 250
 """Commands that a node and a producer send by the clock, and not for a job, are fewer."""
+BUSY = {"CLUSTER_LEASE_S": "60"}
+"""On a machine that does other work: a node whose beats are late lets its jobs lie, and has them delivered again."""
 
 
 @pytest.fixture
@@ -87,28 +89,26 @@ def test_to_run_a_job_is_one_script_that_fetches_and_one_that_commits(
         seen.extend(monitor.commands())
         return names(seen)["broker.commit"] == JOBS
 
-    with running(new_worker("n1", pool=pool, slots=1)):
+    with running(new_worker("n1", pool=pool, slots=1, environ=BUSY)):
         wait_until(have_all_ended, END_S, "all jobs have ended")
     ends = [place for place, command in enumerate(seen) if command.name == "broker.commit"]
     # From the end of the first to that of the last nothing but these jobs is done here.
     window = seen[ends[0] + 1 : ends[-1] + 1]
     fetch = next(command for command in window if command.name == "broker.fetch")
     epoch = next(word for word in fetch.words if b":unacked:" in word).decode().rpartition("/")[2]
-    for_them = of_jobs(window, *ids, f"{epoch}.")
+    for_them, lasted_s = of_jobs(window, *ids, f"{epoch}."), window[-1].at_s - window[0].at_s
     counted = names(for_them)
-    assert (counted.pop("broker.fetch"), counted.pop("broker.commit")) == (JOBS - 1, JOBS - 1)
-    # A node that is held up looks whether it still has its jobs.
-    assert counted.total() <= JOBS / 20, counted
-    others_at_most = JOBS / 2 + OTHERS_PER_S * (window[-1].at_s - window[0].at_s)
+    # What is acknowledged and has not gone with a fetch when the heart beats goes with that.
+    assert counted.pop("broker.let_go", 0) <= 1 + lasted_s
+    assert counted == {"broker.fetch": JOBS - 1, "broker.commit": JOBS - 1}
+    others_at_most = JOBS / 2 + OTHERS_PER_S * lasted_s
     assert len(window) - len(for_them) <= others_at_most, names(window)
     for command in for_them:
         inside = Counter(command.inside)
-        if command.name in counted:
-            continue
         if command.name == "broker.commit":
             assert inside == COMMIT + (RESULT if wanted else Counter())
             assert command.size <= COMMIT_BYTES + RESULT_BYTES * wanted
-        else:
+        elif command.name == "broker.fetch":
             assert inside <= FETCH + LAST_OF_A_LIST
             assert command.size <= FETCH_BYTES
 
@@ -116,7 +116,7 @@ def test_to_run_a_job_is_one_script_that_fetches_and_one_that_commits(
 def test_of_a_job_two_keys_are_left_that_expire_and_to_read_its_result_is_one_command(
     jobs: Jobs, monitor: Monitor, new_worker: NewWorker
 ) -> None:
-    with running(new_worker("n1", pool="solo", slots=1)):
+    with running(new_worker("n1", pool="solo", slots=1, environ=BUSY)):
         assert jobs.verbatim.delay(0).get(timeout=END_S) == 0
         monitor.commands()
         result = jobs.verbatim.delay(1)
@@ -125,12 +125,12 @@ def test_of_a_job_two_keys_are_left_that_expire_and_to_read_its_result_is_one_co
 
         def is_acknowledged() -> bool:
             seen.extend(of_jobs(monitor.commands(), result.id))
-            return bool(names(seen)["broker.fetch"])
+            return any(command.name in {"broker.fetch", "broker.let_go"} for command in seen)
 
-        wait_until(is_acknowledged, END_S, "a fetch has carried the acknowledgement")
-    assert names(seen) == {
-        "SUBSCRIBE": 1, "broker.publish": 1, "broker.commit": 1, "broker.fetch": 1, "GET": 1, "UNSUBSCRIBE": 1,
-    }  # fmt: skip
+        wait_until(is_acknowledged, END_S, "a fetch, or a beat of the heart, has carried the acknowledgement")
+    counted = names(seen)
+    assert counted.pop("broker.fetch", 0) + counted.pop("broker.let_go", 0) == 1
+    assert counted == {"SUBSCRIBE": 1, "broker.publish": 1, "broker.commit": 1, "GET": 1, "UNSUBSCRIBE": 1}
     client = jobs.cluster.client
     left = sorted(key.decode() for key in client.scan_iter(f"*{result.id}*"))
     assert left == [f"celery-task-meta-{result.id}", f"cluster:terminal:{result.id}"]
@@ -142,7 +142,7 @@ def test_256_jobs_that_are_submitted_together_are_published_in_one_script_and_en
 ) -> None:
     monkeypatch.setenv("CLUSTER_BROKER_URL", redis_server.url)
     batches = make_batches()
-    with running(new_worker("n1", pool="solo", slots=1, app="tests.process.batching")):
+    with running(new_worker("n1", pool="solo", slots=1, app="tests.process.batching", environ=BUSY)):
         batches.cluster.submit(batches.double, [("x",)] * 2).get(timeout=END_S)
         monitor.commands()
         sent = batches.cluster.submit(batches.double, [("x",)] * 256)
@@ -168,7 +168,7 @@ def test_jobs_that_a_batch_brings_along_share_a_fetch(
     batches = make_batches()
     sent = [batches.triple.delay("x") for _ in range(64)]
     monitor.commands()
-    with running(new_worker("n1", pool="solo", slots=1, app="tests.process.batching")):
+    with running(new_worker("n1", pool="solo", slots=1, app="tests.process.batching", environ=BUSY)):
         assert {result.get(timeout=END_S) for result in sent} == {"xxx"}
         seen = monitor.commands()
     batches.app.close()
