@@ -18,6 +18,7 @@ from kombu.utils.imports import symbol_by_name
 
 from cluster_tasks.broker.placement import UNDECODABLE_KEPT
 from cluster_tasks.cli.cache import cache
+from cluster_tasks.cli.doctor.command import about, diagnose, tell
 from cluster_tasks.cli.events import events, tell_changes
 from cluster_tasks.cli.group import ClusterGroup, json_option, node_id_of, pass_cluster
 from cluster_tasks.cli.quarantine import quarantine
@@ -152,6 +153,14 @@ def status(cluster: Cluster, as_json: bool) -> None:
     else:
         print_rows(STATUS_COLUMNS, list(_status_cells(summary)), header=False)
     click.get_current_context().exit(EX_FAILURE if summary.problems else EX_OK)
+
+
+@cluster.command(help=about("celery -A cluster_tasks cluster doctor"))
+@json_option
+@click.pass_context
+def doctor(ctx: click.Context, as_json: bool) -> None:
+    """Look for what is wrong or may go wrong with the cluster of an app."""
+    ctx.exit(tell(diagnose(cluster_of(ctx.obj.app)), as_json))
 
 
 def _status_cells(summary: Summary) -> Iterator[tuple[str, str]]:

@@ -11,6 +11,7 @@ from functools import wraps
 from typing import Any, Concatenate, ParamSpec
 
 import click
+from celery.app.utils import find_app
 from celery.platforms import EX_UNAVAILABLE
 from celery.utils.nodenames import gethostname
 
@@ -89,4 +90,13 @@ def node_id_of(cluster: Cluster, given: str) -> str:
     return matches[0]
 
 
+def find_cluster(app: str) -> Cluster:
+    """Return the cluster of an app by the name that ``celery -A`` takes. Raises ClusterError."""
+    try:
+        return cluster_of(find_app(app))
+    except (ImportError, AttributeError) as exc:
+        raise ClusterError(f"there is no Celery app {app!r}: {exc}; name it with --app MODULE") from None
+
+
+app_option = click.option("--app", default="cluster_tasks", show_default=True, help="The Celery app, as for celery -A.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")

@@ -11,18 +11,17 @@ from dataclasses import asdict
 from pathlib import Path
 
 import click
-from celery.app.utils import find_app
 from celery.platforms import EX_FAILURE
 from kombu.exceptions import OperationalError
 from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from cluster_tasks.cli.group import json_option, told_in_one_line
+from cluster_tasks.cli.group import app_option, find_cluster, json_option, told_in_one_line
 from cluster_tasks.cli.indexing import Indexing, Plan, Report
 from cluster_tasks.cli.tables import print_json, printable
-from cluster_tasks.cluster import Cluster, cluster_of
-from cluster_tasks.errors import BrokerUnavailable, ClusterError
+from cluster_tasks.cluster import Cluster
+from cluster_tasks.errors import BrokerUnavailable
 from cluster_tasks.model import NodeFilter
 from cluster_tasks.redis_store import foreign_errors
 from cluster_tasks.shards.ingest.files import Selection
@@ -45,7 +44,7 @@ Tell = Callable[[Report], None]
 @click.option("--include", multiple=True, metavar="PATTERN", help="Look at these only, such as '*.md'; repeatable.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave these out, such as drafts; repeatable.")
 @click.option("--batch", type=click.IntRange(1, 1000), default=16, show_default=True, help="The most files of a job.")
-@click.option("--app", default="cluster_tasks", show_default=True, help="The Celery app, as for celery -A.")
+@app_option
 @json_option
 def index(
     folder: Path, collection: str, name: str, size: int, overlap: int | None, unit: str, include: Sequence[str],
@@ -74,7 +73,7 @@ def index(
     plan = Plan(folder, collection, name, Selection(include, exclude), split, batch)
     # A damaged file is told of in the report.
     logging.getLogger("pypdf").setLevel(logging.CRITICAL)
-    with told_in_one_line(lambda: cluster_of(find_app(app))):
+    with told_in_one_line(lambda: find_cluster(app)):
         run(_cluster(app), plan, as_json)
 
 
@@ -103,10 +102,7 @@ def run(cluster: Cluster, plan: Plan, as_json: bool) -> None:
 
 
 def _cluster(app: str) -> Cluster:
-    try:
-        cluster = cluster_of(find_app(app))
-    except (ImportError, AttributeError) as exc:
-        raise ClusterError(f"there is no Celery app {app!r}: {exc}") from None
+    cluster = find_cluster(app)
     cluster.check()
     return cluster
 

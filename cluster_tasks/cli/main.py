@@ -32,6 +32,7 @@ def _command(name: str, module: str, about: str) -> None:
 _command("up", "workers.up", "Start Redis, nodes, a coordinator and Flower, and keep them running.")
 _command("index", "cluster_tasks.cli.index", "Fill a collection with the texts of a folder, and keep it up to date.")
 _command("ping", "cluster_tasks.cli.ping", "Tell by the exit code whether a node works; for probes.")
+_command("doctor", "cluster_tasks.cli.doctor", "Look for what is wrong or may go wrong, and say what to do about it.")
 _command("demo", "workers.demo", "Run the main job on real text, with a node killed midway.")
 
 

@@ -53,11 +53,17 @@ def print_json(value: Any, *, one_line: bool = False) -> None:
     click.echo(json.dumps(value, indent=None if one_line else 2))
 
 
+def console() -> Console:
+    """Return the terminal, in colour unless the command line or NO_COLOR says otherwise."""
+    of_celery = click.get_current_context().obj
+    return Console(no_color=(of_celery is not None and of_celery.no_color) or None, highlight=False)
+
+
 def print_rows(columns: Sequence[Column], rows: Sequence[Sequence[Cell]], *, header: bool = True) -> None:
     """Print rows of as many cells as there are columns. A pipe gets every column and no escape code."""
     if sys.stdout.isatty():
-        console = Console(no_color=click.get_current_context().obj.no_color or None, highlight=False)
-        console.print(_table(columns, rows, header, console.width >= WIDE))
+        screen = console()
+        screen.print(_table(columns, rows, header, screen.width >= WIDE))
         return
     lines = [[_joined(cell, ",") for cell in row] for row in rows]
     for line in [[column.name for column in columns], *lines] if header else lines:

@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from cluster_tasks.clock import Clock
 from cluster_tasks.errors import LockLost, LockTaken, UnavailableError
@@ -39,6 +39,15 @@ class Grant:
     """What the store needs besides to find it again."""
 
 
+@dataclass(frozen=True, slots=True)
+class HeldLock:
+    """A lock that somebody holds, whoever that is."""
+
+    name: str
+    left_s: float | None
+    """How long it lasts unless it is renewed, inf: it has no end; None: the store does not tell."""
+
+
 class LockStore(Protocol):
     """Where locks live. Every method raises LocksUnavailable when the service does not answer.
 
@@ -54,6 +63,9 @@ class LockStore(Protocol):
 
     def release(self, grant: Grant) -> bool:
         """Give the lock back. False: it is not that grant's any more, and was not touched."""
+
+    def held(self) -> dict[str, float | None]:
+        """Return for each key that is held how long it lasts, as ``HeldLock.left_s`` has it."""
 
     def close(self) -> None:
         """Release connections. Safe to repeat, also before first use."""
@@ -141,6 +153,13 @@ class Locks:
             if left_s <= 0:
                 raise LockTaken(name, wait_s)
             time.sleep(min(random.uniform(*POLL_S), left_s))
+
+    def held(self) -> list[HeldLock]:
+        """Return the locks that are held by anybody, by name. Takes the longer, the more keys the store has.
+
+        Raises LocksUnavailable.
+        """
+        return [HeldLock(unquote(key), left_s) for key, left_s in sorted(self._store.held().items())]
 
     def close(self) -> None:
         """Release connections; locks that are held stay. Safe to repeat, also before first use."""

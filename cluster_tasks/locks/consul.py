@@ -65,6 +65,11 @@ class ConsulLocks:
             self._client.end_session(grant.lease)
             return released is not None
 
+    def held(self) -> dict[str, float | None]:
+        with self._foreign_errors("looking for locks"):
+            found = self._client.transact([{"Verb": "get-tree", "Key": self._root}], is_read=True) or ()
+            return {entry.key.removeprefix(self._root): None for entry in found}
+
     def close(self) -> None:
         """As ``LockStore.close``."""
         self._client.close()

@@ -8,6 +8,7 @@ behind than the time between the two acquisitions.
 
 from __future__ import annotations
 
+from math import inf
 from typing import Any
 
 import redis
@@ -15,7 +16,11 @@ import redis
 from cluster_tasks.errors import LocksUnavailable
 from cluster_tasks.keys import Keys
 from cluster_tasks.locks.base import Grant
-from cluster_tasks.redis_store import connect, foreign_errors, load_script
+from cluster_tasks.redis_store import connect, foreign_errors, load_script, text
+
+SCANNED_AT_ONCE = 1_000
+NO_END = -1
+"""What Redis tells of a key that does not expire."""
 
 
 class RedisLocks:
@@ -40,6 +45,16 @@ class RedisLocks:
         """As ``LockStore.release``, in one script, which compares the token."""
         return bool(self._run("release", [self._keys.lock(grant.key)], [grant.token]))
 
+    def held(self) -> dict[str, float | None]:
+        prefix = self._keys.lock("")
+        with foreign_errors(LocksUnavailable, "looking for locks"), self._client.pipeline(transaction=False) as pipe:
+            found = [text(key) for key in self._client.scan_iter(match=f"{prefix}*", count=SCANNED_AT_ONCE)]
+            for key in found:
+                pipe.pttl(key)
+            left_ms = pipe.execute() if found else []
+        left_s = {key.removeprefix(prefix): _left_s(ms) for key, ms in zip(found, left_ms, strict=True)}
+        return {key: left for key, left in left_s.items() if left}
+
     def close(self) -> None:
         """As ``LockStore.close``."""
         self._client.connection_pool.disconnect(inuse_connections=False)
@@ -47,6 +62,11 @@ class RedisLocks:
     def _run(self, script: str, keys: list[str], arguments: list[Any]) -> Any:
         with foreign_errors(LocksUnavailable, f"lock script {script}"):
             return self._scripts[script](keys, arguments)
+
+
+def _left_s(left_ms: int) -> float:
+    """Return what PTTL tells in seconds: 0 if the key is gone."""
+    return inf if left_ms == NO_END else max(left_ms, 0) / 1000
 
 
 def _milliseconds(seconds: float) -> int:

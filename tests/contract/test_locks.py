@@ -350,3 +350,15 @@ def test_a_name_that_cannot_be_a_key_is_refused(wrong: str) -> None:
 def test_times_that_cannot_work_are_refused(ttl_s: float, wait_s: float, field: str) -> None:
     with pytest.raises(ValueError, match=rf"^{field}=.*expected seconds"):
         open_redis("redis://127.0.0.1:1").acquire("name", ttl_s, wait_s)
+
+
+def test_the_locks_that_are_held_are_told_by_name(open_locks: OpenLocks) -> None:
+    first, second = open_locks(), open_locks()
+    before = {lock.name for lock in first.held()}
+    held = [first.acquire(f"held {name}"[:120], ttl_s=60) for name in NAMES]
+    told = [lock for lock in second.held() if lock.name not in before]
+    assert {lock.name for lock in told} == {lock.name for lock in held}
+    assert all(lock.left_s is None or 0 < lock.left_s <= 60 for lock in told)
+    for lock in held:
+        lock.release()
+    assert {lock.name for lock in second.held()} == before
