@@ -5,6 +5,7 @@ A command is a function under ``@cluster.command()`` and ``@pass_cluster``; it l
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from math import inf
@@ -21,13 +22,16 @@ from cluster_tasks.cli.cache import cache
 from cluster_tasks.cli.doctor.command import about, diagnose, tell
 from cluster_tasks.cli.events import events, tell_changes
 from cluster_tasks.cli.group import ClusterGroup, json_option, node_id_of, pass_cluster
+from cluster_tasks.cli.live import View, show, watch_option
 from cluster_tasks.cli.quarantine import quarantine
+from cluster_tasks.cli.queues import Kind, queue_rows
 from cluster_tasks.cli.registry import registry
 from cluster_tasks.cli.shards import shards
 from cluster_tasks.cli.summary import Summary, summarize
 from cluster_tasks.cli.tables import Cell, Column, moment, print_json, print_rows, printable
 from cluster_tasks.cluster import Cluster, cluster_of
 from cluster_tasks.errors import ClusterError
+from cluster_tasks.failover.problems import WORKING
 from cluster_tasks.model import Node, NodeFilter, NodeRole, NodeStatus, check_node_id, check_request_type
 from cluster_tasks.runtime import check_runtime
 
@@ -38,6 +42,11 @@ NODE_COLUMNS = (
     Column("memory_mb", number=True, wide=True), Column("success_rate", number=True, wide=True),
     Column("epoch", wide=True), Column("last_seen_s", number=True),
 )  # fmt: skip
+QUEUE_COLUMNS = (
+    Column("queue", whole=True), Column("kind", whole=True), Column("jobs", number=True), Column("takers"),
+    Column("held", number=True),
+)  # fmt: skip
+TAKERS_SHOWN = 5
 STATUS_COLUMNS = (Column("name"), Column("value"))
 
 
@@ -81,9 +90,8 @@ def _request_type(_: click.Context, __: click.Parameter, value: str | None) -> s
 @click.option("--type", "request_type", metavar="TYPE", callback=_request_type, help="Only nodes that serve this type.")
 @click.option("--metadata", metavar="KEY=VALUE", multiple=True, callback=_metadata,
               help="Only nodes with this in their metadata; can be repeated.")  # fmt: skip
-@click.option(
-    "--watch", is_flag=True, help="Tell who joins, changes and leaves until Ctrl-C; with --json an object a line."
-)
+@click.option("--follow", is_flag=True, help="Tell who joins, changes and leaves; with --json an object a line.")
+@watch_option
 @json_option
 @pass_cluster
 def nodes(
@@ -92,7 +100,8 @@ def nodes(
     role: NodeRole | None,
     request_type: str | None,
     metadata: Mapping[str, str],
-    watch: bool,
+    follow: bool,
+    watch: float | None,
     as_json: bool,
 ) -> None:
     """List the nodes and what they carry.
@@ -104,17 +113,28 @@ def nodes(
 
     \b
     Example: celery -A cluster_tasks cluster nodes --status online --type llm
+    Example: celery -A cluster_tasks cluster nodes --watch 1
+    Example: celery -A cluster_tasks cluster nodes --follow --json
     """
     where = NodeFilter(status, role, request_type, metadata)
-    if watch:
+    if follow and watch is not None:
+        raise click.UsageError("--follow tells changes and --watch shows how it is: give one of them")
+    if follow:
         tell_changes(cluster, where, as_json)
         return
-    found = cluster.nodes(where)
-    if as_json:
-        print_json([node.model_dump(mode="json") for node in found])
-    else:
-        now = cluster.clock.time()
-        print_rows(NODE_COLUMNS, [_node_cells(node, now) for node in found])
+    show(NODE_COLUMNS, lambda: _view_of_nodes(cluster, where), f"nodes of {cluster.settings.name}", watch, as_json)
+
+
+def _view_of_nodes(cluster: Cluster, where: NodeFilter) -> View:
+    found, now = cluster.nodes(where), cluster.clock.time()
+    counts = Counter(node.status.value for node in found)
+    in_flight = sum(node.in_flight for node in found)
+    return View(
+        rows=[_node_cells(node, now) for node in found],
+        document=[node.model_dump(mode="json") for node in found],
+        urgent=[node.status not in WORKING or bool(node.limit) for node in found],
+        summary=f"{_counts(counts)}; {in_flight} jobs in flight" if found else "none",
+    )
 
 
 def _node_cells(node: Node, now: float) -> tuple[Cell, ...]:
@@ -133,6 +153,49 @@ def _node_cells(node: Node, now: float) -> tuple[Cell, ...]:
         node.epoch,
         f"{max(now - node.last_seen, 0):.1f}" if node.last_seen else "",
     )
+
+
+@cluster.command()
+@watch_option
+@json_option
+@pass_cluster
+def queues(cluster: Cluster, watch: float | None, as_json: bool) -> None:
+    """List the lists that hold jobs, the longest first.
+
+    Beside the lists of nodes: waiting, for jobs that have no node, suspect, for those that were running when a process
+    died, delayed, for those whose time has not come, control, for the tasks of coordinators. Takers are the nodes that
+    take from a list first; of the list of a node, others take as well when they are idle and serve what it serves. Held
+    is what takers run or have reserved, of so many slots. A list that has jobs and no takers stands first.
+
+    \b
+    Example: celery -A cluster_tasks cluster queues
+    Example: celery -A cluster_tasks cluster queues --watch
+    """
+    show(QUEUE_COLUMNS, lambda: _view_of_queues(cluster), f"queues of {cluster.settings.name}", watch, as_json)
+
+
+def _view_of_queues(cluster: Cluster) -> View:
+    rows = queue_rows(cluster)
+    waiting = sum(row.jobs for row in rows if row.kind not in (Kind.DELAYED, Kind.CONTROL))
+    return View(
+        rows=[
+            (
+                row.queue,
+                row.kind,
+                str(row.jobs),
+                row.takers[:TAKERS_SHOWN] + _more(row.takers),
+                f"{row.held}/{row.slots}",
+            )
+            for row in rows
+        ],
+        document=[asdict(row) for row in rows],
+        urgent=[row.stuck for row in rows],
+        summary=f"{waiting} jobs wait",
+    )
+
+
+def _more(takers: Sequence[str]) -> list[str]:
+    return [f"+{len(takers) - TAKERS_SHOWN}"] if len(takers) > TAKERS_SHOWN else []
 
 
 @cluster.command()

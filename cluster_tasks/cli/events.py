@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import signal
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -13,6 +11,7 @@ import click
 
 from cluster_tasks.broker.epochs import MAX_EVENTS
 from cluster_tasks.cli.group import json_option, pass_cluster
+from cluster_tasks.cli.live import until_ended
 from cluster_tasks.cli.tables import Column, moment, print_json, print_rows
 from cluster_tasks.cluster import Cluster
 from cluster_tasks.failover.events import ClusterEvent
@@ -44,14 +43,14 @@ def events(cluster: Cluster, count: int, follow: bool, as_json: bool) -> None:
         return
     _print_events(latest, as_json)
     if follow:
-        with until_interrupted():
+        with until_ended():
             _follow(cluster, latest[-1].id if latest else "0", as_json)
 
 
 def tell_changes(cluster: Cluster, where: NodeFilter, as_json: bool) -> None:
     """Tell of the nodes that pass ``where``: first those that exist, then who joins, changes and leaves."""
     header = True
-    with until_interrupted():
+    with until_ended():
         for event in cluster.watch():
             if not where.matches(event.node):
                 continue
@@ -62,15 +61,6 @@ def tell_changes(cluster: Cluster, where: NodeFilter, as_json: bool) -> None:
                 cells = (moment(event.timestamp), event.type, node.id, node.status, sorted(node.serves), node.epoch)
                 print_rows(CHANGE_COLUMNS, [cells], header=header)
             header = False
-
-
-@contextmanager
-def until_interrupted() -> Iterator[None]:
-    """End the command at Ctrl-C, as a shell expects it."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        click.get_current_context().exit(128 + signal.SIGINT)
 
 
 def _follow(cluster: Cluster, position: str, as_json: bool) -> None:

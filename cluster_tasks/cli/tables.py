@@ -63,18 +63,19 @@ def print_rows(columns: Sequence[Column], rows: Sequence[Sequence[Cell]], *, hea
     """Print rows of as many cells as there are columns. A pipe gets every column and no escape code."""
     if sys.stdout.isatty():
         screen = console()
-        screen.print(_table(columns, rows, header, screen.width >= WIDE))
+        screen.print(table(columns, rows, header, screen.width >= WIDE))
         return
     lines = [[_joined(cell, ",") for cell in row] for row in rows]
     for line in [[column.name for column in columns], *lines] if header else lines:
         click.echo("\t".join(line))
 
 
-def _table(columns: Sequence[Column], rows: Sequence[Sequence[Cell]], header: bool, wide: bool) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True, show_header=header)
+def table(columns: Sequence[Column], rows: Sequence[Sequence[Cell]], header: bool, wide: bool) -> Table:
+    """Return rows as a terminal shows them, with the columns for wide ones or without."""
+    made = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True, show_header=header)
     shown = [column for column in columns if wide or not column.wide]
     for column in shown:
-        table.add_column(
+        made.add_column(
             column.name.replace("_", " "),
             justify="right" if column.number else "left",
             overflow="fold",
@@ -83,8 +84,8 @@ def _table(columns: Sequence[Column], rows: Sequence[Sequence[Cell]], header: bo
         )
     for row in rows:
         cells = [_joined(cell, ", ") for column, cell in zip(columns, row, strict=True) if column in shown]
-        table.add_row(*(Text(cell, STYLES.get(cell, "")) for cell in cells))
-    return table
+        made.add_row(*(Text(cell, STYLES.get(cell, "")) for cell in cells))
+    return made
 
 
 def _joined(cell: Cell, separator: str) -> str:
