@@ -46,6 +46,9 @@ def up(
     """Start Redis, nodes, a coordinator and Flower, and keep them running.
 
     Ctrl-C or SIGTERM ends all of it: nodes finish the jobs that they run, what waits stays in --data-dir.
+
+    \b
+    Example: cluster-tasks up --nodes 3 --strategy adaptive
     """
     if "://" in data_dir:
         raise click.UsageError(f"--data-dir must be a folder of this machine, not {data_dir}")

@@ -88,7 +88,7 @@ def get(cluster: Cluster, key: str, namespace: str, as_json: bool) -> None:
     chosen.state()
     entry = chosen.read([key]).entries.get(key)
     if entry is None:
-        click.echo(f"there is no {printable(key)!r} in {namespace}", err=True)
+        click.echo(f"there is no {printable(key)!r} in {namespace}; another namespace? --namespace NAME", err=True)
         raise SystemExit(1)
     value = None if entry.value is None else entry.value.decode(errors="replace")
     facts = {"key": key, "namespace": namespace, "bytes": len(entry.value or b""), "left_s": round(entry.left_s, 1),

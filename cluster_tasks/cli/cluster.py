@@ -19,6 +19,7 @@ from kombu.utils.imports import symbol_by_name
 
 from cluster_tasks.broker.placement import UNDECODABLE_KEPT
 from cluster_tasks.cli.cache import cache
+from cluster_tasks.cli.completing import node_names, request_types
 from cluster_tasks.cli.doctor.command import about, diagnose, tell
 from cluster_tasks.cli.events import events, tell_changes
 from cluster_tasks.cli.group import ClusterGroup, json_option, node_id_of, pass_cluster
@@ -87,7 +88,8 @@ def _request_type(_: click.Context, __: click.Parameter, value: str | None) -> s
 @cluster.command()
 @click.option("--status", type=click.Choice(NodeStatus, case_sensitive=False), help="Only nodes of this status.")
 @click.option("--role", type=click.Choice(NodeRole, case_sensitive=False), help="Only nodes of this role.")
-@click.option("--type", "request_type", metavar="TYPE", callback=_request_type, help="Only nodes that serve this type.")
+@click.option("--type", "request_type", metavar="TYPE", callback=_request_type,
+              shell_complete=request_types, help="Only nodes that serve this type.")  # fmt: skip
 @click.option("--metadata", metavar="KEY=VALUE", multiple=True, callback=_metadata,
               help="Only nodes with this in their metadata; can be repeated.")  # fmt: skip
 @click.option("--follow", is_flag=True, help="Tell who joins, changes and leaves; with --json an object a line.")
@@ -248,7 +250,7 @@ def _counts(counts: Mapping[str, int]) -> str:
 
 
 @cluster.command()
-@click.argument("node")
+@click.argument("node", shell_complete=node_names)
 @click.option("--wait", is_flag=True, help="Wait until it holds nothing any more.")
 @click.option("--timeout", type=click.FloatRange(min=0), metavar="SECONDS",
               help="Wait so long; then others run what it still runs.")  # fmt: skip
@@ -282,7 +284,7 @@ def drain(cluster: Cluster, node: str, wait: bool, timeout: float | None, as_jso
 
 
 @cluster.command()
-@click.argument("node")
+@click.argument("node", shell_complete=node_names)
 @json_option
 @pass_cluster
 def resume(cluster: Cluster, node: str, as_json: bool) -> None:

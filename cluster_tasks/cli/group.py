@@ -16,9 +16,22 @@ from celery.platforms import EX_UNAVAILABLE
 from celery.utils.nodenames import gethostname
 
 from cluster_tasks.cluster import Cluster, cluster_of
-from cluster_tasks.errors import CacheUnavailable, ClusterError, NodeNotFound, RegistryUnavailable, UnavailableError
+from cluster_tasks.errors import (
+    CacheUnavailable,
+    ClusterError,
+    CollectionNotFound,
+    JobNotFound,
+    NodeNotFound,
+    RegistryUnavailable,
+    ShardNotFound,
+    UnavailableError,
+)
 
 P = ParamSpec("P")
+LISTS: dict[type[ClusterError], str] = {
+    NodeNotFound: "nodes", JobNotFound: "quarantine list", CollectionNotFound: "shards", ShardNotFound: "shards",
+}  # fmt: skip
+"""Which command lists what was not found."""
 
 
 class ServiceUnavailable(click.ClickException):
@@ -44,7 +57,13 @@ def told_in_one_line(find_cluster: Callable[[], Cluster]) -> Iterator[None]:
     except UnavailableError as exc:
         raise ServiceUnavailable(_one_line(f"{exc} {_remedy(find_cluster(), exc)}")) from exc
     except ClusterError as exc:
-        raise click.ClickException(_one_line(exc)) from exc
+        raise click.ClickException(_one_line(f"{exc}{_next_step(exc)}")) from exc
+
+
+def _next_step(exc: ClusterError) -> str:
+    """Say where to look, unless the error names the nearest."""
+    lists = [command for kind, command in LISTS.items() if isinstance(exc, kind)]
+    return f"; `celery -A APP cluster {lists[0]}` lists those that exist" if lists and "did you" not in str(exc) else ""
 
 
 def _one_line(message: object) -> str:

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from cluster_tasks.cli.completing import collections
 from cluster_tasks.cli.group import app_option, find_cluster, json_option, told_in_one_line
 from cluster_tasks.cli.indexing import Indexing, Plan, Report
 from cluster_tasks.cli.tables import print_json, printable
@@ -34,7 +35,7 @@ Tell = Callable[[Report], None]
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--collection", required=True, metavar="NAME", help="Made if there is none.")
+@click.option("--collection", required=True, metavar="NAME", shell_complete=collections, help="Made if there is none.")
 @click.option("--name", default="", help="What the folder is called in the collection; else its own name.")
 @click.option("--size", type=click.IntRange(MIN_SIZE, MAX_SIZE), default=1000, show_default=True,
               help="The most that a passage holds.")  # fmt: skip

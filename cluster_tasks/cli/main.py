@@ -7,17 +7,50 @@ import sys
 from pathlib import Path
 
 import click
+from click.shell_completion import get_completion_class
+from kombu.utils.imports import symbol_by_name
 
 from cluster_tasks.errors import ConfigurationError
 from cluster_tasks.runtime import check_runtime
 
+COMMANDS = {
+    "up": "workers.up:up",
+    "index": "cluster_tasks.cli.index:index",
+    "ping": "cluster_tasks.cli.ping:ping",
+    "doctor": "cluster_tasks.cli.doctor.__main__:doctor",
+    "demo": "workers.demo.__main__:demo",
+}
+"""The module that each becomes, and the command in it."""
+SHELLS = ("bash", "zsh", "fish")
+PROGRAMS = {"cluster-tasks": "_CLUSTER_TASKS_COMPLETE", "celery": "_CELERY_COMPLETE"}
+"""Programs with these commands, and the variable by which a shell asks them for words."""
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+
+class Programs(click.Group):
+    """Loads a command of another module where its options are wanted, and nothing is run: for completion."""
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return the command itself while words are completed, else what becomes its module."""
+        if ctx.resilient_parsing and cmd_name in COMMANDS:
+            found: click.Command = symbol_by_name(COMMANDS[cmd_name])
+            return found
+        return super().get_command(ctx, cmd_name)
+
+
+@click.group(cls=Programs, context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
-    """Run a cluster on this machine, fill its collections, and probe its nodes."""
+    """Run a cluster on this machine, fill its collections, and look after it.
+
+    All else is behind `celery -A APP cluster`.
+
+    \b
+    Example: cluster-tasks up --nodes 3
+    """
 
 
-def _command(name: str, module: str, about: str) -> None:
+def _command(name: str, about: str) -> None:
+    module = COMMANDS[name].partition(":")[0].removesuffix(".__main__")
+
     # The module has the options, and tells them when it is asked for --help.
     @main.command(name, help=about, add_help_option=False, context_settings={"ignore_unknown_options": True})
     @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
@@ -29,11 +62,27 @@ def _command(name: str, module: str, about: str) -> None:
         os.execv(sys.executable, [sys.executable, "-m", module, *arguments])
 
 
-_command("up", "workers.up", "Start Redis, nodes, a coordinator and Flower, and keep them running.")
-_command("index", "cluster_tasks.cli.index", "Fill a collection with the texts of a folder, and keep it up to date.")
-_command("ping", "cluster_tasks.cli.ping", "Tell by the exit code whether a node works; for probes.")
-_command("doctor", "cluster_tasks.cli.doctor", "Look for what is wrong or may go wrong, and say what to do about it.")
-_command("demo", "workers.demo", "Run the main job on real text, with a node killed midway.")
+_command("up", "Start Redis, nodes, a coordinator and Flower, and keep them running.")
+_command("index", "Fill a collection with the texts of a folder, and keep it up to date.")
+_command("ping", "Tell by the exit code whether a node works; for probes.")
+_command("doctor", "Look for what is wrong or may go wrong, and say what to do about it.")
+_command("demo", "Run the main job on real text, with a node killed midway.")
+
+
+@main.command()
+@click.argument("shell", type=click.Choice(SHELLS))
+def completion(shell: str) -> None:
+    """Print what makes SHELL complete the commands, options and names of cluster-tasks and celery.
+
+    For bash and zsh a line of ~/.bashrc or ~/.zshrc reads it: eval "$(cluster-tasks completion bash)"
+
+    \b
+    Example: cluster-tasks completion fish > ~/.config/fish/conf.d/cluster-tasks.fish
+    """
+    for program, variable in PROGRAMS.items():
+        made = get_completion_class(shell)
+        assert made is not None
+        click.echo(made(main, {}, program, variable).source())
 
 
 if __name__ == "__main__":

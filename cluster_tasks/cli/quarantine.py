@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from cluster_tasks.cli.completing import quarantined_ids
 from cluster_tasks.cli.group import ClusterGroup, json_option, pass_cluster
 from cluster_tasks.cli.tables import Column, moment, print_json, print_rows, printable
 from cluster_tasks.cluster import Cluster
@@ -52,7 +53,7 @@ def list_jobs(cluster: Cluster, as_json: bool) -> None:
 
 
 @quarantine.command()
-@click.argument("job_id", metavar="ID")
+@click.argument("job_id", metavar="ID", shell_complete=quarantined_ids)
 @json_option
 @pass_cluster
 def show(cluster: Cluster, job_id: str, as_json: bool) -> None:
@@ -83,14 +84,16 @@ def _for_each(cluster: Cluster, job_ids: tuple[str, ...], every: bool, task: str
         with suppress(JobNotFound):  # Somebody else was faster.
             do(job_id)
     if not job_ids and not chosen:
-        click.echo("there is no such job in quarantine", err=True)
+        click.echo(
+            "there is no such job in quarantine: `celery -A APP cluster quarantine list` lists those that are", err=True
+        )
 
 
 def _choosing(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the jobs that it is for: ids, --all, or --task."""
     command = click.option("--task", default="", metavar="NAME", help="All jobs of one task.")(command)
     command = click.option("--all", "every", is_flag=True, help="All jobs in quarantine.")(command)
-    return click.argument("job_ids", metavar="[ID]...", nargs=-1)(command)
+    return click.argument("job_ids", metavar="[ID]...", nargs=-1, shell_complete=quarantined_ids)(command)
 
 
 @quarantine.command()

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from cluster_tasks.cli.completing import collections, node_names, shard_names
 from cluster_tasks.cli.group import ClusterGroup, json_option, node_id_of, pass_cluster
 from cluster_tasks.cli.tables import Column, print_json, print_rows
 from cluster_tasks.cluster import Cluster
@@ -91,8 +92,8 @@ def _count(cluster: Cluster, shard: Shard, generation: int) -> int | None:
 
 
 @shards.command()
-@click.argument("shard", type=_Place())
-@click.argument("node")
+@click.argument("shard", type=_Place(), shell_complete=shard_names)
+@click.argument("node", shell_complete=node_names)
 @json_option
 @pass_cluster
 def move(cluster: Cluster, shard: Shard, node: str, as_json: bool) -> None:
@@ -113,7 +114,7 @@ def move(cluster: Cluster, shard: Shard, node: str, as_json: bool) -> None:
 
 
 @shards.command()
-@click.argument("collection")
+@click.argument("collection", shell_complete=collections)
 @click.argument("number", type=click.IntRange(1, MAX_SHARDS), metavar="N")
 @json_option
 @pass_cluster

@@ -37,6 +37,9 @@ def demo(nodes: int, jobs: int, strategy: str, corpus: Path | None, keep: bool, 
     Redis is its own, or that of CLUSTER_BROKER_URL under a name of its own, and then there is no cache.
 
     Exits with 1 if a promise was broken.
+
+    \b
+    Example: cluster-tasks demo --nodes 3 --jobs 600
     """
     interrupt_on_signals()
     console = Console(stderr=as_json, highlight=False)
