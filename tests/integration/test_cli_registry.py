@@ -1,4 +1,4 @@
-"""``celery -A APP cluster registry check`` and ``nodes --watch``, with each registry, as a user meets them."""
+"""``celery -A APP cluster registry check`` and ``nodes --follow``, with each registry, as a user meets them."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_nodes_are_watched_until_interrupted(new_jobs: NewJobs, registry_url: st
     registry = new_jobs(registry_url).cluster.registry
     serves = frozenset({"llm"})
     registry.register(Node(id="a@host", name="a", epoch="1", serves=serves))
-    command = [*COMMAND, "nodes", "--watch", "--type", "llm", "--json"]
+    command = [*COMMAND, "nodes", "--follow", "--type", "llm", "--json"]
     with subprocess.Popen(command, env=os.environ, text=True, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         told = lambda: json.loads(process.stdout.readline())  # type: ignore[union-attr]  # noqa: E731
