@@ -246,7 +246,7 @@ def test_names_are_completed_from_the_cluster(jobs: Jobs) -> None:
     join(jobs, "gpu1@x")
     join(jobs, "twin@x")
     join(jobs, "twin@y")
-    jobs.cluster.assignments.announce("docs", Division("1", 2))
+    jobs.cluster.assignments.announce("docs", Division(1, 2))
     jobs.cluster.quarantine.put("5f9d", "jobs.work", make_message("5f9d", "llm"), [Crash("a@x", "1-x", "killed", 1.0)])
     own = ("-A", APP, "cluster")
     assert complete(*own, "drain", "") == ["gpu1", "twin@x", "twin@y"]

@@ -20,21 +20,18 @@ import markdown
 import pytest
 import yaml
 from celery.bin.celery import celery as celery_command
+from kombu.utils.imports import symbol_by_name
 from mkdocs.config import load_config
 from pydantic import SecretStr
 
 from cluster_tasks.cli.cluster import cluster as cluster_command
-from cluster_tasks.cli.index import index
-from cluster_tasks.cli.main import main
-from cluster_tasks.cli.ping import ping
+from cluster_tasks.cli.main import COMMANDS, main
 from cluster_tasks.settings import CONF_PREFIX, ENV_PREFIX, ClusterSettings
 from tests.guides import BEGINNINGS, LANGUAGES, OPTIONS, PAGES, ROOT, Block, all_blocks, blocks_of, prose_of
-from workers.demo.__main__ import demo
-from workers.up import up
 
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-BEHIND: dict[str, click.Command] = {"up": up, "index": index, "ping": ping, "demo": demo}
+BEHIND: dict[str, click.Command] = {name: symbol_by_name(place) for name, place in COMMANDS.items()}
 """What commands of cluster-tasks become, which have the options."""
 SHELL = [block for block in all_blocks() if block.language == "sh"]
 PYTHON = [block for block in all_blocks() if block.language == "python"]
