@@ -65,7 +65,7 @@ def _nodes(client: redis.Redis, keys: Keys) -> Iterable[str]:
 
 def _request_types(client: redis.Redis, keys: Keys) -> Iterable[str]:
     found = client.hvals(keys.serves)
-    return {kind for types in found for kind in text(types).split(",")} - {"", ANY_TYPE}  # type: ignore[union-attr]
+    return {kind for types in found for kind in text(types).split(",")} - {"", ANY_TYPE}
 
 
 def _collections(client: redis.Redis, keys: Keys) -> Iterable[str]:

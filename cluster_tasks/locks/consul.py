@@ -66,6 +66,7 @@ class ConsulLocks:
             return released is not None
 
     def held(self) -> dict[str, float | None]:
+        """As ``LockStore.held``."""
         with self._foreign_errors("looking for locks"):
             found = self._client.transact([{"Verb": "get-tree", "Key": self._root}], is_read=True) or ()
             return {entry.key.removeprefix(self._root): None for entry in found}

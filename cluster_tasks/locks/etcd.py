@@ -59,6 +59,7 @@ class EtcdLocks:
         return self._store.revoke(int(grant.lease)) and is_ours
 
     def held(self) -> dict[str, float | None]:
+        """As ``LockStore.held``."""
         end = self._root[:-1] + chr(ord(self._root[-1]) + 1)
         (found,) = self._store.commit([], [read(self._root, end, keys_only=True)], "looking for locks").found
         return {entry.key.removeprefix(self._root): None for entry in found}

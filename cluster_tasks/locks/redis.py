@@ -46,6 +46,7 @@ class RedisLocks:
         return bool(self._run("release", [self._keys.lock(grant.key)], [grant.token]))
 
     def held(self) -> dict[str, float | None]:
+        """As ``LockStore.held``."""
         prefix = self._keys.lock("")
         with foreign_errors(LocksUnavailable, "looking for locks"), self._client.pipeline(transaction=False) as pipe:
             found = [text(key) for key in self._client.scan_iter(match=f"{prefix}*", count=SCANNED_AT_ONCE)]
