@@ -17,9 +17,9 @@ from cluster_tasks.model import REQUEST_TYPE
 REQUEST_TYPE_PROPERTY = "request_type"
 SENT_AT_PROPERTY = "sent_at"
 """When a job was sent, in seconds since 1970, by the clock of whoever sent it. Nothing is decided by it."""
-BATCH_PROPERTY = "batch"
-"""With which others a job can be done in one call, as the script reads it that gives jobs to nodes: with how many, and
-a name that they share."""
+BATCH_PROPERTY = "cluster_batch"
+"""With which others a job can be done in one call: with how many, and a name that they share. The script that gives
+jobs to nodes finds it by this name in the text of the message, so nothing of a user's is to be called that."""
 STRATEGY_PROPERTY = "routed_by"
 """Where a route says, for traces, which strategy made it. The message that is sent does not have it."""
 DELIVERY_PROPERTY = "cluster_delivery"
@@ -120,14 +120,15 @@ def replace_message(
 ) -> Placement:
     """Say where a message goes that is placed again; one that was ``delivered`` is marked as redelivered.
 
-    One that was ``interrupted`` had maybe begun, and says so to tasks that must not run twice. Raises ValueError if it
-    is not a Kombu message.
+    It goes on by itself, not with others in one call. One that was ``interrupted`` had maybe begun, and says so to
+    tasks that must not run twice. Raises ValueError if it is not a Kombu message.
     """
     try:
         payload = check_payload(json.loads(message))
         if not delivered:
             return place_message(payload, message, keys, queue)
         properties = payload["properties"]
+        properties.pop(BATCH_PROPERTY, None)
         marks = {"redelivered": True} | ({INTERRUPTED: True} if interrupted else {})
         properties["delivery_info"] = {**(properties.get("delivery_info") or {}), **marks}
         return place_message(payload, json.dumps(payload), keys, queue)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from cluster_tasks.broker.deliveries import Deliveries
+from cluster_tasks.broker.message import BATCH_PROPERTY
 from cluster_tasks.clock import ManualClock
 from tests.broker import Broker, make_message
 
@@ -25,7 +28,7 @@ def node(broker: Broker, epoch: str) -> Deliveries:
 
 def put(broker: Broker, jobs: str, batch: str = "4 work", **more: object) -> None:
     for job in jobs:
-        broker.put(make_message(job, batch=batch, **more), "node.a")
+        broker.put(make_message(job, **{BATCH_PROPERTY: batch, **more}), "node.a")
 
 
 def test_a_place_is_filled_with_what_follows_and_says_the_same(broker: Broker, epoch: str) -> None:
@@ -100,3 +103,23 @@ def test_a_node_counts_places_and_not_jobs(broker: Broker, node: Deliveries, epo
     assert (node.held(), node.free_slots()) == (1, 1)
     node.ack(tags[0])
     assert (node.held(), node.free_slots()) == (0, 2)
+
+
+def test_what_the_headers_of_a_job_are_called_brings_nothing_along(broker: Broker, epoch: str) -> None:
+    for job in "abc":
+        message = json.loads(make_message(job))
+        # A header, and a stamp, of a user.
+        message["headers"].update(batch="2024 nightly", stamps={"batch": "2024 nightly"})
+        broker.put(json.dumps(message).encode(), "node.a")
+    assert [broker.fetch("a", epoch).places for _ in range(3)] == [["a"], ["b"], ["c"]]
+
+
+def test_a_job_that_was_with_a_node_before_fills_a_place_by_itself(broker: Broker, epoch: str) -> None:
+    put(broker, "a")
+    assert broker.fetch("a", epoch).jobs == ["a"]
+    put(broker, "bcd")
+    broker.epochs.close("a", epoch)
+    broker.evacuation.move_remains("a", epoch)
+    assert broker.waiting() == list("abcd")
+    epoch = broker.open("a")
+    assert [broker.fetch("a", epoch).places for _ in range(2)] == [["a"], ["bcd"]]

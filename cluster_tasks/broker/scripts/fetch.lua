@@ -3,8 +3,8 @@
 -- that is not enough, the hedges that it is to do. What is given is recorded as held in the same step. A node that gets
 -- less than it asked for counts as idle.
 --
--- A job that says with which others it can be done in one call (`"batch": "64 name"`) brings those along that follow it in
--- its list and say the same, up to so many, and fills one place with them. What waits is shared: between all the places
+-- A job that says with which others it can be done in one call (`"cluster_batch": "64 name"`) brings those along that
+-- follow it in its list and say the same, up to so many, and fills one place with them. What waits is shared: between all the places
 -- that are free here, and the nodes that are idle.
 --
 -- KEYS     1 epochs, 2 draining, 3 backlog, 4 idle, 5 serves, 6 limits, 7 hash of its deliveries,
@@ -73,7 +73,7 @@ local function give(message, mark)
 end
 
 local function batch_of(message)
-  local _, at = string.find(message, '"batch": "', 1, true)
+  local _, at = string.find(message, '"cluster_batch": "', 1, true)
   return at and string.match(message, '^[^"]+', at + 1)
 end
 
