@@ -13,7 +13,7 @@ from celery.result import assert_will_not_block
 from celery.utils import uuid
 
 from cluster_tasks.broker.members import MEMBERS_HEADER, named
-from cluster_tasks.errors import InvalidArguments, PartlySubmitted
+from cluster_tasks.errors import InvalidArguments, PartlySubmitted, PayloadTooLarge
 from cluster_tasks.tasks.base import ClusterTask
 
 MOST_MEMBERS = 256
@@ -156,13 +156,21 @@ def submit(task: ClusterTask, arguments: Iterable[Any], slots: int, **options: A
     most = min(MOST_MEMBERS, -(-len(calls) // max(slots, 1))) if _can_share_messages(task) else 1
     ids: list[str] = []
     known: dict[int, Any] = {}
+    left = list(_chunks(calls, most))[::-1]
     try:
-        for chunk in _chunks(calls, most):
+        # The next one is the last.
+        while left:
+            chunk = left.pop()
             if len(chunk) == 1:
                 known[len(ids)] = result = task.apply_async(*chunk[0], **options)
                 ids.append(result.id)
-            else:
+                continue
+            try:
                 ids += _send(task, chunk, options)
+            except PayloadTooLarge:
+                # Of the app's limit; it may be that of none of them.
+                half = len(chunk) // 2
+                left += [chunk[half:], chunk[:half]]
     except Exception as exc:
         if not ids:
             raise

@@ -244,6 +244,21 @@ def test_nothing_is_sent_if_one_cannot_be_right(jobs: Batches) -> None:
     assert messages(jobs) == 0
 
 
+def test_what_is_too_large_together_is_sent_in_smaller_messages(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLUSTER_BROKER_URL", redis_server.url)
+    monkeypatch.setenv("CLUSTER_MAX_MESSAGE_BYTES", "20000")
+    jobs = make_batches()
+    sent = jobs.cluster.submit(jobs.work, ["x" * 1_000] * 100)
+    assert len(set(sent.ids)) == 100
+    assert 5 < messages(jobs) < 100
+    with pytest.raises(PartlySubmitted, match=r"1 of 3 jobs were sent, then: PayloadTooLarge") as caught:
+        jobs.cluster.submit(jobs.work, ["a", "x" * 30_000, "b"])
+    assert len(caught.value.results) == 1
+    jobs.app.close()
+
+
 def test_who_submits_while_redis_goes_away_has_the_results_of_what_was_sent(
     jobs: Batches, redis_server: RedisServer
 ) -> None:
