@@ -267,15 +267,15 @@ def in_bash(words: str, module: str = "celery.__main__", **environ: str) -> tupl
         [sys.executable, "-c", program], env={**os.environ, **asked, **environ}, cwd=ROOT, capture_output=True,
         text=True, timeout=END_S, check=True,
     )  # fmt: skip
-    return done.stdout, done.stderr
+    return done.stdout.strip(), done.stderr
 
 
 def test_bash_gets_names_for_both_programs(jobs: Jobs) -> None:
     join(jobs, "gpu1@x")
     jobs.cluster.assignments.announce("docs", Division(1, 2))
-    assert in_bash(f"celery -A {APP} cluster drain g") == ("plain,gpu1\n", "")
+    assert in_bash(f"celery -A {APP} cluster drain g") == ("plain,gpu1", "")
     own = in_bash(f"cluster-tasks index docs --app {APP} --collection d", "cluster_tasks.cli.main")
-    assert own == ("plain,docs\n", "")
+    assert own == ("plain,docs", "")
 
 
 def test_completion_is_silent_without_redis_and_without_an_app() -> None:
