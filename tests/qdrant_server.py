@@ -84,6 +84,7 @@ class QdrantServer:
             "DELETE ": lambda: self._qdrant.delete_collection(name),
             "PUT index": lambda: self._qdrant.get_collection(name) and _DONE,
             "PUT points": lambda: self._qdrant.upsert(name, models.PointsList(**body).points),
+            "POST points": lambda: self._qdrant.retrieve(name, body["ids"], with_payload=body["with_payload"]),
             "POST points/delete": lambda: self._qdrant.delete(name, models.FilterSelector(**body)),
             "POST points/count": lambda: self._qdrant.count(name, models.CountRequest(**body).filter),
             "POST points/scroll": lambda: self._scroll(name, models.ScrollRequest(**body)),

@@ -172,6 +172,19 @@ class CollectionStore:
             for table, condition in parts:
                 yield from tables.scan(table, condition)
 
+    def get(
+        self, collection: str, ids: Iterable[str], *, shards: Shards = None, generation: int | None = None
+    ) -> list[Document]:  # fmt: skip
+        """Return the documents of ``ids`` that the collection holds, in the order of these, each once."""
+        wanted = {document_id: quote(document_id) for document_id in ids}
+        parts = self._layouts.read(
+            collection, generation, lambda layout: self._opened(layout, _conditions(layout, shards, wanted, []))
+        )
+        with unavailable(collection):
+            documents = [document for table, condition in parts for document in tables.documents(table, condition)]
+        found = {document.id: document for document in documents}
+        return [found[document_id] for document_id in wanted if document_id in found]
+
     def count(self, collection: str, shards: Shards = None, generation: int | None = None) -> int:
         """Return how many documents the collection holds."""
 

@@ -144,6 +144,11 @@ def scan(table: Table, condition: str) -> Iterator[tuple[str, dict[str, Any]]]:
             yield row["id"], decode_metadata(row["metadata"])
 
 
+def documents(table: Table, condition: str) -> list[Document]:
+    """Return the documents that meet the SQL ``condition``, in any order."""
+    return list(map(_document, table.search().where(condition).select(DOCUMENT).limit(None).to_list()))
+
+
 def matching(table: Table, text: str, k: int, condition: str) -> list[Hit]:
     """Return the ``k`` rows that have words of ``text`` and meet the SQL ``condition``, by BM25.
 

@@ -60,6 +60,9 @@ class VectorStore(Protocol):
         They come in no order. Whether a document is among them that is written meanwhile is not said.
         """
 
+    def get(self, collection: str, ids: Iterable[str]) -> list[Document]:
+        """Return the documents of ``ids`` that the collection holds, in the order of these, each once."""
+
     def count(self, collection: str) -> int:
         """Return how many documents the collection holds."""
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from cluster_tasks.tasks.embedding import embed
     from cluster_tasks.tasks.llm import generate
     from cluster_tasks.tasks.rag import answer
-    from cluster_tasks.tasks.retrieval import add_documents, delete_documents, list_documents, search
+    from cluster_tasks.tasks.retrieval import add_documents, delete_documents, get_documents, list_documents, search
     from cluster_tasks.tasks.streams import follow, stream
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "embed",
     "follow",
     "generate",
+    "get_documents",
     "list_documents",
     "search",
     "stream",
@@ -35,6 +36,7 @@ _HOMES = {
     "add_documents": "retrieval",
     "search": "retrieval",
     "delete_documents": "retrieval",
+    "get_documents": "retrieval",
     "list_documents": "retrieval",
     "answer": "rag",
     "follow": "streams",

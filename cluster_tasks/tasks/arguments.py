@@ -26,7 +26,7 @@ from cluster_tasks.shards.ingest.splitting import MAX_WHOLE_ID, PASSAGE_KEYS, Sp
 MAX_K = 10_000
 """The most passages that a search returns, as in the store."""
 MAX_LISTED = 10_000
-"""The most documents that one job lists."""
+"""The most documents that one job lists or returns."""
 MAX_CANDIDATES = 1000
 """The most passages that are ranked anew: providers take no more in a request."""
 OPTIMIZE_WITHIN_S = 3600.0
@@ -175,6 +175,13 @@ class SearchArguments(_Arguments):
             raise ValueError("rerank needs a query")
         _check_rerank(self.rerank, self.candidates, self.k)
         return self
+
+
+class GetArguments(_Arguments):
+    """Of ``retrieval.get_documents``."""
+
+    collection: Collection
+    ids: Annotated[list[DocumentId], Field(max_length=MAX_LISTED)]
 
 
 class ListArguments(_Arguments):

@@ -20,6 +20,7 @@ from cluster_tasks.tasks.arguments import (
     AddArguments,
     CacheUse,
     DeleteArguments,
+    GetArguments,
     ListArguments,
     OptimizeArguments,
     Rerank,
@@ -252,6 +253,17 @@ def optimize(task: ClusterTask, collection: str | None = None) -> dict[str, Any]
     except CollectionNotFound:
         return {"collections": []}
     return {"collections": [collection]}
+
+
+@ready_made("retrieval.get_documents", request_type="retrieval", affinity="collection", arguments=GetArguments)
+def get_documents(task: ClusterTask, collection: str, ids: list[str]) -> dict[str, Any]:
+    """Return the documents that have one of ``ids``, in the order of these; of a split document, its passages' ids.
+
+    Returns ``collection`` and ``documents``, each with ``id``, ``text`` and ``metadata``. Ids that the collection does
+    not hold are no error, and are left out. Fails with CollectionNotFound.
+    """
+    found = backends_of(task.app).store.get(collection, ids)
+    return {"collection": collection, "documents": [document.model_dump(mode="json") for document in found]}
 
 
 @ready_made("retrieval.list_documents", request_type="retrieval", affinity="collection", arguments=ListArguments)

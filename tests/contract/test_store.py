@@ -76,6 +76,17 @@ def test_a_document_comes_back_as_it_was_stored(store: VectorStore) -> None:
     assert [type(value) for value in passage.metadata.values()].count(bool) == 1
 
 
+def test_documents_are_got_by_their_ids_in_that_order(store: VectorStore) -> None:
+    names = filter(None, ["a", "b", *HOSTILE])
+    documents = [Document(id=name, text=f"text of {name}", metadata={"n": n}) for n, name in enumerate(names)]
+    add(store, *documents)
+    wanted = [document.id for document in reversed(documents)]
+    assert store.get("docs", [*wanted, "unknown", wanted[0]]) == documents[::-1]
+    assert store.get("docs", []) == []
+    with pytest.raises(CollectionNotFound):
+        store.get("nowhere", ["a"])
+
+
 # Search.
 
 

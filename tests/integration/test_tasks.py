@@ -237,7 +237,10 @@ def test_documents_are_replaced_by_id_and_added_once_without(run: Run, docs: str
     assert run("retrieval.add_documents", docs, []) == {"collection": docs, "ids": [], "count": 0}
 
 
-def test_documents_are_deleted_by_id_and_by_metadata(run: Run, docs: str) -> None:
+def test_documents_are_got_by_id_and_deleted_by_id_and_by_metadata(run: Run, docs: str) -> None:
+    sky = next(document for document in DOCUMENTS if document["id"] == "sky")
+    got = run("retrieval.get_documents", docs, ["sky", "unknown"])
+    assert got == {"collection": docs, "documents": [{"metadata": {}, **sky}]}
     assert run("retrieval.delete_documents", docs, ids=["cat", "unknown"]) == {"deleted": 1}
     assert run("retrieval.delete_documents", docs, where={"topic": "animals"}) == {"deleted": 1}
     assert [passage["id"] for passage in run("retrieval.search", docs, "cat")["passages"]] == ["sky"]

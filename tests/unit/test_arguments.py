@@ -32,6 +32,7 @@ JOBS = {
     "retrieval.delete_documents": "retrieval",
     "retrieval.merge": "retrieval",
     "retrieval.optimize": "retrieval",
+    "retrieval.get_documents": "retrieval",
     "retrieval.list_documents": "retrieval",
     "retrieval.search_shards": "retrieval",
     "rag.answer": "retrieval",
@@ -322,8 +323,9 @@ def test_who_only_sends_jobs_loads_nothing_heavy() -> None:
     script = f"""
 import sys
 import cluster_tasks
-from cluster_tasks.tasks import add_documents, answer, delete_documents, embed, generate, list_documents, search
-for job in add_documents, answer, delete_documents, embed, generate, list_documents, search:
+from cluster_tasks.tasks import add_documents, answer, delete_documents, embed, generate, search
+from cluster_tasks.tasks import get_documents, list_documents
+for job in add_documents, answer, delete_documents, embed, generate, get_documents, list_documents, search:
     try:
         job.delay(temperature=3)  # All that a caller does before the broker is asked.
     except cluster_tasks.ClusterError:

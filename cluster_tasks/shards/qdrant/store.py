@@ -120,6 +120,13 @@ class QdrantStore:
                 return
             points, following = self._ask(collection, partial(_page, chosen, following))
 
+    def get(self, collection: str, ids: Iterable[str]) -> list[Document]:
+        """See ``VectorStore.get``."""
+        wanted = list(dict.fromkeys(ids))
+        points = self._ask(collection, partial(_points, [_point_id(document_id) for document_id in wanted]))
+        found = {document.id: document for document in map(_document, points)}
+        return [found[document_id] for document_id in wanted if document_id in found]
+
     def count(self, collection: str) -> int:
         """See ``VectorStore.count``."""
         return self._ask(collection, lambda client, name: client.count(name, exact=True).count)
@@ -197,6 +204,16 @@ def _page(
     chosen: models.Filter | None, offset: Any, client: QdrantClient, name: str
 ) -> tuple[list[models.Record], Any]:  # fmt: skip
     return client.scroll(name, chosen, limit=READ_AT_ONCE, offset=offset, with_payload=["id", METADATA])
+
+
+def _points(point_ids: Sequence[str], client: QdrantClient, name: str) -> list[models.Record]:
+    return client.retrieve(name, point_ids, with_payload=True)
+
+
+def _document(point: models.Record) -> Document:
+    payload = _payload(point)
+    # It was checked when it was stored.
+    return Document.model_construct(id=payload["id"], text=payload["text"], metadata=read_metadata(payload[METADATA]))
 
 
 def _point(document: Document, unit: NDArray[Any]) -> models.PointStruct:
