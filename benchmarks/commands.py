@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import re
 import socket
-import time
+import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from urllib.parse import urlsplit
+
+from cluster_tasks.redis_store import connect
 
 _LINE = re.compile(rb'^\+\d+\.\d+ \[\d+ (?P<who>[^\]]+)\] (?P<words>".*)$', re.DOTALL)
 _WORD = re.compile(rb'"((?:[^"\\]|\\.)*)"', re.DOTALL)
 _ESCAPED = re.compile(rb"\\(x[0-9a-f]{2}|.)", re.DOTALL)
 _PLAIN = {b"n": b"\n", b"r": b"\r", b"t": b"\t", b"a": b"\a", b"b": b"\b"}
 BY_SCRIPT = b"lua"
+PATIENCE_S = 60.0
+READ_AT_ONCE = 1 << 16
 
 
 def words_of(line: bytes) -> list[bytes] | None:
@@ -30,20 +36,32 @@ def _unescaped(found: re.Match[bytes]) -> bytes:
     return bytes([int(code[1:], 16)]) if len(code) == 3 else _PLAIN.get(code, code)
 
 
-def monitored(url: str, lasts_s: float) -> list[list[bytes]]:
-    """Return the commands that a Redis without a password is given for so long, by whomever."""
-    parts = urlsplit(url)
-    data = bytearray()
-    with socket.create_connection((parts.hostname or "127.0.0.1", parts.port or 6379), timeout=60) as wire:
+@contextmanager
+def followed(url: str) -> Iterator[list[list[bytes]]]:
+    """Follow what a Redis without a password is told while the block lasts; the list is filled at its end."""
+    parts, mark, commands = urlsplit(url), uuid.uuid4().hex.encode(), list[list[bytes]]()
+    address = parts.hostname or "127.0.0.1", parts.port or 6379
+    with socket.create_connection(address, timeout=PATIENCE_S) as wire, ThreadPoolExecutor(1) as reader:
         wire.sendall(b"MONITOR\r\n")
-        until_s = time.monotonic() + lasts_s
-        wire.settimeout(0.2)
-        while time.monotonic() < until_s:
-            try:
-                data += wire.recv(1 << 20)
-            except TimeoutError:
-                continue
-    return [words for line in data.split(b"\r\n") if (words := words_of(line))]
+        begin = wire.recv(len(b"+OK\r\n"))
+        reading = reader.submit(_read_until, wire, mark, begin)
+        try:
+            yield commands
+        finally:
+            with connect(url, socket_timeout=PATIENCE_S) as client:
+                client.echo(mark)
+            lines = reading.result().split(b"\r\n")
+        commands += [words for line in lines if mark not in line and (words := words_of(line))]
+
+
+def _read_until(wire: socket.socket, mark: bytes, begin: bytes) -> bytes:
+    data = bytearray(begin)
+    while mark not in data[-READ_AT_ONCE - len(mark) :]:
+        more = wire.recv(READ_AT_ONCE)
+        if not more:
+            raise ConnectionError("Redis lets itself be followed no more: its buffer for that was full, or it ended")
+        data += more
+    return bytes(data)
 
 
 @dataclass(frozen=True, slots=True)

@@ -129,6 +129,8 @@ class Fleet:
                 process.kill()
             except psutil.NoSuchProcess:
                 continue
+        for fork in self._forks.values():
+            fork.wait()
         self._client.close()
 
 

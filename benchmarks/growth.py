@@ -53,8 +53,7 @@ def script_names() -> dict[str, str]:
             if package == PACKAGES[0]:
                 # Of these many are whole only with what they share.
                 named[_sha1(placing_script(name))] = name
-                for shared in ("letting_go", "storing"):
-                    named[_sha1("\n".join((script_source(package, shared), source)))] = name
+                named[_sha1("\n".join((script_source(package, "letting_go"), source)))] = name
     return {**named, _sha1(fetching_script()): "fetch"}
 
 
