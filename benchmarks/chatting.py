@@ -17,12 +17,13 @@ from celery import Celery, signals
 from benchmarks.sleeping import CLUSTER, REDIS_URL, VARIANT, tell_ready
 from cluster_tasks import Cluster
 from cluster_tasks.settings import ClusterSettings
+from cluster_tasks.tasks import llm
 
 LLM_URL = "BENCHMARK_LLM_URL"
 """Of the server of a stock worker; a node has its ``CLUSTER_LLM_BASE_URL``."""
 TIMEOUT_S = 4.0
 MODEL = "benchmark"
-CHAT, GENERATE = "chat", "llm.generate"
+CHAT, GENERATE = "chat", llm.generate.name
 """The task of either app."""
 
 
