@@ -10,6 +10,7 @@ import io
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import redirect_stderr, redirect_stdout
+from typing import Any
 
 import click
 import redis
@@ -48,7 +49,7 @@ def _ask(ctx: click.Context, read: Read) -> Iterable[str]:
     if name is None:
         return ()
     settings = cluster_of(find_app(name)).settings
-    options = {"socket_timeout": WITHIN_S, "socket_connect_timeout": WITHIN_S}
+    options: dict[str, Any] = {"socket_timeout": WITHIN_S, "socket_connect_timeout": WITHIN_S}
     url = settings.broker_url.get_secret_value()
     with connect(url, sentinel_master=settings.sentinel_master, **options) as client:
         return list(read(client, Keys(settings.name)))
@@ -64,7 +65,7 @@ def _nodes(client: redis.Redis, keys: Keys) -> Iterable[str]:
 
 
 def _request_types(client: redis.Redis, keys: Keys) -> Iterable[str]:
-    found = client.hvals(keys.serves)
+    found: Any = client.hvals(keys.serves)
     return {kind for types in found for kind in text(types).split(",")} - {"", ANY_TYPE}
 
 
@@ -78,7 +79,8 @@ def _shards(client: redis.Redis, keys: Keys) -> Iterable[str]:
 
 
 def _quarantined(client: redis.Redis, keys: Keys) -> Iterable[str]:
-    return map(text, client.zrange(keys.quarantined, 0, -1))  # type: ignore[arg-type]
+    found: Any = client.zrange(keys.quarantined, 0, -1)
+    return map(text, found)
 
 
 node_names = completing(_nodes)
