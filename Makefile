@@ -40,7 +40,8 @@ lint: $(VENV)/.installed-dev
 	@$(bin)/ruff format --check
 	@$(bin)/mypy
 	@$(bin)/lint-imports
-	@$(bin)/interrogate --quiet cluster_tasks workers
+	@$(bin)/interrogate --quiet cluster_tasks workers \
+		|| { echo "Without a docstring:"; $(bin)/interrogate -vv cluster_tasks workers | grep MISSED; false; }
 
 # Into site/. A link that leads nowhere, or a page that is in no menu, ends it.
 docs: $(VENV)/.installed-dev
