@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import tomllib
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ import pytest
 import yaml
 from celery.bin.celery import celery as celery_command
 from kombu.utils.imports import symbol_by_name
+from mkdocs.commands.build import build
 from mkdocs.config import load_config
+from mkdocs.exceptions import Abort
 from pydantic import SecretStr
 
 from cluster_tasks.cli.cluster import cluster as cluster_command
@@ -207,6 +210,28 @@ def test_every_link_of_the_readme_leads_somewhere() -> None:
         if not link.startswith("http"):
             assert (ROOT / path).exists(), link
             assert not anchor or anchor in anchors_of(ROOT / path), link
+
+
+@pytest.mark.parametrize(
+    ("text", "also", "is_built"),
+    [
+        ("[there](other.md#a-heading)", "other.md", True),
+        ("[there](nowhere.md)", "other.md", False),
+        ("[there](other.md#no-heading)", "other.md", False),
+        ("[there](other.md)", "in-no-menu.md", False),
+    ],
+)
+def test_what_leads_nowhere_ends_the_build_of_the_site(tmp_path: Path, text: str, also: str, is_built: bool) -> None:
+    pages = {"index.md": text, "other.md": "# A heading\n"}
+    for name, content in (pages | {also: "# A heading\n"}).items():
+        (tmp_path / "docs" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "docs" / name).write_text(content)
+    config = load_config(
+        str(ROOT / "mkdocs.yml"), docs_dir=str(tmp_path / "docs"), site_dir=str(tmp_path / "site"), strict=True,
+        nav=list(pages), plugins=["search"],
+    )  # fmt: skip
+    with nullcontext() if is_built else pytest.raises(Abort):
+        build(config)
 
 
 def test_every_page_is_in_the_menu() -> None:
