@@ -7,7 +7,9 @@ by Celery's tracer, which finds its answer there instead of running the task.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import ref
@@ -15,13 +17,14 @@ from weakref import ref
 from billiard.einfo import ExceptionInfo
 from celery import current_app
 from celery.app.trace import trace_task_ret
-from celery.exceptions import TaskRevokedError
+from celery.exceptions import SoftTimeLimitExceeded, TaskRevokedError
 from kombu.asynchronous import get_event_loop
 from kombu.serialization import loads, prepare_accept_content
 
 from cluster_tasks.broker import deliveries
 from cluster_tasks.errors import InvalidArguments
 from cluster_tasks.tasks.base import ClusterTask, answering
+from workers.members import SLICE_S, given_back
 
 if TYPE_CHECKING:
     from workers.request import ClusterRequest
@@ -35,9 +38,20 @@ Outcome = tuple[int, Any, float]
 
 
 def trace_batch(calls: Sequence[Call]) -> list[Outcome]:
-    """Run jobs of one task, all in one call where that can be; return how each of them ended. Runs in the pool."""
-    with answering(_answers(calls)):
-        return [trace_task_ret(*call) for call in calls]
+    """Run jobs of one task, all in one call where that can be; return how each of them ended. Runs in the pool.
+
+    Those that are to be given back have not ended: they would be run in what is left of the time of all.
+    """
+    begun_s, outcomes = time.monotonic(), list[Outcome]()
+    # The time of all may be over in their call, or between two of them: it is the error of none.
+    with suppress(SoftTimeLimitExceeded):
+        answers = _answers(calls)
+        known = set(answers)
+        with answering(answers):
+            for call in calls:
+                is_late = call[1] not in known and time.monotonic() - begun_s > SLICE_S
+                outcomes.append(given_back(begun_s) if is_late else trace_task_ret(*call))
+    return [*outcomes, *(given_back(begun_s) for _ in calls[len(outcomes) :])]
 
 
 def _answers(calls: Sequence[Call]) -> dict[str, Any]:
@@ -58,6 +72,8 @@ def _answers(calls: Sequence[Call]) -> dict[str, Any]:
         return {}
     try:
         values = type(task).together(app, list(given.values()))
+    except SoftTimeLimitExceeded:
+        raise
     except Exception as exc:  # noqa: BLE001 - one of them is to blame, and alone it fails alone
         logger.info("%d jobs of %s are run one after the other: %r", len(given), task.name, exc)
         return {}
@@ -85,6 +101,9 @@ class Batch:
         requests = self.requests = [request for request in self.requests if not request.revoked()]
         if not requests:
             raise TaskRevokedError("none of the jobs of a batch may begin")
+        if (node := deliveries.current()) is not None:
+            # The one that has filled their place may be gone.
+            node.put_alone(requests[0].delivery_tag)
         if len(requests) == 1:
             return requests[0].execute_alone(pool)
         for request in requests:

@@ -30,7 +30,7 @@ from cluster_tasks.tasks.base import ClusterTask, expiry
 logger = logging.getLogger(__name__)
 
 SLICE_S = 1.0
-"""Members that are run one after the other for so long are too many for one node: the rest goes to all."""
+"""After so long no other is begun by itself: the rest goes to all nodes, and each has the time of a job of its own."""
 _NOT_RUN = object()
 HANDLERS = ("before_start", "on_success", "after_return")
 
@@ -62,14 +62,19 @@ def trace_members(
         members = [Member(job_id, *call) for job_id, call in zip(member_ids(request), calls, strict=True)]
         is_done = _Run(task, request).run(message_id, members)
     except SoftTimeLimitExceeded:
-        # Between two members: it is the error of none.
+        # Of the time of all, in their call or between two of them: it is the error of none.
         is_done = False
     except Exception as exc:  # noqa: BLE001 - as Celery's does: it goes to the process that asked
         return 1, report_internal_error(task, exc), time.monotonic() - begun_s
     if is_done:
         return 0, f"<{len(members)} jobs>", time.monotonic() - begun_s
+    return given_back(begun_s)
+
+
+def given_back(begun_s: float) -> tuple[int, Any, float]:
+    """Return what Celery's tracer returns of a message that is to be given back, because it has not ended here."""
     try:
-        raise Reject("some of its jobs have not ended here", requeue=True)
+        raise Reject("it has not ended here", requeue=True)
     except Reject:
         return 1, ExceptionInfo(internal=True), time.monotonic() - begun_s
 
@@ -99,13 +104,13 @@ class _Run:
             return is_done
 
     def _run(self, ends: Ends, members: Sequence[Member]) -> bool:
-        alone = self._together(ends, list(self._to_be_run(members)))
         begun_s, is_done = time.monotonic(), True
-        for number, member in enumerate(alone):
+        alone = self._together(ends, list(self._to_be_run(members)))
+        for member in alone:
             # What was fetched together has waited meanwhile.
             if self._has_expired():
                 self._revoke(member, "expired")
-            elif number and time.monotonic() - begun_s > SLICE_S:
+            elif time.monotonic() - begun_s > SLICE_S:
                 return False
             elif not self._run_alone(member):
                 is_done = False
@@ -182,6 +187,8 @@ class _Run:
             return [_NOT_RUN] * len(given)
         try:
             values = type(self._task).together(self._task.app, given)
+        except SoftTimeLimitExceeded:
+            raise
         except Exception as exc:  # noqa: BLE001 - one of them is to blame, and alone it fails alone
             logger.info("%d jobs of %s are run one after the other: %r", len(given), self._task.name, exc)
             return [_NOT_RUN] * len(given)

@@ -98,13 +98,12 @@ class ClusterRequest(Request):  # type: ignore[misc]
 
     def revoked(self) -> bool:
         """Whether it must not start, for whatever reason: Celery asks this before it hands a job to the pool."""
-        if super().revoked():
-            return True
         node = deliveries.current()
         if node is None or self._delivery is None:
-            return False
+            return bool(super().revoked())
         try:
-            return not self._may_start(node, self._delivery.tag)
+            # That it was revoked, or has expired, may be an end that cannot be stored now.
+            return super().revoked() or not self._may_start(node, self._delivery.tag)
         except (redis.RedisError, UnavailableError) as exc:
             logger.warning("job %s waits: %s", self.id, exc)
             return not self._let_lie(node, self._delivery.tag)
@@ -196,13 +195,15 @@ class ClusterRequest(Request):  # type: ignore[misc]
     @property
     def can_be_in_a_batch(self) -> bool:
         """Whether it may be handed to the pool with others of its task."""
-        # What was with a node before may be what ended its process, and goes alone.
+        # What was with a node before may be what ended its process, and goes alone. Limits of the task may be known to
+        # this node only, as those that it is told by remote control.
+        task, limits = self._task, (*self.time_limits, self._task.time_limit, self._task.soft_time_limit)
         return bool(
             self._delivery is not None
-            and getattr(self._task, "batch", 1) > 1
+            and getattr(task, "batch", 1) > 1
             and self._message.properties.get(BATCH_PROPERTY)
             and not self._delivery_info.get("redelivered")
-            and not any(self.time_limits)
+            and not (task.rate_limit or any(limits))
         )
 
     def execute_alone(self, pool: Any) -> Any:
