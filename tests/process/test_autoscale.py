@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,8 +37,21 @@ def scaled(directory: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> I
             jobs.app.close()
 
 
-def is_running(supervisor: SupervisorClient, name: str) -> Callable[[], bool]:
-    return lambda: supervisor.states()[name] == RUNNING
+def feed(jobs: Jobs, until: Callable[[list[Any]], bool]) -> list[Any]:
+    """Let jobs wait until that is so; return all that were sent."""
+    sent: list[Any] = []
+
+    def is_so() -> bool:
+        if sum(jobs.cluster.epochs.lengths().values()) < 10:
+            sent.extend(jobs.work.delay(0.5, key=str(number)) for number in range(10))
+        return until(sent)
+
+    wait_until(is_so, START_S, "node2 is called")
+    return sent
+
+
+def joined(jobs: Jobs) -> bool:
+    return SECOND in jobs.cluster.epochs.beats()
 
 
 @pytest.mark.timeout(600)
@@ -46,12 +60,10 @@ def test_a_node_starts_while_jobs_wait_and_drains_when_none_do_and_no_job_is_los
 ) -> None:
     with scaled(tmp_path, monkeypatch) as (jobs, supervisor):
         assert supervisor.states()["node2"] == "STOPPED"
-        results = [jobs.work.delay(0.5, key=str(number)) for number in range(40)]
-        wait_until(is_running(supervisor, "node2"), START_S, "node2 starts")
+        results = feed(jobs, lambda sent: joined(jobs) and started_by(jobs, sent, SECOND) > 0)
         done = finish(results)
         wait_until(lambda: supervisor.states()["node2"] == "STOPPED", START_S, "node2 ends")
         assert supervisor.states()["node1"] == RUNNING
-        assert done[SECOND] > 0
         assert starts_of(jobs, results).total() == done.total() == len(results), "each ran once"
         kinds = [event.kind for event in jobs.cluster.events.latest(1000)]
         assert (kinds.count("node lost"), kinds.count("jobs handed back")) == (0, 0), (
@@ -59,10 +71,8 @@ def test_a_node_starts_while_jobs_wait_and_drains_when_none_do_and_no_job_is_los
         )
 
         # One job is no reason for two nodes, and nobody is killed for it: who has it ends it first.
-        more = [jobs.work.delay(3, key=str(number)) for number in range(12)]
-        wait_until(is_running(supervisor, "node2"), START_S, "node2 is needed again")
-        wait_until(lambda: SECOND in jobs.cluster.epochs.beats(), START_S, "it joins")
-        results, more = [*results, *more], [jobs.work.apply_async((20,), queue=jobs.cluster.keys.node_queue(SECOND))]
+        results = feed(jobs, lambda _: joined(jobs))
+        more = [jobs.work.apply_async((20,), queue=jobs.cluster.keys.node_queue(SECOND))]
         finish(results)
         wait_until(lambda: starts_of(jobs, more).total(), START_S, "the last one runs")
         wait_until(lambda: jobs.cluster.epochs.lists().draining or more[0].ready(), START_S, "a node drains")
