@@ -20,6 +20,7 @@ cluster_strategy_llm = "consistent_hash"
 # cluster_strategies = {"ocr": "weighted"}
 
 # cluster_virtual_nodes = 160  # points of a node on the ring of consistent_hash
+# cluster_zone_bound = 1.25  # a full zone is passed over when it is loaded so many times as all are on average
 # cluster_snapshot_s = 0.25  # how old a producer's view of the nodes may be
 
 # --- When a node is lost ---------------------------------------------------------------------------------------------
@@ -61,7 +62,8 @@ cluster_drain_timeout_s = 30.0
 # --- What this node is: usually set by variables, per machine --------------------------------------------------------
 
 # cluster_serves = ["llm", "retrieval", "embedding"]  # else all types that its tasks declare
-# cluster_metadata = {"zone": "a", "weight": "2"}
+# cluster_metadata = {"rack": "3", "weight": "2"}
+# cluster_zone = "west"  # of nodes and of callers, whose jobs go to their own zone first: docs/datacentres.md
 # cluster_max_qps = 0.0  # 0: no limit
 # cluster_max_memory_mb = 0  # what the strategy adaptive measures the node's memory by; 0: not at all
 # cluster_roles = ["worker"]

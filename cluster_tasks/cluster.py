@@ -373,7 +373,8 @@ class Cluster:
 
         ``most`` from each list, None: all that is too much. Raises UnavailableError.
         """
-        return Rebalance(self.client, self.keys, self.epochs, self.events).run(self._read_nodes(), most)
+        rebalance = Rebalance(self.client, self.keys, self.epochs, self.events, self.settings.zone_bound)
+        return rebalance.run(self._read_nodes(), most)
 
     def rebalance_in_turn(self) -> None:
         """Rebalance, unless another process has within ``rebalance_s``. Raises UnavailableError."""

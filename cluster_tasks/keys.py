@@ -84,7 +84,9 @@ class Keys:
 
     @property
     def serves(self) -> str:
-        """Hash queue → request types, comma-separated and sorted, with a comma at both ends."""
+        """Hash queue → request types, comma-separated and sorted, with a comma at both ends.
+
+        The zones of those that have one are in a hash with ``:zones`` behind its name."""
         return f"{self.name}:serves"
 
     @property

@@ -36,6 +36,10 @@ NodeId = Annotated[str, AfterValidator(check_node_id)]
 RequestType = Annotated[str, AfterValidator(check_request_type)]
 
 
+ZONE = "zone"
+"""The entry of a node's metadata that names its datacentre, or whatever fails as one."""
+
+
 class NodeStatus(StrEnum):
     """Where a node is in its life."""
 
@@ -144,6 +148,11 @@ class Node(_Record):
     def in_flight(self) -> int:
         """Jobs it holds plus jobs in its list."""
         return self.load.current_connections + self.load.queue_length
+
+    @property
+    def zone(self) -> str:
+        """The datacentre it is in, or whatever fails as one; empty: it does not say."""
+        return self.metadata.get(ZONE, "")
 
     def accepts(self, request_type: str) -> bool:
         """Whether a job of this type may be placed here now."""

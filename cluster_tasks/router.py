@@ -14,6 +14,7 @@ from kombu import Queue
 from cluster_tasks import tracing
 from cluster_tasks.balancing import create_balancer
 from cluster_tasks.balancing.base import Balancer
+from cluster_tasks.balancing.zones import Zones
 from cluster_tasks.broker.members import MEMBERS_HEADER
 from cluster_tasks.broker.message import (
     BATCH_PROPERTY,
@@ -99,8 +100,10 @@ class ClusterRouter:
         self._settings, self._view, self._clock, self._rng = settings, view, clock, rng
         self._keys = Keys(settings.name)
         self._lock = threading.Lock()
-        self._balancers: dict[tuple[str, str], Balancer] = {}
+        # The nodes of the caller's zone and the others are two sets, each with a turn, a ring and counts of its own.
+        self._balancers: dict[tuple[str, str, bool], Balancer] = {}
         self._eligible: dict[str, tuple[Node, ...]] = {}
+        self._zones: dict[str, Zones] = {}
         self._seen: tuple[Node, ...] | None = None
         self._queues: dict[str, Queue] = {}
         os.register_at_fork(after_in_child=self._part_from_parent)
@@ -133,7 +136,8 @@ class ClusterRouter:
     def place(self, request: Request, strategy: str, preferred: str = "") -> str:
         """Return the queue for a request: the list of a node, or the waiting list if no node can take it now.
 
-        The node ``preferred`` is chosen before the strategy's, if it can take the request.
+        The node ``preferred`` is chosen before the strategy's, if it can take the request; else one of the caller's own
+        zone, unless that has too much to do.
         """
         nodes = self._view.nodes()
         with self._lock:
@@ -142,27 +146,42 @@ class ClusterRouter:
             eligible = self._eligible.get(request.type)
             if eligible is None:
                 eligible = self._eligible[request.type] = tuple(n for n in nodes if n.accepts(request.type))
-            balancer = self._balancer(strategy, request.type)
-            if not eligible:
-                return self._keys.waiting_queue(request.type)
             # The balancer is asked all the same: it counts what it has sent.
             chosen = tuple(node for node in eligible if node.id == preferred) if preferred else ()
-            return self._keys.node_queue(balancer.select(request, chosen or eligible).id)
+            near, among = self._in_zone(request.type, eligible, chosen)
+            balancer = self._balancer(strategy, request.type, near)
+            if not eligible:
+                return self._keys.waiting_queue(request.type)
+            return self._keys.node_queue(balancer.select(request, chosen or among).id)
 
     def _take(self, nodes: tuple[Node, ...]) -> None:
         self._seen = nodes
         self._eligible.clear()
+        self._zones.clear()
         for balancer in self._balancers.values():
             balancer.update(nodes)
 
-    def _balancer(self, strategy: str, request_type: str) -> Balancer:
-        balancer = self._balancers.get((strategy, request_type))
+    def _in_zone(
+        self, request_type: str, eligible: tuple[Node, ...], chosen: tuple[Node, ...]
+    ) -> tuple[bool, tuple[Node, ...]]:
+        """Whether a job stays in the caller's zone, and the nodes to choose from; count it as sent there."""
+        if self._settings.zone is None or not eligible:
+            return True, eligible
+        zones = self._zones.get(request_type)
+        if zones is None:
+            zones = self._zones[request_type] = Zones(eligible, self._settings.zone, self._settings.zone_bound)
+        near = zones.holds(chosen[0]) if chosen else zones.is_near()
+        zones.count(near)
+        return near, zones.near if near else zones.far
+
+    def _balancer(self, strategy: str, request_type: str, near: bool) -> Balancer:
+        balancer = self._balancers.get((strategy, request_type, near))
         if balancer is None:
             balancer = create_balancer(
                 strategy, clock=self._clock, rng=self._rng, virtual_nodes=self._settings.virtual_nodes
             )
             balancer.update(self._seen or ())
-            self._balancers[strategy, request_type] = balancer
+            self._balancers[strategy, request_type, near] = balancer
         return balancer
 
     def _queue(self, name: str) -> Queue:

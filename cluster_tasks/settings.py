@@ -32,12 +32,14 @@ from cluster_tasks.addresses.qdrant import parse_qdrant_url
 from cluster_tasks.addresses.redis import BROKER_SCHEMES, CACHE_CLUSTER_SCHEMES, checked_redis_url, parse_cluster_url
 from cluster_tasks.addresses.secret import SecretUrl, SecretWebhookUrl, masked
 from cluster_tasks.errors import ConfigurationError
-from cluster_tasks.model import NodeRole, RequestType
+from cluster_tasks.model import ZONE, NodeRole, RequestType
 
 CONF_PREFIX = "cluster_"
 ENV_PREFIX = "CLUSTER_"
 MISSPELT = 0.8
 """From this similarity of names on, 0 to 1, an unknown variable is taken for a misspelt setting."""
+ZONE_BOUND = 1.25
+"""How a zone may be loaded above the mean: docs/datacentres.md says why so much."""
 LONGEST_TTL_S = 10 * 365 * 86_400.0
 """Of what is cached."""
 LEASES: Mapping[str, Callable[[str], ConsulUrl | EtcdUrl]] = {
@@ -141,6 +143,13 @@ class ClusterSettings(BaseSettings):
     roles: Roles = frozenset({NodeRole.WORKER})
     metadata: Pairs = Field(default_factory=dict)
     """What a NodeFilter may ask for; ``weight`` counts for the strategy ``weighted``."""
+    zone: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")] | None = None
+    """The datacentre of this process: its jobs go to nodes of the same one first, and a node says so in its metadata.
+
+    None: all nodes are alike to it.
+    """
+    zone_bound: Annotated[float, Field(ge=1)] = ZONE_BOUND
+    """A zone that has no free slot is passed over when it has so many times the jobs for each slot that all have."""
     address: str | None = None
     """Where others reach this node; None: the name of its host."""
     port: Annotated[int, Field(ge=0, le=65535)] = 0
@@ -352,6 +361,14 @@ class ClusterSettings(BaseSettings):
         return value
 
     @model_validator(mode="after")
+    def _check_zone(self) -> Self:
+        if self.zone is not None and self.metadata.get(ZONE, self.zone) != self.zone:
+            raise ValueError(
+                f"zone={self.zone!r}, but the metadata of this node say {self.metadata[ZONE]!r}: leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_lease(self) -> Self:
         if self.lease_s < 2 * self.heartbeat_s:
             raise ValueError(
@@ -393,6 +410,11 @@ class ClusterSettings(BaseSettings):
                     "cannot be compared"
                 )
         return self
+
+    @property
+    def node_metadata(self) -> dict[str, str]:
+        """``metadata`` of a node, its zone among them."""
+        return self.metadata if self.zone is None else {**self.metadata, ZONE: self.zone}
 
     @property
     def stuck_after_s(self) -> float:

@@ -101,9 +101,9 @@ class Broker:
         self._fetch = self.client.register_script(fetching_script())
         self._fetches = 0
 
-    def open(self, node_id: str, *serves: str, recovery_threshold: int = 0) -> str:
+    def open(self, node_id: str, *serves: str, recovery_threshold: int = 0, zone: str = "") -> str:
         """Begin an epoch, which must not be refused."""
-        epoch = self.epochs.open(node_id, serves, recovery_threshold=recovery_threshold)
+        epoch = self.epochs.open(node_id, serves, recovery_threshold=recovery_threshold, zone=zone)
         assert isinstance(epoch, str)
         return epoch
 

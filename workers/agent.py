@@ -204,7 +204,7 @@ class NodeAgent:
         # A coordinator runs none of the tasks that it knows.
         tasks = () if self._deliveries is None else self._cluster.app.tasks
         node = self._node
-        return self._cluster.epochs.open(node.id, node.serves, tasks, self._settings.recovery_threshold)
+        return self._cluster.epochs.open(node.id, node.serves, tasks, self._settings.recovery_threshold, node.zone)
 
     def _wait_for_silence(self, seen: Beat) -> None:
         """Wait for a lease without a beat of a predecessor. Raises NodeNameTaken if it beats."""

@@ -251,7 +251,7 @@ def describe(cluster: Cluster, worker: Any) -> Node:
         capacity=Capacity(
             max_connections=size, max_qps=settings.max_qps, max_memory_mb=settings.max_memory_mb, max_threads=size
         ),
-        metadata=settings.metadata,
+        metadata=settings.node_metadata,
         serves=cluster.served_types(),
     )
 
@@ -265,7 +265,7 @@ def describe_coordinator(cluster: Cluster, hostname: str) -> Node:
         port=cluster.settings.metrics_port,
         roles=frozenset({NodeRole.MASTER}),
         capacity=Capacity(max_connections=0, max_threads=0),
-        metadata=cluster.settings.metadata,
+        metadata=cluster.settings.node_metadata,
     )
 
 

@@ -138,17 +138,18 @@ class EpochTable:
         self._limit = load_script(client, _PACKAGE, "limit")
 
     def open(
-        self, node_id: str, serves: Iterable[str], tasks: Iterable[str] = (), recovery_threshold: int = 0
-    ) -> str | Predecessor:
+        self, node_id: str, serves: Iterable[str], tasks: Iterable[str] = (), recovery_threshold: int = 0,
+        zone: str = "",
+    ) -> str | Predecessor:  # fmt: skip
         """Begin an epoch and return it, or return the predecessor that stands under this name.
 
         ``tasks`` are the names of those that the node knows. One that was lost gets no jobs before it has beaten
-        ``recovery_threshold`` times.
+        ``recovery_threshold`` times. Idle nodes of its ``zone`` are rung before others for what waits in its list.
         """
         keys = self._keys
         types = "," + ",".join(sorted({*serves, ANY_TYPE})) + ","
         arguments: list[str | float] = [keys.node_queue(node_id), secrets.token_hex(6), types, "\n".join(sorted(tasks))]
-        arguments += [recovery_threshold, node_id]
+        arguments += [recovery_threshold, node_id, zone]
         with foreign_errors(BrokerUnavailable, f"registering {node_id}"):
             status, epoch, *counter = self._open(
                 [keys.epochs, keys.beats, keys.serves, keys.draining, keys.epoch_counter, keys.tasks, keys.slot_limits]

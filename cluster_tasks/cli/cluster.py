@@ -37,8 +37,8 @@ from cluster_tasks.model import Node, NodeFilter, NodeRole, NodeStatus, check_no
 from cluster_tasks.runtime import check_runtime
 
 NODE_COLUMNS = (
-    Column("id", whole=True), Column("status", whole=True), Column("roles", wide=True), Column("serves"),
-    Column("held", number=True), Column("queue", number=True), Column("qps", number=True),
+    Column("id", whole=True), Column("status", whole=True), Column("roles", wide=True), Column("zone", wide=True),
+    Column("serves"), Column("held", number=True), Column("queue", number=True), Column("qps", number=True),
     Column("cpu_percent", number=True),
     Column("memory_mb", number=True, wide=True), Column("success_rate", number=True, wide=True),
     Column("epoch", wide=True), Column("last_seen_s", number=True),
@@ -145,6 +145,7 @@ def _node_cells(node: Node, now: float) -> tuple[Cell, ...]:
         node.id,
         [node.status, node.limit] if node.limit else node.status,
         sorted(node.roles),
+        node.zone,
         sorted(node.serves),
         f"{load.current_connections}/{node.capacity.max_connections}",
         str(load.queue_length),

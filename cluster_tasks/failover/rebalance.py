@@ -18,6 +18,7 @@ from cluster_tasks.failover.events import EventLog
 from cluster_tasks.keys import ANY_TYPE, Keys, priority_suffixes
 from cluster_tasks.model import Node, NodeRole, NodeStatus
 from cluster_tasks.redis_store import foreign_errors
+from cluster_tasks.settings import ZONE_BOUND
 
 ACT_ABOVE = 1.2
 """A list that is longer than its share by less than this factor is left alone: jobs are where they are warm."""
@@ -33,6 +34,8 @@ class NodeList:
     capacity: int
     """Jobs that the node runs at a time; 0: it may not be given any."""
     length: int
+    zone: str = ""
+    """The datacentre it is in; empty: it does not say."""
 
 
 @dataclass(slots=True)
@@ -42,19 +45,30 @@ class Plan:
     lists: Mapping[str, NodeList]
     surplus: Mapping[str, int]
     room: dict[str, int] = field(default_factory=dict)
+    apart: Mapping[str, int] = field(default_factory=dict)
+    """A number for each node; between those of two numbers nothing is moved."""
 
     def assign(self, source: str, request_type: str) -> str | None:
-        """Return the node that a job of ``source`` goes to, its room one less; None: it stays where it is."""
+        """Return the node that a job of ``source`` goes to, its room one less; None: it stays where it is.
+
+        One with an empty list comes first, then one of the same zone.
+        """
         able = [node_id for node_id in self.room if self._can_run(node_id, source, request_type)]
         if not able:
             return None
-        chosen = max(able, key=lambda node_id: (self.room[node_id] / self.lists[node_id].capacity, node_id))
+        chosen = max(able, key=lambda node_id: self._fitness(node_id, source))
         self.room[chosen] -= 1
         if not self.room[chosen]:
             del self.room[chosen]
         return chosen
 
+    def _fitness(self, node_id: str, source: str) -> tuple[bool, bool, float, str]:
+        own = self.lists[node_id]
+        return not own.length, own.zone == self.lists[source].zone, self.room[node_id] / own.capacity, node_id
+
     def _can_run(self, node_id: str, source: str, request_type: str) -> bool:
+        if self.apart.get(node_id) != self.apart.get(source):
+            return False
         serves = self.lists[node_id].serves
         if request_type == ANY_TYPE:
             # Every node runs it; between nodes that have nothing in common the shares are not compared.
@@ -62,16 +76,22 @@ class Plan:
         return request_type in serves
 
 
-def make_plan(lists: Sequence[NodeList]) -> Plan:
+def make_plan(lists: Sequence[NodeList], zone_bound: float = ZONE_BOUND) -> Plan:
     """Plan how the lists of one priority come to their shares.
 
     The share of a node is its part of the capacity of all nodes that it has a request type in common with, directly or
-    by others. A list above ``ACT_ABOVE`` of it gives the rest away, and nobody gets more than his share, rounded up; so
+    by others; but of those of its zone alone, while no zone has more than ``zone_bound`` times its share and no node
+    that may be given jobs has none. So what callers place in their own zone stays there, and no node is left idle.
+
+    A list above ``ACT_ABOVE`` of its share gives the rest away, and nobody gets more than his share, rounded up; so
     what is balanced stays as it is.
     """
     surplus: dict[str, int] = {}
     room: dict[str, int] = {}
-    for group in _groups(lists):
+    apart: dict[str, int] = {}
+    groups = [part for group in _groups(lists) for part in _zones(group, zone_bound)]
+    for number, group in enumerate(groups):
+        apart.update((each.node_id, number) for each in group)
         capacity, total = sum(each.capacity for each in group), sum(each.length for each in group)
         for each in group if capacity else ():
             share = total * each.capacity / capacity
@@ -79,7 +99,23 @@ def make_plan(lists: Sequence[NodeList]) -> Plan:
                 surplus[each.node_id] = each.length - ceil(share)
             elif each.length < ceil(share):
                 room[each.node_id] = ceil(share) - each.length
-    return Plan({each.node_id: each for each in lists}, surplus, room)
+    return Plan({each.node_id: each for each in lists}, surplus, room, apart)
+
+
+def _zones(group: list[NodeList], bound: float) -> list[list[NodeList]]:
+    """The groups in each zone of a group, if each zone can keep what it has; else the whole group."""
+    zones: dict[str, list[NodeList]] = {}
+    for each in group:
+        zones.setdefault(each.zone, []).append(each)
+    total, capacity = sum(each.length for each in group), sum(each.capacity for each in group)
+    keep = all(
+        sum(each.length for each in zone) * capacity <= bound * total * sum(each.capacity for each in zone)
+        for zone in zones.values()
+    )
+    if not keep or not all(each.length for each in group if each.capacity):
+        return [group]
+    # What connects two nodes may be in another zone.
+    return [part for zone in zones.values() for part in _groups(zone)]
 
 
 def _groups(lists: Sequence[NodeList]) -> list[list[NodeList]]:
@@ -113,8 +149,11 @@ class Rebalanced:
 class Rebalance:
     """Applies plans. Raises BrokerUnavailable when Redis does not answer."""
 
-    def __init__(self, client: redis.Redis, keys: Keys, epochs: EpochTable, events: EventLog) -> None:
+    def __init__(
+        self, client: redis.Redis, keys: Keys, epochs: EpochTable, events: EventLog, zone_bound: float = ZONE_BOUND
+    ) -> None:
         self._client, self._keys, self._epochs, self._events = client, keys, epochs, events
+        self._zone_bound = zone_bound
         self._placer = Placer(client, keys)
 
     def run(self, nodes: Sequence[Node], most: int | None = None) -> Rebalanced:
@@ -128,7 +167,7 @@ class Rebalance:
         given: Counter[str] = Counter()
         with foreign_errors(BrokerUnavailable, "rebalancing"):
             for suffix, lists in self._read(nodes):
-                plan = make_plan(lists)
+                plan = make_plan(lists, self._zone_bound)
                 for source, surplus in plan.surplus.items():
                     for target in self._move(plan, source, suffix, surplus, most):
                         taken[source] += 1
@@ -149,7 +188,7 @@ class Rebalance:
                     pipe.llen(queue + suffix)
                 lengths = pipe.execute()
             lists = [
-                NodeList(node.id, node.serves, _capacity(node, queues[node.id], known), length)
+                NodeList(node.id, node.serves, _capacity(node, queues[node.id], known), length, node.zone)
                 for node, length in zip(able, lengths, strict=True)
             ]
             if any(lengths):

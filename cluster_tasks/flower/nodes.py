@@ -77,6 +77,7 @@ def _facts(node: Node, now: float) -> Facts:
         "limit": node.limit,
         "epoch": node.epoch,
         "roles": sorted(node.roles),
+        "zone": node.zone,
         "serves": sorted(node.serves),
         "held": load.current_connections,
         "slots": node.capacity.max_connections,

@@ -17,8 +17,6 @@ logger = logging.getLogger(__name__)
 
 SERVED = "retrieval"
 """The request type of the jobs that search."""
-ZONE = "zone"
-"""In the metadata of a node: what fails together."""
 
 
 class ShardManager:
@@ -143,7 +141,7 @@ def can_hold(node: Node) -> bool:
 
 def holder_of(node: Node) -> Holder:
     """Return a node as the plan sees it: its capacity is the jobs that it runs at a time."""
-    return Holder(node.id, max(1, node.capacity.max_connections), node.metadata.get(ZONE, ""))
+    return Holder(node.id, max(1, node.capacity.max_connections), node.zone)
 
 
 def _holders(nodes: Iterable[Node], standing: Container[str]) -> list[Holder]:

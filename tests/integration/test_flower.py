@@ -86,8 +86,8 @@ def test_a_snapshot_tells_how_nodes_stand(app: Celery, site: Site) -> None:
     epoch = node.pop("epoch")
     assert epoch.startswith("1-")
     assert node == {
-        "id": "a@x", "status": "online", "limit": "", "roles": ["worker"], "serves": ["llm"], "held": 3, "slots": 4,
-        "queue": 0, "qps": 0.0, "cpu_percent": 41, "memory_mb": 512, "success_rate": 0.98,
+        "id": "a@x", "status": "online", "limit": "", "roles": ["worker"], "zone": "", "serves": ["llm"], "held": 3,
+        "slots": 4, "queue": 0, "qps": 0.0, "cpu_percent": 41, "memory_mb": 512, "success_rate": 0.98,
     }  # fmt: skip
     assert boss["roles"] == ["master"]
     assert told["strategies"] == {"llm": "consistent_hash"}

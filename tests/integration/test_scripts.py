@@ -89,6 +89,44 @@ def test_a_waiting_job_rings_the_node_that_idles_longest_among_those_that_serve_
     assert (broker.rings("a"), broker.rings("b"), broker.rings("c")) == (0, 0, 1)
 
 
+@pytest.mark.parametrize("others", [1, 40])
+def test_an_idle_node_of_the_zone_is_rung_before_those_of_others_that_idle_longer(broker: Broker, others: int) -> None:
+    broker.open("busy", "llm", zone="a")
+    for number in range(others):
+        broker.fetch(f"far{number:02}", broker.open(f"far{number:02}", "llm", zone="b"))
+    broker.fetch("near", broker.open("near", "llm", zone="a"))
+    assert broker.idle()[0] == "node.far00"
+    assert broker.publish("1", "busy", "llm") == "node.busy"
+    assert (broker.rings("far00"), broker.rings("near")) == (0, 1)
+    # Nobody else idles in the zone: the job must not wait for that.
+    assert broker.publish("2", "busy", "llm") == "node.busy"
+    assert broker.rings("far00") == 1
+
+
+def test_a_job_is_handed_over_within_its_zone_if_someone_idles_there(broker: Broker) -> None:
+    broker.open("busy", "embedding", "llm", zone="a")
+    for node_id, zone in ("far", "b"), ("near", "a"):
+        broker.fetch(node_id, broker.open(node_id, "llm", zone=zone), serves=["llm"])
+    assert broker.publish("1", "busy", "llm") == "node.near"
+
+
+def test_a_job_for_a_node_that_drains_rings_a_node_of_its_zone(broker: Broker) -> None:
+    broker.open("leaving", "llm", zone="a")
+    broker.epochs.set_draining("leaving", True)
+    for node_id, zone in ("far", "b"), ("near", "a"):
+        broker.fetch(node_id, broker.open(node_id, "llm", zone=zone))
+    assert broker.publish("1", "leaving", "llm") == "waiting.llm"
+    assert (broker.rings("far"), broker.rings("near")) == (0, 1)
+
+
+def test_the_zone_of_a_node_goes_with_its_epoch(broker: Broker) -> None:
+    zones = f"{broker.keys.serves}:zones"
+    broker.epochs.close("a", broker.open("a", "llm", zone="west"))
+    assert not broker.client.exists(zones)
+    broker.open("a", "llm", zone="east")
+    assert broker.client.hgetall(zones) == {b"node.a": b"east"}
+
+
 def test_a_draining_node_is_not_rung(broker: Broker) -> None:
     broker.fetch("a", broker.open("a", "llm"))
     broker.epochs.set_draining("a", True)

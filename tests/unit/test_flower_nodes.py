@@ -66,3 +66,9 @@ def test_only_the_jobs_of_the_lost_epoch_are_told_of() -> None:
     events = [event("node lost", 3), event("jobs moved", 2, held=2, listed=5), event("jobs moved", epoch="0-a", held=9)]
     (row,) = node_rows([], {}, {}, events, NOW)
     assert row == {"id": "a", "status": "lost", "epoch": "1-a", "lost_s": 3.0, "moved": {"held": 2, "listed": 5}}
+
+
+def test_a_node_is_shown_with_its_zone() -> None:
+    nodes = (Node(id="a", epoch="1-a", metadata={"zone": "west"}), Node(id="b", epoch="2-b"))
+    beats = {node.id: Beat(node.epoch, 1) for node in nodes}
+    assert [row["zone"] for row in node_rows(nodes, beats, {}, (), NOW)] == ["west", ""]

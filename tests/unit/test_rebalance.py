@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from math import ceil
 
 from hypothesis import given
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from cluster_tasks.failover.rebalance import ACT_ABOVE, NodeList, make_plan
 from cluster_tasks.keys import ANY_TYPE
+from cluster_tasks.settings import ZONE_BOUND
 
 TYPES = ["embedding", "llm", "retrieval"]
 LLM = frozenset({"llm"})
@@ -19,14 +21,17 @@ Jobs = dict[str, list[str]]
 
 
 @st.composite
-def clusters(draw: st.DrawFn, types: list[str] = TYPES) -> tuple[list[NodeList], Jobs]:
+def clusters(
+    draw: st.DrawFn, types: list[str] = TYPES, zones: str = "", least_listed: int = 0
+) -> tuple[list[NodeList], Jobs]:
     """Lists of nodes, and what is in them: a node has jobs of types that it serves, and of any."""
     lists, jobs = [], {}
     for number in range(draw(st.integers(1, 6))):
         serves = draw(st.frozensets(st.sampled_from(types), min_size=1))
-        node_id = f"node{number}"
-        jobs[node_id] = draw(st.lists(st.sampled_from([*sorted(serves), ANY_TYPE]), max_size=40))
-        lists.append(NodeList(node_id, serves, draw(st.integers(0, 8)), len(jobs[node_id])))
+        node_id, zone = f"node{number}", draw(st.sampled_from(zones)) if zones else ""
+        kinds = st.sampled_from([*sorted(serves), ANY_TYPE])
+        jobs[node_id] = draw(st.lists(kinds, min_size=least_listed, max_size=40))
+        lists.append(NodeList(node_id, serves, draw(st.integers(0, 8)), len(jobs[node_id]), zone))
     return lists, jobs
 
 
@@ -43,7 +48,7 @@ def apply(lists: list[NodeList], jobs: Jobs) -> tuple[list[NodeList], Jobs, list
                 after[target].insert(0, kind)
                 moved.append((source, target, kind))
     return (
-        [NodeList(each.node_id, each.serves, each.capacity, len(after[each.node_id])) for each in lists],
+        [replace(each, length=len(after[each.node_id])) for each in lists],
         after,
         moved,
     )
@@ -128,3 +133,75 @@ def test_a_list_that_is_little_too_long_is_left_alone() -> None:
 def test_a_node_that_may_not_be_given_jobs_gives_all_it_has() -> None:
     plan = make_plan([NodeList("a", LLM, 0, 3), NodeList("b", LLM, 2, 10)])
     assert (plan.surplus, plan.room) == ({"a": 3}, {"b": 3})
+
+
+def capacity_of(zone: str, lists: list[NodeList]) -> int:
+    return sum(each.capacity for each in lists if each.zone == zone)
+
+
+def loads(lists: list[NodeList]) -> dict[str, float]:
+    """How many times its share of all jobs each zone has."""
+    mean = sum(each.length for each in lists) / sum(each.capacity for each in lists)
+    zones = {each.zone for each in lists}
+    lengths = {zone: sum(each.length for each in lists if each.zone == zone) for zone in zones}
+    return {zone: lengths[zone] / capacity_of(zone, lists) / mean for zone in zones}
+
+
+@given(clusters(["llm"], "ab", 1))
+def test_within_the_bound_zones_keep_what_they_have_and_are_balanced_in_themselves(
+    cluster: tuple[list[NodeList], Jobs],
+) -> None:
+    lists, jobs = cluster
+    zones = {each.node_id: each.zone for each in lists}
+    if any(not capacity_of(zone, lists) for zone in zones.values()) or max(loads(lists).values()) > ZONE_BOUND:
+        return
+    after, _, moved = apply(lists, jobs)
+    assert all(zones[source] == zones[target] for source, target, _ in moved)
+    for each in after:
+        own = [other for other in after if other.zone == each.zone]
+        assert each.length <= max(ceil(share_of(each, own)), ACT_ABOVE * share_of(each, own))
+
+
+@given(clusters(zones="ab"))
+def test_no_zone_is_left_idle_while_another_queues(cluster: tuple[list[NodeList], Jobs]) -> None:
+    """As far as jobs can be moved at all: a plan that knows no zones is the measure."""
+    lists, jobs = cluster
+    idle = [each.node_id for each in lists if each.capacity and not each.length]
+    without_zones = [replace(each, zone="") for each in lists]
+    given = {target for _, target, _ in apply(lists, jobs)[2]} & set(idle)
+    assert bool(given) == bool({target for _, target, _ in apply(without_zones, jobs)[2]} & set(idle))
+
+
+@given(clusters(["llm"], "ab"))
+def test_a_zone_above_the_bound_is_evened_out_over_all(cluster: tuple[list[NodeList], Jobs]) -> None:
+    lists, jobs = cluster
+    zones = [each.zone for each in lists]
+    if not any(jobs.values()) or any(not capacity_of(zone, lists) for zone in zones):
+        return
+    if max(loads(lists).values()) <= ZONE_BOUND:
+        return
+    for each in apply(lists, jobs)[0]:
+        assert each.length <= max(ceil(share_of(each, lists)), ACT_ABOVE * share_of(each, lists))
+
+
+@given(clusters(["llm"], "ab"))
+def test_zones_come_to_rest(cluster: tuple[list[NodeList], Jobs]) -> None:
+    lists, jobs = cluster
+    for _ in range(3):
+        lists, jobs, moved = apply(lists, jobs)
+        if not moved:
+            return
+    assert apply(lists, jobs)[2] == []
+
+
+def test_of_two_nodes_with_room_the_one_in_the_same_zone_is_given_the_jobs() -> None:
+    lists = [NodeList("a1", LLM, 2, 40, "a"), NodeList("a2", LLM, 2, 0, "a"), NodeList("b1", LLM, 2, 0, "b")]
+    plan = make_plan(lists)
+    assert [plan.assign("a1", "llm") for _ in range(20)] == ["a2"] * 14 + ["b1"] * 6
+
+
+def test_a_zone_that_drains_gives_to_the_others() -> None:
+    lists = [NodeList("a1", LLM, 0, 4, "a"), NodeList("b1", LLM, 2, 10, "b"), NodeList("b2", LLM, 2, 10, "b")]
+    plan = make_plan(lists)
+    assert plan.surplus == {"a1": 4}
+    assert {plan.assign("a1", "llm") for _ in range(4)} == {"b1", "b2"}

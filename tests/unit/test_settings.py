@@ -78,6 +78,20 @@ def test_the_configuration_holds_lists_and_pairs_as_python_values() -> None:
     assert settings.metadata == {"zone": "a"}
 
 
+def test_the_zone_of_a_process_is_in_what_its_node_says_of_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load({"cluster_metadata": {"rack": "1"}}).node_metadata == {"rack": "1"}
+    monkeypatch.setenv("CLUSTER_ZONE", "eu-west.1")
+    assert load({"cluster_metadata": {"rack": "1"}}).node_metadata == {"rack": "1", "zone": "eu-west.1"}
+    assert load({"cluster_metadata": {"zone": "eu-west.1"}}).node_metadata == {"zone": "eu-west.1"}
+
+
+def test_two_zones_of_one_process_are_refused_with_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLUSTER_ZONE", "west")
+    said = "CLUSTER_ZONE='west', but the metadata of this node say 'east': leave one of them out"
+    with pytest.raises(ConfigurationError, match=re.escape(said)):
+        load_settings({"cluster_metadata": {"zone": "east"}}, os.environ)
+
+
 def test_settings_cannot_be_changed() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         load().name = "other"
@@ -142,6 +156,9 @@ def test_times_of_the_cache_that_cannot_be_are_refused(monkeypatch: pytest.Monke
         ({"cluster_name": "suspect"}, "cluster_name='suspect': its queues, suspect.node.…, would be lists of"),
         ({"cluster_serves": ["LLM!"]}, "'LLM!'"),
         ({"cluster_roles": ["boss"]}, "cluster_roles=['boss']: Input should be 'master', 'worker' or 'cache'"),
+        ({"cluster_zone": "two words"}, "cluster_zone='two words'"),
+        ({"cluster_zone_bound": 0.9}, "cluster_zone_bound=0.9"),
+        ({"cluster_zone_bound": "nan"}, "cluster_zone_bound='nan'"),
         ({"cluster_metadata": "zone"}, "cluster_metadata='zone': expected key=value pairs"),
         ({"cluster_registry_url": "zookeeper://host"}, "cluster_registry_url='zookeeper://host'"),
         ({"cluster_broker_url": "amqp://host"}, "cluster_broker_url='amqp://host'"),

@@ -23,6 +23,7 @@ end
 redis.call('HSET', KEYS[7], ARGV[4], ARGV[5] .. ' ' .. redis.call('HLEN', KEYS[8]) .. ' ' .. listed)
 if redis.call('EXISTS', KEYS[8]) == 1 then redis.call('RENAME', KEYS[8], KEYS[9]) end
 for _, hash in ipairs({ KEYS[1], KEYS[2], KEYS[3], KEYS[11], KEYS[12], KEYS[13] }) do redis.call('HDEL', hash, own) end
+redis.call('HDEL', KEYS[3] .. ':zones', own)
 redis.call('SREM', KEYS[4], own)
 redis.call('ZREM', KEYS[5], own, own .. '.bound')
 redis.call('ZREM', KEYS[6], own)

@@ -1,7 +1,8 @@
 -- Shared by every script that puts a message on a list; it is prepended to them and returns nothing itself.
 --
 -- place() pushes a message to the list of a node that may work, else to the waiting list that is named with it, keeps
--- the index of non-empty lists, and rings one doorbell. A node that may not work has no epoch, is draining, or has a
+-- the index of non-empty lists, and rings one doorbell: that of a node in the zone of the chosen one, if one idles there.
+-- A node that may not work has no epoch, is draining, or has a
 -- limit under which nothing is placed on it: all but that of a node which ramps up.
 --
 -- keys   epochs, draining, backlog, idle, serves, limits, bells (prefix of the doorbells)
@@ -21,13 +22,20 @@ local function covers(types, others)
   return true
 end
 
--- The node that has idled longest and serves `kind`; first choice is one that may take from the list `queue`.
-local function idle_node(keys, kind, queue)
+local function zone_of(keys, queue)
+  return queue ~= '' and redis.call('HGET', keys.serves .. ':zones', queue) or nil
+end
+
+-- The node that has idled longest and serves `kind`, of `zone` if that is given; first choice is one that may take from
+-- the list `queue`.
+local function idle_node_of(keys, kind, queue, zone)
   local wanted = queue ~= '' and redis.call('HGET', keys.serves, queue)
   local second
   for page = 0, redis.call('ZCARD', keys.idle), 32 do
-    for _, name in ipairs(redis.call('ZRANGE', keys.idle, page, page + 31)) do
-      local types = redis.call('HGET', keys.serves, name)
+    local names = redis.call('ZRANGE', keys.idle, page, page + 31)
+    local zones = zone and #names > 0 and redis.call('HMGET', keys.serves .. ':zones', unpack(names))
+    for i, name in ipairs(names) do
+      local types = (not zone or zones[i] == zone) and redis.call('HGET', keys.serves, name)
       if serves(types, kind) and redis.call('SISMEMBER', keys.draining, name) == 0 then
         if not wanted or covers(types, wanted) then return name, true end
         second = second or name
@@ -35,6 +43,15 @@ local function idle_node(keys, kind, queue)
     end
   end
   return second, false
+end
+
+-- The same of any zone, but of `zone` if one idles there.
+local function idle_node(keys, kind, queue, zone)
+  if zone then
+    local near, may_take = idle_node_of(keys, kind, queue, zone)
+    if near then return near, may_take end
+  end
+  return idle_node_of(keys, kind, queue, nil)
 end
 
 -- A node that was rung is idle no more, and has fetched nothing yet: for a moment it is among those that come.
@@ -61,11 +78,11 @@ local function place(keys, queue, waiting, kind, suffix, message, push)
   if not may_get(keys, queue, node) then queue = '' end
   local target, listener = queue, node
   if queue == '' then
-    target, listener = waiting, (idle_node(keys, kind, ''))
+    target, listener = waiting, (idle_node(keys, kind, '', zone_of(keys, node)))
   elseif not redis.call('ZSCORE', keys.idle, node) then
     listener = nil
     if queue == node then
-      local idle, may_take = idle_node(keys, kind, queue)
+      local idle, may_take = idle_node(keys, kind, queue, zone_of(keys, node))
       listener = idle
       -- It could run the job but may not take it from that list, where other types wait: hand it over now.
       if idle and not may_take then target = idle end

@@ -21,6 +21,7 @@ const COLUMNS = [
     key: "roles", label: "Roles", text: (node) => (node.roles || []).join(", "),
     sort: (node) => (node.roles || []).join(), dull: ["worker"],
   },
+  { key: "zone", label: "Zone", text: (node) => node.zone || NOTHING, sort: (node) => node.zone || "" },
   { key: "serves", label: "Serves", text: (node) => (node.serves || []).join(", "), sort: (node) => (node.serves || []).join() },
   {
     key: "held", label: "Running", number: true, text: (node) => (has(node.held) ? `${node.held} / ${node.slots}` : NOTHING),
@@ -105,7 +106,7 @@ function chosen() {
   const words = byId("nodes-filter").value.toLowerCase().split(/\s+/).filter(Boolean);
   const status = byId("nodes-status").value;
   const found = nodes.filter((node) => {
-    const text = [node.id, ...(node.serves || []), ...(node.roles || [])].join(" ").toLowerCase();
+    const text = [node.id, node.zone || "", ...(node.serves || []), ...(node.roles || [])].join(" ").toLowerCase();
     return words.every((word) => text.includes(word)) && (!status || node.status === status);
   });
   found.sort((a, b) => (sorted.descending ? -1 : 1) * compare(a, b) || byName(a.id, b.id));
@@ -114,6 +115,7 @@ function chosen() {
 
 export function renderNodes(found, may) {
   nodes = found;
+  byId("nodes").parentElement.classList.toggle("cluster-zoned", nodes.some((node) => node.zone));
   actions = may;
   renderStatuses();
   refresh();

@@ -1,0 +1,89 @@
+"""Two datacentres of one cluster, and one of them dies: its jobs are done in the other."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+
+from tests.process.accounts import END_S, finish, starts_of, wait_until_nothing_is_left
+from tests.process.conftest import NewWorker
+from tests.process.jobs import Jobs
+from tests.process.nodes import WorkerProcess, running
+from tests.waiting import wait_until
+
+
+@pytest.fixture(autouse=True)
+def _this_caller_is_in_the_west(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLUSTER_ZONE", "west")
+
+
+@pytest.fixture
+def workers(jobs: Jobs, new_worker: NewWorker) -> Iterator[tuple[WorkerProcess, ...]]:
+    """Two nodes in each of two zones."""
+    names = ("west1", "west2", "east1", "east2")
+    made = [new_worker(name, environ={"CLUSTER_ZONE": name[:4]}) for name in names]
+    with running(*made):
+        wait_until(lambda: len(jobs.cluster.nodes()) == len(names), END_S)
+        jobs.cluster.view.refresh()
+        yield tuple(made)
+
+
+def zone_of(node_id: str) -> str:
+    return node_id[:4]
+
+
+def placed_in(jobs: Jobs) -> str:
+    """The zone in which a job would be placed now."""
+    route = jobs.cluster.router(jobs.work.name, (), {}, {}, task=jobs.work)
+    assert route is not None
+    node_id = jobs.cluster.keys.node_of(route["queue"].name)
+    assert node_id is not None
+    return zone_of(node_id)
+
+
+def finish_each(jobs: Jobs, number: int) -> Counter[str]:
+    """Send jobs, each when the one before has ended; count them by the node that did them."""
+    return Counter(jobs.work.delay(0.0).get(timeout=END_S) for _ in range(number))
+
+
+def by_zone(done: Counter[str]) -> Counter[str]:
+    return Counter(zone_of(node_id) for node_id in done.elements())
+
+
+def test_a_zone_that_dies_spills_over_to_the_other_and_nothing_is_lost(
+    jobs: Jobs, workers: tuple[WorkerProcess, ...]
+) -> None:
+    assert {node.id: node.zone for node in jobs.cluster.nodes()} == {each.id: zone_of(each.id) for each in workers}
+    # One after the other, none has to leave the caller's zone; but who looks for work may be sooner than who is rung.
+    assert {placed_in(jobs) for _ in range(4)} == {"west"}
+    alone = by_zone(finish_each(jobs, 30))
+    assert alone["west"] > alone["east"]
+
+    # A whole load of them keeps both zones at work.
+    results = [jobs.work.delay(0.3, key=f"session {number}") for number in range(120)]
+    wait_until(lambda: sum(starts_of(jobs, results).values()) >= 16, END_S)
+    for worker in workers[:2]:
+        worker.kill()
+    during = [jobs.work.delay(0.0, key=f"session {number}") for number in range(40)]
+    wait_until(lambda: len(jobs.cluster.nodes()) == 2, END_S, "the dead nodes are fenced")
+    jobs.cluster.view.refresh()
+    after = [jobs.work.delay(0.0) for _ in range(20)]
+
+    done = by_zone(finish(results))
+    assert done["east"] > 60
+    assert done["west"] > 0
+    finish(during)
+    assert set(by_zone(finish(after))) == {placed_in(jobs)} == {"east"}
+    wait_until_nothing_is_left(jobs)
+
+
+def test_no_node_of_another_zone_is_idle_while_the_callers_own_queues(
+    jobs: Jobs, workers: tuple[WorkerProcess, ...]
+) -> None:
+    # All are placed here, and the bound lets them stay: who has nothing to do takes them all the same.
+    results = [jobs.work.apply_async((1.0,), queue="node.west1@test") for _ in range(24)]
+    done = finish(results)
+    assert min(done[worker.id] for worker in workers) >= 4
+    wait_until_nothing_is_left(jobs)
