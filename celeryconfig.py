@@ -4,8 +4,8 @@ Keys that begin with ``cluster_`` are the cluster's; a variable wins over its ke
 ``cluster_lease_s``). All others are Celery's own. What stands behind a ``#`` shows the default.
 
 Addresses and passwords belong into variables, not here: ``CLUSTER_BROKER_URL``, ``CLUSTER_RESULT_BACKEND``,
-``CLUSTER_REGISTRY_URL``, ``CLUSTER_LLM_API_KEY``, ``CLUSTER_EMBEDDING_API_KEY``, ``CLUSTER_RERANK_API_KEY``,
-``CLUSTER_ALERT_URL``, ``CLUSTER_ALERT_SECRET``, ``CLUSTER_FLOWER_PASSWORD``.
+``CLUSTER_REGISTRY_URL``, ``CLUSTER_REGISTRY_JOIN``, ``CLUSTER_LLM_API_KEY``, ``CLUSTER_EMBEDDING_API_KEY``,
+``CLUSTER_RERANK_API_KEY``, ``CLUSTER_ALERT_URL``, ``CLUSTER_ALERT_SECRET``, ``CLUSTER_FLOWER_PASSWORD``.
 """
 
 # --- Which node gets a job -------------------------------------------------------------------------------------------
@@ -62,6 +62,7 @@ cluster_drain_timeout_s = 30.0
 # --- What this node is: usually set by variables, per machine --------------------------------------------------------
 
 # cluster_serves = ["llm", "retrieval", "embedding"]  # else all types that its tasks declare
+# cluster_registry_join = {"east": "redis://127.0.0.1:6381/0"}  # other clusters, to look at: docs/datacentres.md
 # cluster_metadata = {"rack": "3", "weight": "2"}
 # cluster_zone = "west"  # of nodes and of callers, whose jobs go to their own zone first: docs/datacentres.md
 # cluster_max_qps = 0.0  # 0: no limit

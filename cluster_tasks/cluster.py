@@ -61,6 +61,7 @@ from cluster_tasks.redis_store import (
 )
 from cluster_tasks.registry import create_registry
 from cluster_tasks.registry.base import ALL, Registry
+from cluster_tasks.registry.joined import ClusterNodes, JoinedRegistries, RegistryReader, where_to_send
 from cluster_tasks.router import ClusterRouter, ClusterView
 from cluster_tasks.runtime import check_runtime
 from cluster_tasks.settings import CONF_PREFIX, ClusterSettings, load_settings
@@ -76,6 +77,8 @@ logger = logging.getLogger(__name__)
 
 REBALANCED_AT_ONCE = 2_000
 """Jobs that are moved from one list on a beat."""
+JOINED_FRESH_S = 1.0
+"""So often other clusters are looked at by who chooses among them."""
 PROVIDER_TIMEOUT_S = 1.0
 """The longest that a job waits for what Redis knows of its provider."""
 
@@ -165,6 +168,16 @@ class Cluster:
             self.settings.registry_url, broker_url=self._broker_url, keys=self.keys, clock=self.clock,
             sentinel_master=self.settings.sentinel_master,
         )  # fmt: skip
+
+    @cached_property
+    def joined(self) -> JoinedRegistries:
+        """Who exists in other clusters, to look at: nothing of this cluster counts, fences or moves them."""
+        return JoinedRegistries(self._open_joined)
+
+    @cached_property
+    def _joined_views(self) -> dict[str, ClusterView]:
+        registries = self.joined.registries
+        return {name: ClusterView(registries[name].list, self.clock, JOINED_FRESH_S, name) for name in registries}
 
     @cached_property
     def locks(self) -> Locks:
@@ -333,6 +346,16 @@ class Cluster:
         """Return the nodes that pass ``where``, with their queue lengths. Raises UnavailableError."""
         return [node for node in self._read_nodes() if where.matches(node)]
 
+    def where_to(self, request_type: str) -> str:
+        """Return the name of the joined cluster that had better be sent a job of this type; empty: this one.
+
+        It is this one while it has a free slot, or no other has. By views that are about a second old; a cluster whose
+        registry does not answer is none to send to. Sending there is up to the caller, who needs an app for it.
+        """
+        seen = [ClusterNodes(name, view.nodes()) for name, view in self._joined_views.items()]
+        answering = [each for each in seen if self._joined_views[each.name].answers]
+        return where_to_send(request_type, self.view.nodes(), answering)
+
     def delayed(self, most: int = 1_000) -> Sequence[DelayedJob]:
         """Return the jobs whose time has not come, the ``most`` that are due first. Raises BrokerUnavailable."""
         return delayed_jobs(self.client, self.keys, most)
@@ -479,6 +502,16 @@ class Cluster:
     @property
     def _broker_url(self) -> str:
         return self.settings.broker_url.get_secret_value()
+
+    def _open_joined(self) -> dict[str, RegistryReader]:
+        settings = self.settings
+        return {
+            name: create_registry(
+                url, broker_url=url, keys=self.keys, clock=self.clock, sentinel_master=settings.sentinel_master,
+                read_only=True,
+            )
+            for name, url in settings.registry_join.items()
+        }  # fmt: skip
 
     def _read_nodes(self) -> list[Node]:
         lists = self.epochs.lists()

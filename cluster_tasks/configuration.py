@@ -22,7 +22,11 @@ def configure(app: Celery, settings: ClusterSettings) -> None:
     # Celery shows its configuration in reports and to Flower: what can hold a password shows masked there.
     conf.update(
         {f"{CONF_PREFIX}{name}": value for name, value in settings if isinstance(value, SecretUrl | SecretStr)}
-        | {f"{CONF_PREFIX}{name}": value for name, value in settings if name.endswith("_fallbacks") and value}
+        | {
+            f"{CONF_PREFIX}{name}": value
+            for name, value in settings
+            if name.endswith(("_fallbacks", "_join")) and value
+        }
     )
     broker = settings.broker_url.get_secret_value()
     conf.broker_url = broker

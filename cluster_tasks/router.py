@@ -37,10 +37,13 @@ WORTH_WAITING_S = 1.0
 
 
 class ClusterView:
-    """The nodes as last read; refreshed by a thread of its own while it is asked, survives an outage and a fork."""
+    """The nodes as last read; refreshed by a thread of its own while it is asked, survives an outage and a fork.
 
-    def __init__(self, read: Callable[[], Sequence[Node]], clock: Clock, snapshot_s: float) -> None:
-        self._read, self._clock, self._snapshot_s = read, clock, snapshot_s
+    ``name`` is that of a joined cluster, whose nodes are looked at; empty: of this one.
+    """
+
+    def __init__(self, read: Callable[[], Sequence[Node]], clock: Clock, snapshot_s: float, name: str = "") -> None:
+        self._read, self._clock, self._snapshot_s, self._name = read, clock, snapshot_s, name
         self._nodes: tuple[Node, ...] = ()
         self._read_at_s = self._asked_at_s = float("-inf")
         self._healthy = True
@@ -61,18 +64,25 @@ class ClusterView:
                 self._read_again.wait(WORTH_WAITING_S)
         return self._nodes
 
+    @property
+    def answers(self) -> bool:
+        """Whether the registry answered when the nodes were to be read last."""
+        return self._healthy
+
     def refresh(self) -> None:
         """Read the nodes now; keep the last view if the registry does not answer."""
         with self._refreshing:
             try:
                 self._nodes = tuple(self._read())
             except UnavailableError as exc:
-                if self._healthy:
+                if self._healthy and self._name:
+                    logger.warning("the registry of %s does not answer, so no job is sent there: %s", self._name, exc)
+                elif self._healthy:
                     logger.warning("the registry does not answer, jobs are placed by the last view: %s", exc)
                 self._healthy = False
             else:
                 if not self._healthy:
-                    logger.warning("the registry answers again")
+                    logger.warning("the registry%s answers again", f" of {self._name}" if self._name else "")
                 self._healthy = True
             self._read_at_s = self._clock.monotonic()
 

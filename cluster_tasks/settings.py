@@ -68,6 +68,17 @@ def _pairs(value: object) -> object:
     return {key.strip(): item.strip() for key, _, item in pairs}
 
 
+def _urls(value: object) -> object:
+    """Let ``west=consul://host/west,east=etcd://a:2379,b:2379`` stand for a mapping: a URL may have commas itself."""
+    if not isinstance(value, str):
+        return value
+    # What has no name keeps its password: an error shows it masked, as it shows the whole.
+    pairs = [part.partition("=") for part in re.split(r",\s*(?=[^,=]*=[a-z+]+://)", value.strip()) if part]
+    if any(not re.match(r"[a-z+]+://", url) for _, _, url in pairs):
+        raise ValueError("expected NAME=URL pairs separated by commas, as west=consul://127.0.0.1:8500/west")
+    return {name.strip(): url.strip() for name, _, url in pairs}
+
+
 def _parsed(value: object) -> object:
     """Let JSON text stand for what it says."""
     try:
@@ -103,6 +114,7 @@ class Fallback(BaseModel):
 
 Words = Annotated[frozenset[RequestType], NoDecode, BeforeValidator(_split)]
 Roles = Annotated[frozenset[NodeRole], NoDecode, BeforeValidator(_split)]
+Urls = Annotated[dict[str, SecretUrl], NoDecode, BeforeValidator(_urls)]
 Pairs = Annotated[dict[str, str], NoDecode, BeforeValidator(_pairs)]
 Fallbacks = Annotated[tuple[Fallback, ...], NoDecode, BeforeValidator(_parsed)]
 Seconds = Annotated[float, Field(gt=0)]
@@ -126,6 +138,9 @@ class ClusterSettings(BaseSettings):
     """Name of the Redis group behind a ``sentinel://`` URL."""
     registry_url: SecretUrl | None = None
     """None: the Redis of the broker."""
+
+    registry_join: Urls = Field(default_factory=dict)
+    """Name → registry of another cluster of the same ``name`` on another Redis: its nodes can be looked at."""
 
     strategy: str = "least_connection"
     strategy_llm: str = "consistent_hash"
@@ -311,11 +326,20 @@ class ClusterSettings(BaseSettings):
     @field_validator("registry_url", mode="after")
     @classmethod
     def _check_registry_url(cls, value: SecretUrl | None) -> SecretUrl | None:
-        scheme = value.get_secret_value().partition("://")[0] if value else "memory"
-        if value and scheme in LEASES:
-            LEASES[scheme](value.get_secret_value())
-        elif scheme not in (*BROKER_SCHEMES, "memory"):
-            raise ValueError("expected redis://, rediss://, redis+socket://, sentinel://, consul:// or etcd://")
+        if value is not None:
+            _check_registry(value, "memory")
+        return value
+
+    @field_validator("registry_join", mode="after")
+    @classmethod
+    def _check_registry_join(cls, value: dict[str, SecretUrl]) -> dict[str, SecretUrl]:
+        for name, url in value.items():
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", name):
+                raise ValueError(f"the name {name!r} is no word of letters, digits and any of . _ -")
+            try:
+                _check_registry(url)
+            except ValueError as exc:
+                raise ValueError(f"{name}: {exc}") from None
         return value
 
     @field_validator("cache_url", mode="after")
@@ -388,6 +412,16 @@ class ClusterSettings(BaseSettings):
         return self
 
     @model_validator(mode="after")
+    def _check_joined_are_others(self) -> Self:
+        own = self.registry_url or self.broker_url
+        same = [name for name, url in self.registry_join.items() if url.get_secret_value() == own.get_secret_value()]
+        if same:
+            raise ValueError(
+                f"registry_join={{{same[0]!r}: {str(own)!r}}}: that is the registry of this cluster itself"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_registry_ttl(self) -> Self:
         url = self.registry_url.get_secret_value() if self.registry_url else ""
         parse = LEASES.get(url.partition("://")[0])
@@ -425,6 +459,15 @@ class ClusterSettings(BaseSettings):
         """The strategy of a request type: its own if one is set, else the common one."""
         own = self.strategies.get(request_type) or getattr(self, f"strategy_{request_type}", None)
         return own or self.strategy
+
+
+def _check_registry(url: SecretUrl, *others: str) -> None:
+    """Raise ValueError if no registry can be at a URL. Of ``others`` are schemes that are allowed as well."""
+    scheme = url.get_secret_value().partition("://")[0]
+    if scheme in LEASES:
+        LEASES[scheme](url.get_secret_value())
+    elif scheme not in (*BROKER_SCHEMES, *others):
+        raise ValueError("expected redis://, rediss://, redis+socket://, sentinel://, consul:// or etcd://")
 
 
 def load_settings(conf: Mapping[str, Any], environ: Mapping[str, str]) -> ClusterSettings:

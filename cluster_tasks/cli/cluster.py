@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 from celery import Celery
-from celery.platforms import EX_FAILURE, EX_OK
+from celery.platforms import EX_FAILURE, EX_OK, EX_UNAVAILABLE
 from celery.utils.nodenames import default_nodename, host_format
 from kombu.utils.imports import symbol_by_name
 
@@ -34,6 +34,7 @@ from cluster_tasks.cluster import Cluster, cluster_of
 from cluster_tasks.errors import ClusterError
 from cluster_tasks.failover.problems import WORKING
 from cluster_tasks.model import Node, NodeFilter, NodeRole, NodeStatus, check_node_id, check_request_type
+from cluster_tasks.registry.joined import OWN, ClusterNodes
 from cluster_tasks.runtime import check_runtime
 
 NODE_COLUMNS = (
@@ -48,6 +49,7 @@ QUEUE_COLUMNS = (
     Column("held", number=True),
 )  # fmt: skip
 TAKERS_SHOWN = 5
+JOINED_COLUMNS = (Column("cluster", whole=True), *NODE_COLUMNS)
 STATUS_COLUMNS = (Column("name"), Column("value"))
 
 
@@ -94,6 +96,8 @@ def _request_type(_: click.Context, __: click.Parameter, value: str | None) -> s
               help="Only nodes with this in their metadata; can be repeated.")  # fmt: skip
 @click.option("--follow", is_flag=True, help="Tell who joins, changes and leaves; with --json an object a line.")
 @watch_option
+@click.option("--joined", is_flag=True,
+              help="Also the nodes of the clusters in CLUSTER_REGISTRY_JOIN, with the name of each.")  # fmt: skip
 @json_option
 @pass_cluster
 def nodes(
@@ -104,6 +108,7 @@ def nodes(
     metadata: Mapping[str, str],
     follow: bool,
     watch: float | None,
+    joined: bool,
     as_json: bool,
 ) -> None:
     """List the nodes and what they carry.
@@ -111,7 +116,8 @@ def nodes(
     Beside the status stands why a node is given fewer jobs than it could run. Recovering: it was lost, and has to beat
     a few times. Ejected, half-open, probing: it did its jobs worse than the others, and gets none, or single probes.
     Ramping: it passed them. Held are the jobs a node runs or has reserved, of so many slots; queue, those in its list;
-    last seen, the seconds since its last report. A terminal of fewer than 120 columns shows the most telling ones.
+    last seen, the seconds since its last report. What the queues of joined clusters hold is not known. A terminal of
+    fewer than 120 columns shows the most telling ones.
 
     \b
     Example: celery -A cluster_tasks cluster nodes --status online --type llm
@@ -121,8 +127,15 @@ def nodes(
     where = NodeFilter(status, role, request_type, metadata)
     if follow and watch is not None:
         raise click.UsageError("--follow tells changes and --watch shows how it is: give one of them")
+    if joined and watch is not None:
+        raise click.UsageError("--watch shows this cluster: give --follow with --joined, or leave one of them out")
+    if joined and not cluster.settings.registry_join:
+        raise click.UsageError("--joined: no cluster is joined: set CLUSTER_REGISTRY_JOIN=NAME=URL")
     if follow:
-        tell_changes(cluster, where, as_json)
+        tell_changes(cluster, where, as_json, joined)
+        return
+    if joined:
+        _list_all(cluster, where, as_json)
         return
     show(NODE_COLUMNS, lambda: _view_of_nodes(cluster, where), f"nodes of {cluster.settings.name}", watch, as_json)
 
@@ -137,6 +150,22 @@ def _view_of_nodes(cluster: Cluster, where: NodeFilter) -> View:
         urgent=[node.status not in WORKING or bool(node.limit) for node in found],
         summary=f"{_counts(counts)}; {in_flight} jobs in flight" if found else "none",
     )
+
+
+def _list_all(cluster: Cluster, where: NodeFilter, as_json: bool) -> None:
+    """The nodes of this cluster and of those that are joined to its view; those that do not answer are named last."""
+    everyone = [ClusterNodes(OWN, cluster.nodes(where)), *cluster.joined.read(where)]
+    found = [(each.name, node) for each in everyone for node in each.nodes]
+    if as_json:
+        print_json([{"cluster": name, **node.model_dump(mode="json")} for name, node in found])
+    else:
+        now = cluster.clock.time()
+        print_rows(JOINED_COLUMNS, [(name, *_node_cells(node, now)) for name, node in found])
+    away = [each for each in everyone if each.away]
+    for each in away:
+        click.echo(f"the registry of {each.name} does not answer: {printable(each.away)}", err=True)
+    if away:
+        click.get_current_context().exit(EX_UNAVAILABLE)
 
 
 def _node_cells(node: Node, now: float) -> tuple[Cell, ...]:

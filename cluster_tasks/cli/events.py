@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from threading import Event
 from typing import Any
 
 import click
@@ -16,10 +17,12 @@ from cluster_tasks.cli.tables import Column, moment, print_json, print_rows
 from cluster_tasks.cluster import Cluster
 from cluster_tasks.failover.events import ClusterEvent
 from cluster_tasks.model import NodeFilter
+from cluster_tasks.registry.joined import OWN, JoinedEvent, JoinedRegistries
 
 FOLLOW_S = 1.0
 """How long one read waits for news; less than the time-out of a socket."""
 EVENT_COLUMNS = (Column("time", min_width=25), Column("kind", min_width=13), Column("facts"))
+JOINED_COLUMN = Column("cluster", whole=True)
 CHANGE_COLUMNS = (
     Column("time", min_width=25), Column("change", min_width=7), Column("id", whole=True), Column("status"),
     Column("serves"), Column("epoch", wide=True),
@@ -47,19 +50,25 @@ def events(cluster: Cluster, count: int, follow: bool, as_json: bool) -> None:
             _follow(cluster, latest[-1].id if latest else "0", as_json)
 
 
-def tell_changes(cluster: Cluster, where: NodeFilter, as_json: bool) -> None:
-    """Tell of the nodes that pass ``where``: first those that exist, then who joins, changes and leaves."""
+def tell_changes(cluster: Cluster, where: NodeFilter, as_json: bool, joined: bool = False) -> None:
+    """Tell of the nodes that pass ``where``: first those that exist, then who joins, changes and leaves.
+
+    With ``joined`` also of those of the clusters that are joined to the view of this one.
+    """
+    everyone = JoinedRegistries(lambda: {OWN: cluster.registry, **cluster.joined.registries})
+    changes = everyone.watch(Event()) if joined else (JoinedEvent(OWN, event) for event in cluster.watch())
+    columns = (JOINED_COLUMN, *CHANGE_COLUMNS) if joined else CHANGE_COLUMNS
     header = True
     with until_ended():
-        for event in cluster.watch():
-            if not where.matches(event.node):
+        for told in changes:
+            event, node = told.event, told.event.node
+            if not where.matches(node):
                 continue
             if as_json:
-                print_json(event.model_dump(mode="json"), one_line=True)
+                print_json(({"cluster": told.name} if joined else {}) | event.model_dump(mode="json"), one_line=True)
             else:
-                node = event.node
                 cells = (moment(event.timestamp), event.type, node.id, node.status, sorted(node.serves), node.epoch)
-                print_rows(CHANGE_COLUMNS, [cells], header=header)
+                print_rows(columns, [(told.name, *cells) if joined else cells], header=header)
             header = False
 
 

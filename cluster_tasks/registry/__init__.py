@@ -30,8 +30,11 @@ def create_registry(
     keys: Keys,
     clock: Clock,
     sentinel_master: str = "mymaster",
+    read_only: bool = False,
 ) -> Registry:
     """Return the registry that ``url`` names; None stands for the Redis of the broker. Does no I/O.
+
+    With ``read_only``, listing and watching write nothing, so that who may only read can do it.
 
     ``memory://`` is one registry for each cluster name of this process: who asks twice gets the same.
     Raises ConfigurationError for another scheme, a URL that cannot work, or a library that is not installed.
@@ -42,7 +45,7 @@ def create_registry(
     if scheme == MEMORY_SCHEME:
         return _in_memory.setdefault(keys.name, MemoryRegistry(clock))
     if scheme in BROKER_SCHEMES:
-        return RedisRegistry(connect(address, sentinel_master=sentinel_master), keys, clock)
+        return RedisRegistry(connect(address, sentinel_master=sentinel_master), keys, clock, read_only=read_only)
     if scheme == ETCD_SCHEME:
         return _etcd_registry(address, keys, clock)
     if scheme == CONSUL_SCHEME:

@@ -30,6 +30,8 @@ EVENTS_KEPT = 10_000
 READ_AT_MOST = 1_000
 BLOCK_MS = 1_000
 TOLD_TYPES = frozenset(EventType)
+NEVER = "0-0"
+"""The id before all that a stream can have."""
 ANCHOR = "anchor"
 """Type of an entry that tells nothing: a watcher of an empty stream needs an id to go on from."""
 
@@ -37,11 +39,16 @@ ANCHOR = "anchor"
 class RedisRegistry:
     """A ``Registry`` in Redis 6.2 or later, shared by all processes that use the same cluster name."""
 
-    def __init__(self, store: str | redis.Redis, keys: Keys, clock: Clock, *, events_kept: int = EVENTS_KEPT) -> None:
+    def __init__(
+        self, store: str | redis.Redis, keys: Keys, clock: Clock, *, events_kept: int = EVENTS_KEPT,
+        read_only: bool = False,
+    ) -> None:  # fmt: skip
         """Use the Redis at the URL or of the client ``store``. Does no I/O.
 
-        The socket time-out of a client must be above a second, for which ``watch`` blocks.
+        The socket time-out of a client must be above a second, for which ``watch`` blocks. With ``read_only`` watching
+        writes nothing; before the first node ever registers, one that comes and goes in a moment may then be missed.
         """
+        self._read_only = read_only
         self._client = connect(store) if isinstance(store, str) else store
         self._keys, self._clock, self._events_kept = keys, clock, events_kept
         self._unreadable: set[str] = set()
@@ -117,7 +124,10 @@ class RedisRegistry:
         if found:
             return found
         nodes, cursor = self._snapshot()
-        if cursor is None:
+        if cursor is None and self._read_only:
+            # No entry has this id. What is read after it is compared with the nodes.
+            cursor = NEVER
+        elif cursor is None:
             with foreign_errors(RegistryUnavailable, "watching the nodes"):
                 self._client.xadd(self._keys.node_events, {"type": ANCHOR})
         return cursor, tuple(changes(told, nodes, self._clock.time()))

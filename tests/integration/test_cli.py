@@ -17,15 +17,18 @@ from typing import Any
 import pytest
 from celery import Celery
 from celery.bin.base import CLIContext
+from celery.platforms import EX_UNAVAILABLE
 from click.testing import CliRunner, Result
 
 from cluster_tasks import Node, NodeRole
 from cluster_tasks.broker.placement import Crash
 from cluster_tasks.cli.cluster import cluster as group
 from cluster_tasks.model import Capacity
+from cluster_tasks.registry import RedisRegistry
 from tests.broker import make_message
 from tests.process.jobs import Jobs, make_jobs
 from tests.process.nodes import WorkerProcess, running
+from tests.servers import redis_for_results
 from tests.waiting import wait_until
 from workers.redis_server import RedisServer, free_port
 
@@ -153,6 +156,35 @@ def test_nodes_are_chosen_by_status_role_type_and_metadata(jobs: Jobs) -> None:
     assert chosen("--type", "llm") == ["a@host", "b@host"]
     assert chosen("--metadata", "zone=x", "--metadata", "rack=1") == ["a@host"]
     assert chosen("--type", "embedding") == []
+
+
+def test_the_nodes_of_joined_clusters_are_listed_with_its_name_where_that_is_asked_for(
+    jobs: Jobs, redis_server: RedisServer, tmp_path: Path
+) -> None:
+    join(jobs, node_of("here", metadata={"zone": "west"}))
+    with redis_for_results(tmp_path / "east") as east:
+        there = RedisRegistry(east.url, jobs.cluster.keys, jobs.cluster.clock)
+        there.register(node_of("there", metadata={"zone": "east"}, epoch="1-a"))
+        environ = {"CLUSTER_REGISTRY_JOIN": f"east={east.url}"}
+        header, *cells = lines_of(run("nodes", "--joined", **environ))
+        listed = [dict(zip(header, each, strict=True)) for each in cells]
+        assert [(each["cluster"], each["id"], each["zone"]) for each in listed] == [
+            ("-", "here@host", "west"), ("east", "there@host", "east"),
+        ]  # fmt: skip
+        found = told(run("nodes", "--joined", "--json", "--metadata", "zone=east", **environ))
+        assert [(each["cluster"], each["id"]) for each in found] == [("east", "there@host")]
+        assert [each["id"] for each in told(run("nodes", "--json", **environ))] == ["here@host"]
+        there.close()
+    done = run("nodes", "--joined", **environ)
+    assert done.returncode == EX_UNAVAILABLE
+    assert "here@host" in done.stdout
+    assert "the registry of east does not answer: " in done.stderr
+
+
+def test_joined_nodes_where_nothing_is_joined_is_wrong_usage(jobs: Jobs) -> None:
+    done = run("nodes", "--joined")
+    assert done.returncode == 2
+    assert "set CLUSTER_REGISTRY_JOIN=NAME=URL" in done.stderr
 
 
 def test_without_a_node_a_pipe_gets_the_header_only(jobs: Jobs) -> None:

@@ -92,6 +92,43 @@ def test_two_zones_of_one_process_are_refused_with_both(monkeypatch: pytest.Monk
         load_settings({"cluster_metadata": {"zone": "east"}}, os.environ)
 
 
+JOINED = {"west": "consul://t@127.0.0.1:8500/west?tags=a,b", "east": "etcd://a:2379,b:2379/x", "n": "redis://:p@h/1"}
+
+
+def test_registries_are_joined_by_pairs_in_a_variable_and_a_mapping_in_the_configuration(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from_conf = load({"cluster_registry_join": JOINED}).registry_join
+    assert {name: url.get_secret_value() for name, url in from_conf.items()} == JOINED
+    # A URL may hold commas itself.
+    monkeypatch.setenv("CLUSTER_REGISTRY_JOIN", ", ".join(f"{name}={url}" for name, url in JOINED.items()))
+    assert load().registry_join == from_conf
+    assert ":p@" not in repr(load())
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("redis://host/0", "expected NAME=URL pairs separated by commas, as west=consul://"),
+        ("west=", "expected NAME=URL pairs"),
+        ("two words=redis://h/0", "the name 'two words' is no word of letters"),
+        ("west=memory://", "west: expected redis://, rediss://"),
+        ("west=zookeeper://h", "west: expected redis://, rediss://"),
+        ("west=consul://:8500", "west: consul:// URL: it has no host"),
+    ],
+)
+def test_what_cannot_be_joined_is_refused(monkeypatch: pytest.MonkeyPatch, value: str, said: str) -> None:
+    monkeypatch.setenv("CLUSTER_REGISTRY_JOIN", value)
+    with pytest.raises(ConfigurationError, match=re.escape(f"CLUSTER_REGISTRY_JOIN={value!r}: {said}")):
+        load_settings({}, os.environ)
+
+
+def test_a_cluster_is_not_joined_to_itself() -> None:
+    said = "cluster_registry_join={'west': 'redis://:**@h/1'}: that is the registry of this cluster itself"
+    with pytest.raises(ConfigurationError, match=re.escape(said)):
+        load({"cluster_registry_url": "redis://:p@h/1", "cluster_registry_join": {"west": "redis://:p@h/1"}})
+
+
 def test_settings_cannot_be_changed() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         load().name = "other"
@@ -265,6 +302,7 @@ def with_secrets() -> ClusterSettings:
     conf: dict[str, Any] = {f"cluster_{name}": f"redis://user:{SECRET}@host:6379/0" for name in URL_SETTINGS}
     conf |= {"cluster_llm_api_key": SECRET, "cluster_embedding_api_key": SECRET}
     conf["cluster_vector_url"] = f"qdrants://:{SECRET}@host"
+    conf["cluster_registry_join"] = {"east": f"consul://{SECRET}@host"}
     return load({**conf, "cluster_llm_fallbacks": [{"base_url": f"http://a:{SECRET}@b/v1", "api_key": SECRET}]})
 
 
@@ -352,6 +390,10 @@ def test_no_password_shows_through(password: str) -> None:
         {"cluster_llm_fallbacks": [{"api_key": SECRET, "modle": "m"}]},
         {"cluster_llm_fallbacks": [{"api_key": SECRET, "model": "m"}]},
         {"cluster_llm_falbacks": [{"api_key": SECRET}]},
+        {"cluster_registry_join": f"consul://{SECRET}@host"},
+        {"cluster_registry_join": {"east": f"amqp://:{SECRET}@host"}},
+        {"cluster_registry_join": {"two words": f"consul://{SECRET}@host"}},
+        {"cluster_registry_join": {"east": f"consul://{SECRET}@host/no datacentre"}},
     ],
 )
 def test_no_error_shows_a_secret_nor_its_traceback(conf: dict[str, Any]) -> None:
