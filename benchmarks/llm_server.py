@@ -106,8 +106,8 @@ class Server:
                     status, reply = await self.answer(json.loads(body))
                 writer.write(as_http(status, reply))
                 await writer.drain()
-        except (asyncio.IncompleteReadError, ConnectionError):
-            # The client has gone.
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
+            # The client has gone, or the servers end: asyncio before 3.12 prints a connection that is cancelled then.
             return
         finally:
             writer.close()
