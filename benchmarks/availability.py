@@ -136,7 +136,6 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
         "cluster", cluster.figures(kills),
         ratio=cluster.in_time_percent / stock.in_time_percent if stock.in_time_percent else None,
         mark=Mark(of="in time, %", above=MARK_PERCENT),
-        reason="see how many came late: those a kill had interrupted wait for the failover, and for a free slot then",
     )  # fmt: skip
 
 

@@ -88,7 +88,6 @@ def row(name: str, load: float, outcome: Outcome, shared: Outcome) -> Row:
         },
         ratio=outcome.p99 / shared.p99,
         mark=Mark(at_most=1.0) if name == MARKED else None,
-        reason="a job that waits for its warm worker waits longer than the next free one would have let it",
     )
 
 
@@ -97,7 +96,6 @@ def warm_row(load: float, outcome: Outcome, shared: Outcome) -> Row:
     ratio = outcome.warm / shared.warm if shared.warm else float("nan")
     return Row(
         f"{load:g} {MARKED}, warm", {"warm, %": 100 * outcome.warm}, ratio=ratio, mark=Mark(at_least=MARK_WARM),
-        reason="idle workers take what waits for a busy one, and are cold",
     )  # fmt: skip
 
 

@@ -210,11 +210,11 @@ def rows(outcomes: Mapping[str, Outcome]) -> Iterator[Row]:
     for name, outcome in outcomes.items():
         ratio = percentile(outcome.waited_s, 0.5) / percentile(other.waited_s, 0.5)
         mark = Mark(at_most=1.0) if name == OURS else None
-        yield Row(name, outcome.figures(), ratio, mark, "its jobs cost more than what the warm prompts save")
+        yield Row(name, outcome.figures(), ratio, mark)
     ours = outcomes[OURS]
     yield Row(
         "cluster, warm", {"warm, %": 100 * ours.warm}, ours.warm / other.warm if other.warm else float("inf"),
-        Mark(at_least=MARK_WARM), "questions of a session whose node was busy went to others",
+        Mark(at_least=MARK_WARM),
     )  # fmt: skip
 
 
