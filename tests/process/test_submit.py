@@ -220,6 +220,15 @@ def test_messages_are_as_many_as_nodes_have_slots(jobs: Batches, new_worker: New
         assert calls_together(jobs) == [10] * 4
 
 
+@pytest.mark.parametrize("word", ["endless", "breaks all"])
+def test_the_soft_time_limit_of_the_node_is_that_of_each(word: str, jobs: Batches, new_worker: NewWorker) -> None:
+    sent = jobs.cluster.submit(jobs.triple, [(word, 0, 600.0), ("endless", 0, 600.0), "a"])
+    with running(new_worker("a", options=("--soft-time-limit", "3"))):
+        said = told(sent.get(timeout=END_S, propagate=False))
+        assert said[1].startswith("SoftTimeLimitExceeded")
+        assert said[2] == "aaa"
+
+
 def test_a_time_limit_of_the_node_that_jobs_exceed_together_is_that_of_each(
     jobs: Batches, new_worker: NewWorker
 ) -> None:
