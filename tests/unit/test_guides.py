@@ -30,7 +30,7 @@ from pydantic import SecretStr
 from cluster_tasks.cli.cluster import cluster as cluster_command
 from cluster_tasks.cli.main import COMMANDS, main
 from cluster_tasks.settings import CONF_PREFIX, ENV_PREFIX, ClusterSettings
-from tests.guides import BEGINNINGS, LANGUAGES, OPTIONS, PAGES, ROOT, Block, all_blocks, blocks_of, prose_of
+from tests.guides import BEGINNINGS, LANGUAGES, OPTIONS, PAGES, ROOT, Block, all_blocks, blocks_of, prose_of, sessions
 
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
@@ -59,6 +59,11 @@ def test_every_fence_is_one_that_the_tests_understand(page: Path) -> None:
         assert block.options.get("begin", "nothing") in BEGINNINGS, block
         assert block.options.get("stays", "yes") == "yes", block
         assert block.options.get("norun", "why"), f"{block} does not say why it is not run"
+
+
+def test_a_file_that_a_reader_writes_is_there_when_it_is_used() -> None:
+    used = {str(block) for session in sessions() for block in session.blocks}
+    assert {str(block) for block in all_blocks() if block.options.get("title", "").endswith(".py")} <= used
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=str)
