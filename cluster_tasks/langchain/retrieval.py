@@ -129,7 +129,7 @@ class ClusterVectorStore(VectorStore):
         return _documents(await self._aask(SEARCH, _asked(k, filter, kwargs, query=query)))
 
     # The arguments of the base class are (*args, **kwargs).
-    def similarity_search_with_score(
+    def similarity_search_with_score(  # type: ignore[override]
         self, query: str, k: int = 4, filter: Filter = None, **kwargs: Any,  # noqa: A002 - LangChain's name
     ) -> list[tuple[Document, float]]:  # fmt: skip
         """As ``similarity_search``, each with its score: the cosine similarity, -1 to 1, higher is better.
@@ -138,7 +138,7 @@ class ClusterVectorStore(VectorStore):
         """
         return _scored(self._ask(SEARCH, _asked(k, filter, kwargs, query=query)))
 
-    async def asimilarity_search_with_score(
+    async def asimilarity_search_with_score(  # type: ignore[override]
         self, query: str, k: int = 4, filter: Filter = None, **kwargs: Any,  # noqa: A002 - LangChain's name
     ) -> list[tuple[Document, float]]:  # fmt: skip
         """As ``similarity_search_with_score``, for asyncio."""
