@@ -59,6 +59,11 @@ stayed() {
         kill -0 "${stay[place]}" 2> /dev/null || fail "what was to stay has ended" "${stay[place + 1]}"
     done
 }
+joined() {  # how many workers were started: a reader sees them come before he sends jobs
+    local until=$((SECONDS + 30))
+    until [[ $(redis-cli hlen cluster:epochs 2> /dev/null) -ge $1 ]] || ((SECONDS > until)); do sleep 0.3; done
+    sleep 2
+}
 shown() {  # a program that looks for what is told, what prints it
     local until=$((SECONDS + PATIENCE))
     until python "$1" "$2"; do
@@ -104,7 +109,7 @@ def looking_for(text: str) -> str:
 
 def script_of(session: Session, directory: Path, patience_s: int = PATIENCE_S) -> str:
     """Return what a reader does in this session, as a program of bash. Writes the files that he writes."""
-    lines = [HEAD, f"PATIENCE={patience_s}", GIVEN[session.begin]]
+    lines = [HEAD, f"PATIENCE={patience_s}", GIVEN[session.begin], f"workers={int(session.begin == 'cluster')}"]
     printed = ""
     for number, block in enumerate(session.blocks):
         lines.append(f"told {shlex.quote(str(block))}")
@@ -138,6 +143,8 @@ def commands_of(block: Block, number: int, printed: str, directory: Path) -> lis
             lines.append(f"{{ {command.removesuffix('&')}\n}} >> {printed} 2>&1 &")
             if block.options.get("stays"):
                 lines.append(f"stay+=($! {printed})")
+            if " worker " in f"{command} ":
+                lines.append("joined $((++workers))")
         else:
             lines += [f"patiently {shlex.quote(command)} {printed}.{part}", f"cat {printed}.{part} >> {printed}"]
     return lines
