@@ -59,7 +59,7 @@ stayed() {
         kill -0 "${stay[place]}" 2> /dev/null || fail "what was to stay has ended" "${stay[place + 1]}"
     done
 }
-joined() {  # how many workers were started: a reader sees them come before he sends jobs
+joined() {  # how many workers and coordinators were started: a reader sees them come before he sends jobs
     local until=$((SECONDS + 30))
     until [[ $(redis-cli hlen cluster:epochs 2> /dev/null) -ge $1 ]] || ((SECONDS > until)); do sleep 0.3; done
     sleep 2
@@ -143,7 +143,7 @@ def commands_of(block: Block, number: int, printed: str, directory: Path) -> lis
             lines.append(f"{{ {command.removesuffix('&')}\n}} >> {printed} 2>&1 &")
             if block.options.get("stays"):
                 lines.append(f"stay+=($! {printed})")
-            if " worker " in f"{command} ":
+            if {"worker", "coordinator"} & set(command.split()):
                 lines.append("joined $((++workers))")
         else:
             lines += [f"patiently {shlex.quote(command)} {printed}.{part}", f"cat {printed}.{part} >> {printed}"]
