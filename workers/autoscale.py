@@ -115,7 +115,7 @@ class Autoscaler:
                 self._end_if_quiet(name, beat)
 
     def _end_if_quiet(self, name: str, beat: Beat) -> None:
-        standing = self._cluster.draining.standing(self._ids[name], beat.epoch)
+        standing = self._cluster.draining.remaining(self._ids[name], beat.epoch)
         if not standing.drains:
             # It has died and come back, or somebody has resumed it, who did not mean this.
             self._cluster.drain(self._ids[name])

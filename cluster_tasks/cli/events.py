@@ -55,8 +55,10 @@ def tell_changes(cluster: Cluster, where: NodeFilter, as_json: bool, joined: boo
 
     With ``joined`` also of those of the clusters that are joined to the view of this one.
     """
-    everyone = JoinedRegistries(lambda: {OWN: cluster.registry, **cluster.joined.registries})
-    changes = everyone.watch(Event()) if joined else (JoinedEvent(OWN, event) for event in cluster.watch())
+    if joined:
+        changes = JoinedRegistries(lambda: {OWN: cluster.registry, **cluster.joined.registries}).watch(Event())
+    else:
+        changes = (JoinedEvent(OWN, event) for event in cluster.watch())
     columns = (JOINED_COLUMN, *CHANGE_COLUMNS) if joined else CHANGE_COLUMNS
     header = True
     with until_ended():

@@ -12,11 +12,10 @@ from typing import TypeVar
 
 import click
 from celery import Celery
-from celery.app.utils import find_app
 from celery.platforms import EX_FAILURE, EX_OK
 
-from cluster_tasks.cli.group import node_id_of, told_in_one_line
-from cluster_tasks.cluster import Cluster, cluster_of
+from cluster_tasks.cli.group import find_cluster, node_id_of, told_in_one_line
+from cluster_tasks.cluster import Cluster
 from cluster_tasks.errors import BrokerUnavailable, ClusterError, NodeNotFound
 
 EX_DRAINING = 3
@@ -97,12 +96,7 @@ def ask(cluster: Cluster, node: str) -> tuple[str, Answer]:
 
 
 def _cluster(app: str) -> Cluster:
-    if not app:
-        return Cluster(Celery("ping", set_as_current=False))
-    try:
-        return cluster_of(find_app(app))
-    except (ImportError, AttributeError) as exc:
-        raise ClusterError(f"there is no Celery app {app!r}: {exc}") from None
+    return find_cluster(app) if app else Cluster(Celery("ping", set_as_current=False))
 
 
 def _within(limit_s: float, call: Callable[[], T]) -> T:

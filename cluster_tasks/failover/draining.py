@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 LOOK_EVERY_S = 0.1
 
 
-class Standing(NamedTuple):
+class Remaining(NamedTuple):
     """How an epoch that drains stands."""
 
     held: int
@@ -72,7 +72,7 @@ class Draining:
             self._events.add("jobs handed back", node=node_id, epoch=epoch, held=moved.held)
         return moved
 
-    def standing(self, node_id: str, epoch: str) -> Standing:
+    def remaining(self, node_id: str, epoch: str) -> Remaining:
         """Return how much an epoch of a node still holds, and whether nothing new is placed on it."""
         queue = self._keys.node_queue(node_id)
         with foreign_errors(BrokerUnavailable, f"waiting for {node_id}"), self._client.pipeline() as pipe:
@@ -80,7 +80,7 @@ class Draining:
             pipe.hget(self._keys.epochs, queue)
             pipe.sismember(self._keys.draining, queue)
             held, standing, drains = pipe.execute()
-        return Standing(int(held) if text(standing or b"") == epoch else 0, bool(drains))
+        return Remaining(int(held) if text(standing or b"") == epoch else 0, bool(drains))
 
     def resume(self, node_id: str) -> None:
         """Let a draining node take jobs again. Raises NodeNotFound."""
@@ -90,8 +90,8 @@ class Draining:
     def _wait_until_quiet(self, node_id: str, epoch: str, timeout_s: float) -> bool:
         """Whether a draining node came to hold nothing in time, or left. Raises ClusterError if it is resumed."""
         until_s = self._clock.monotonic() + timeout_s
-        while (standing := self.standing(node_id, epoch)).held:
-            if not standing.drains:
+        while (remaining := self.remaining(node_id, epoch)).held:
+            if not remaining.drains:
                 raise ClusterError(f"{node_id} was resumed before it had ended what it runs")
             if (left_s := until_s - self._clock.monotonic()) <= 0:
                 return False

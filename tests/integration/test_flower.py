@@ -168,12 +168,13 @@ def test_many_who_look_share_one_snapshot(app: Celery, site: Site) -> None:
     join(app, "a@x")
     site.ask("/cluster/snapshot")
     asked = lambda: int(cluster.client.info("commandstats")["cmdstat_xrevrange"]["calls"])  # noqa: E731
-    before = asked()
+    before, began_s = asked(), time.monotonic()
     with ThreadPoolExecutor(20) as pool:
         answers = list(pool.map(lambda _: site.ask("/cluster/snapshot"), range(100)))
+    took_s = time.monotonic() - began_s
     assert {answer.status for answer in answers} == {200}
-    # One in FRESH_S, for as long as a busy machine may need for them all.
-    assert asked() - before < 20
+    # One in FRESH_S, for as long as a busy machine needs for them all; one may read both streams.
+    assert asked() - before <= 2 * (2 + took_s / FRESH_S)
 
 
 def test_a_snapshot_is_compressed_for_whoever_can_read_that(app: Celery, site: Site) -> None:

@@ -36,7 +36,7 @@ RESULT = Counter(SET=1, PUBLISH=1)
 PUBLISH_BYTES = 1400
 """On the wire, without the name of the host."""
 FETCH_BYTES, COMMIT_BYTES, RESULT_BYTES = 800, 540, 173
-OTHERS_PER_S = 250
+OTHERS_PER_S = 60
 """What a node and a producer send by the clock, and not for a job, is less of each command."""
 BY_THE_CLOCK = ("broker.let_go", "MGET")
 """Lets go of what no fetch has yet; looks whether others were given what is held."""

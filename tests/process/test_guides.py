@@ -60,9 +60,13 @@ stayed() {
     done
 }
 joined() {  # how many workers and coordinators were started: a reader sees them come before he sends jobs
-    local until=$((SECONDS + 30))
-    until [[ $(redis-cli hlen cluster:epochs 2> /dev/null) -ge $1 ]] || ((SECONDS > until)); do sleep 0.3; done
-    sleep 2
+    local until=$((SECONDS + 60))
+    until celery -A cluster_tasks cluster nodes --json 2> /dev/null \\
+        | python -c 'import json, sys; sys.exit(len(json.load(sys.stdin)) < int(sys.argv[1]))' "$1" 2> /dev/null
+    do
+        ((SECONDS < until)) || break
+        sleep 0.3
+    done
 }
 shown() {  # a program that looks for what is told, what prints it
     local until=$((SECONDS + PATIENCE))

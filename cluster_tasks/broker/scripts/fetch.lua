@@ -4,8 +4,8 @@
 -- less than it asked for counts as idle.
 --
 -- A job that says with which others it can be done in one call (`"cluster_batch": "64 name"`) brings those along that
--- follow it in its list and say the same, up to so many, and fills one place with them. What waits is shared: between all the places
--- that are free here, and the nodes that are idle.
+-- follow it in its list and say the same, up to so many, and fills one place with them. What waits is shared: between
+-- all the places that are free here, and the nodes that are idle.
 --
 -- KEYS     1 epochs, 2 draining, 3 backlog, 4 idle, 5 serves, 6 limits, 7 hash of its deliveries,
 --          8 delayed jobs, 9 suspects that nodes hold, 10 last fencing token, 11 its hedges by due time, 12 their messages,

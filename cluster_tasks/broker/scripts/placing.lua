@@ -2,8 +2,8 @@
 --
 -- place() pushes a message to the list of a node that may work, else to the waiting list that is named with it, keeps
 -- the index of non-empty lists, and rings one doorbell: that of a node in the zone of the chosen one, if one idles there.
--- A node that may not work has no epoch, is draining, or has a
--- limit under which nothing is placed on it: all but that of a node which ramps up.
+-- A node that may not work has no epoch, is draining, or has a limit under which nothing is placed on it: all but that
+-- of a node which ramps up.
 --
 -- keys   epochs, draining, backlog, idle, serves, limits, bells (prefix of the doorbells)
 -- queue  list of the node that was chosen, '' for none; from one that ends with .bound no other node takes
