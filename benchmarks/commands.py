@@ -76,7 +76,7 @@ class Kinds:
     """Sorts commands: those of one kind differ in nothing but the node that gives them, and in values."""
 
     def __init__(self, nodes: Iterable[Identity], scripts: dict[str, str]) -> None:
-        """``scripts`` are the names of scripts by their SHA1."""
+        """``scripts`` are the names of scripts by their SHA1. Of nodes of one name the last is meant."""
         self._nodes = list(nodes)
         self._scripts = {sha.encode(): name for sha, name in scripts.items()}
         names = sorted((each.node for each in self._nodes), key=len, reverse=True)

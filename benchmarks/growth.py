@@ -16,7 +16,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from itertools import cycle, islice
+from itertools import chain, cycle, islice
 from typing import Any
 
 import redis
@@ -94,7 +94,8 @@ class Growth:
 
     def __init__(self, recordings: Sequence[Recording], others: Iterable[Identity] = ()) -> None:
         """``others`` are those beside the nodes that speak, coordinators. Raises ValueError for less than two sizes."""
-        everybody = {identity for recording in recordings for identity in recording.nodes} | set(others)
+        # A name that came again has another epoch. The examples are those of the last recording.
+        everybody = chain(*(recording.nodes for recording in recordings), others)
         kinds = Kinds(everybody, script_names())
         told = [
             rates((words for words in each.commands if words[0].upper() not in UNSAID), kinds.kind, each.lasted_s)
