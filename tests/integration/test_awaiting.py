@@ -170,8 +170,7 @@ def test_who_stops_waiting_leaves_the_others_waiting(jobs: Jobs, client: redis.R
         job, never = jobs.work.delay(), jobs.work.delay()
         before = connections(client)
         one, other = (asyncio.ensure_future(jobs.cluster.wait(job)) for _ in range(2))
-        while not (opened := connections(client) - before):
-            await asyncio.sleep(0.05)
+        (connection,) = await asyncio.to_thread(wait_until, lambda: connections(client) - before)
         one.cancel()
         jobs.end_later(job, 3)
         assert await other == 3
@@ -183,7 +182,6 @@ def test_who_stops_waiting_leaves_the_others_waiting(jobs: Jobs, client: redis.R
         await asyncio.sleep(0.1)
         (asker,) = jobs.cluster.awaiting._askers.values()
         assert not asker._wanted
-        (connection,) = opened
         return connection
 
     connection = run(main)
