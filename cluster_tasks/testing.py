@@ -20,7 +20,7 @@ import socketserver
 import sys
 import threading
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -76,8 +76,9 @@ class FakeOpenAI:
     """
 
     def __init__(
-        self, *, latency_s: float = 0.0, api_key: str | None = None, dimensions: int = 384, pace_s: float = 0.0
-    ) -> None:
+        self, *, latency_s: float = 0.0, api_key: str | None = None, dimensions: int = 384, pace_s: float = 0.0,
+        answer: Callable[[Mapping[str, Any]], Mapping[str, Any] | None] | None = None,
+    ) -> None:  # fmt: skip
         self.latency_s = latency_s
         """How long every answer waits."""
         self.pace_s = pace_s
@@ -85,6 +86,8 @@ class FakeOpenAI:
         self.api_key = api_key
         """The only key that is let in; None: any request is."""
         self.dimensions = dimensions
+        self.answer = answer
+        """Makes the message that answers a chat, of the body of its request; where it returns None, the echo does."""
         self.most_texts: int | None = None
         """How many texts one request may have embedded; None: any number."""
         self.requests: deque[ReceivedRequest] = deque(maxlen=1000)
@@ -234,6 +237,9 @@ class FakeOpenAI:
         messages = _required(body, "messages")
         with self._lock:
             choice = self._replies.popleft() if self._replies else None
+        if choice is None and self.answer and (message := self.answer(body)) is not None:
+            reason = "tool_calls" if message.get("tool_calls") else "stop"
+            choice = {"message": {"role": "assistant", "content": None, **message}, "finish_reason": reason}
         if choice is None:
             said = [text_of(message) for message in messages if message.get("role") == "user"] or [""]
             choice = {"message": {"role": "assistant", "content": said[-1]}, "finish_reason": "stop"}

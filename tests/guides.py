@@ -3,8 +3,9 @@
 A fence says that in its first line:
 
 - ``title="shop.py"``: a file, which the reader writes; it is there for the blocks that follow;
-- ``begin="nothing"``, ``"redis"`` or ``"cluster"``: a session begins here, on a machine where so much runs. A page
-  begins with a cluster unless its first block says something else;
+- ``begin="nothing"``, ``"redis"``, ``"cluster"`` or ``"model"``, a cluster with a chat model that calls tools: a
+  session begins here, on a machine where so much runs. A page begins with a cluster unless its first block says
+  something else;
 - ``stays="yes"``: its commands go on, each in a terminal of its own;
 - ``norun="why"``: it cannot be run in a test. Its syntax is checked all the same, as are the commands and settings
   in it.
@@ -23,7 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-BEGINNINGS = ("nothing", "redis", "cluster")
+BEGINNINGS = ("nothing", "redis", "cluster", "model")
 RUN = ("python", "sh")
 OPTIONS = frozenset({"title", "begin", "stays", "norun"})
 LANGUAGES = frozenset({*RUN, "conf", "ini", "json", "lua", "sql", "text", "yaml", ""})

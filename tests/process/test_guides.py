@@ -26,19 +26,21 @@ LIMIT_S = 600
 PATIENCE_S = 240
 """For a command to do its work: what was started before may need a while."""
 URL = "redis://127.0.0.1:6379/0"
-GIVEN = {
-    "nothing": "",
-    "redis": f"""
-        redis-server --bind 127.0.0.1 --save '' > .redis.log &
-        export CLUSTER_BROKER_URL={URL}
-    """,
-    "cluster": f"""
-        redis-server --bind 127.0.0.1 --save '' > .redis.log &
-        export CLUSTER_BROKER_URL={URL} CLUSTER_CACHE_URL={URL}
-        celery -A cluster_tasks worker -n given@%h -P threads -c 4 -l INFO > .given.log 2>&1 &
-        until grep --quiet --no-messages ' ready\\.' .given.log; do sleep 0.2; done
-    """,
-}
+REDIS = f"""
+    redis-server --bind 127.0.0.1 --save '' > .redis.log &
+    export CLUSTER_BROKER_URL={URL}
+"""
+MODEL = f"""
+    python {ROOT / "tests" / "chat_model.py"} > .model &
+    until read -r address < .model; do sleep 0.2; done 2> /dev/null
+    export CLUSTER_LLM_BASE_URL=$address CLUSTER_LLM_MODEL=model
+"""
+NODE = f"""
+    export CLUSTER_CACHE_URL={URL}
+    celery -A cluster_tasks worker -n given@%h -P threads -c 4 -l INFO > .given.log 2>&1 &
+    until grep --quiet --no-messages ' ready\\.' .given.log; do sleep 0.2; done
+"""
+GIVEN = {"nothing": "", "redis": REDIS, "cluster": REDIS + NODE, "model": REDIS + MODEL + NODE}
 """What runs where a session begins."""
 HEAD = """
 set -u
@@ -113,7 +115,12 @@ def looking_for(text: str) -> str:
 
 def script_of(session: Session, directory: Path, patience_s: int = PATIENCE_S) -> str:
     """Return what a reader does in this session, as a program of bash. Writes the files that he writes."""
-    lines = [HEAD, f"PATIENCE={patience_s}", GIVEN[session.begin], f"workers={int(session.begin == 'cluster')}"]
+    lines = [
+        HEAD,
+        f"PATIENCE={patience_s}",
+        GIVEN[session.begin],
+        f"workers={int(session.begin in ('cluster', 'model'))}",
+    ]
     printed = ""
     for number, block in enumerate(session.blocks):
         lines.append(f"told {shlex.quote(str(block))}")
