@@ -79,7 +79,7 @@ class Routing:
         app = Celery("routing", set_as_current=False)
         Cluster(app)
 
-        @app.task(base=ClusterTask, request_type=SERVED, affinity="session_id")
+        @app.task(base=ClusterTask, shared=False, request_type=SERVED, affinity="session_id")
         def chat(prompt: str, session_id: str) -> str:
             return prompt + session_id
 

@@ -104,11 +104,12 @@ class Crowd:
         self._cluster = cluster_of(app)
         self._epochs: dict[str, str] = {}
 
-    def join(self, node_id: str, *serves: str) -> None:
+    def join(self, node_id: str, *serves: str, **metadata: str) -> None:
         """Let one join."""
         types = serves or ("llm",)
         epoch = self._epochs[node_id] = str(self._cluster.epochs.open(node_id, types))
-        node = Node(id=node_id, epoch=epoch, serves=frozenset(types), capacity=Capacity(max_connections=4))
+        slots = Capacity(max_connections=4)
+        node = Node(id=node_id, epoch=epoch, serves=frozenset(types), capacity=slots, metadata=metadata)
         self._cluster.registry.register(node)
 
     @contextmanager
@@ -230,6 +231,22 @@ def test_two_hundred_nodes_are_sorted_and_filtered(app: Celery, site: Site, page
         page.find_element(By.ID, "nodes-filter").clear()
         Select(page.find_element(By.ID, "nodes-status")).select_by_value("draining")
         assert list(rows(page)) == ["gpu77@x"]
+
+
+def test_zones_have_a_column_as_soon_as_a_node_is_in_one(app: Celery, site: Site, page: Chrome) -> None:
+    crowd, column = Crowd(app), "[data-column=zone]"
+    crowd.join("a@x")
+    with crowd.beating():
+        page.get(f"{site.url}/cluster")
+        wait_until(lambda: len(rows(page)) == 1, END_S)
+        assert not shown(page, column)
+        crowd.join("b@x", zone="east")
+        crowd.join("c@x", zone="west")
+        wait_until(lambda: len(rows(page)) == 3, END_S)
+        assert shown(page, column)
+        assert [row["Zone"] for row in rows(page).values()][1:] == ["east", "west"]
+        page.find_element(By.ID, "nodes-filter").send_keys("west")
+        assert list(rows(page)) == ["c@x"]
 
 
 def test_the_page_fits_a_phone(app: Celery, site: Site, page: Chrome) -> None:
