@@ -83,7 +83,8 @@ PEERS = (
     ),
     Peer(
         name="saq",
-        requirements=["saq[redis]==0.26.4", "hiredis==3.5.0"],
+        # Its package does not say that it needs typing_extensions.
+        requirements=["saq[redis]==0.26.4", "hiredis==3.5.0", "typing_extensions==4.16.0"],
         workers={THREADS: [["saq", "app_saq.settings"]], PREFORK: [["saq", "app_saq.settings", "--workers", "2"]]},
         guarantee="at least once, after its time-out",
     ),
