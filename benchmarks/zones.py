@@ -1,25 +1,28 @@
-"""What staying in a datacentre costs, by ``zone_bound``: ``python -m benchmarks.zones [--jobs 20000] [--load 0.9]``.
+"""What staying in a datacentre costs, by ``zone_bound``: ``python -m benchmarks.zones [--full] [--json]``.
 
 A simulation in which only time is made up: placing is done by the project's own zones and ``least_connection``, each
 caller with a view of its own that is up to 0.25 s old; nodes take from the longest list when they have nothing to do,
 and an idle node is rung as the broker does it. Two zones of eight nodes with four slots; jobs take 0.1, 1 or 10 s. The
 callers of one zone send half of all jobs, or four fifths. Told are the share of the jobs that were run in the zone of
 their caller, the mean wait, and the 99th percentile of slowdown: the time from sending to end, by the time of the job.
+All bounds, and callers that know no zones, are given the same jobs.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from itertools import count
 from math import inf
-from statistics import mean, quantiles
+from statistics import mean
 
+from benchmarks.figures import percentile
+from benchmarks.report import Benchmark, Row
 from cluster_tasks.balancing import LeastConnection
 from cluster_tasks.balancing.zones import Zones
 from cluster_tasks.model import ZONE, Capacity, Load, Node, Request
@@ -28,6 +31,9 @@ ZONES, NODES, SLOTS = "ab", 8, 4
 SNAPSHOT_S = 0.25
 DURATIONS_S, WEIGHTS = (0.1, 1.0, 10.0), (60, 30, 10)
 BOUNDS = (1.0, 1.1, 1.25, 1.5, 2.0, inf)
+SHARES = {"half": 0.5, "four fifths": 0.8}
+"""Of the jobs, that the callers of the first zone send."""
+IN_ZONE, WAIT, SLOWDOWN = "run in their zone, %", "mean wait, s", "p99 slowdown"
 
 
 @dataclass(slots=True)
@@ -82,8 +88,8 @@ class Caller:
         return workers[self._balancers[near].select(Request("llm"), among).id]
 
 
-def simulate(bound: float | None, share: float, load: float, jobs: int) -> dict[str, float | str]:
-    """Send jobs, ``share`` of them from the first zone, until all have ended."""
+def simulate(bound: float | None, share: float, load: float, jobs: int) -> dict[str, float]:
+    """Send jobs, ``share`` of them from the first zone, until all have ended; return what came of them."""
     # The same jobs for every bound, whatever is drawn to place them.
     drawn, rng = random.Random(1), random.Random(2)
     workers = {f"{zone}{number}": Worker(f"{zone}{number}", zone) for zone in ZONES for number in range(NODES)}
@@ -125,30 +131,25 @@ def simulate(bound: float | None, share: float, load: float, jobs: int) -> dict[
         else:
             target.listed.append(job)
     kept, waits, slowdowns = zip(*done[jobs // 10 :], strict=True)
-    return {
-        "bound": "no zones" if bound is None else f"{bound:g}", "share": share, "in_zone": mean(kept),
-        "wait_s": mean(waits), "p99_slowdown": quantiles(slowdowns, n=100)[98],
-    }  # fmt: skip
+    return {IN_ZONE: 100 * mean(kept), WAIT: mean(waits), SLOWDOWN: percentile(slowdowns, 0.99)}
+
+
+def measure(options: argparse.Namespace) -> Iterator[Row]:
+    """Yield a row for callers that know no zones, and one for each bound beside it."""
+    for sends, share in SHARES.items():
+        without = simulate(None, share, options.load, options.jobs)
+        yield Row(f"{sends} from one zone, no zones", without)
+        for bound in BOUNDS:
+            found = simulate(bound, share, options.load, options.jobs)
+            yield Row(f"{sends} from one zone, bound {bound:g}", found, ratio=found[SLOWDOWN] / without[SLOWDOWN])
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--jobs", type=int, default=20_000)
-    parser.add_argument("--load", type=float, default=0.9, help="of all slots")
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    cases = [(bound, share) for share in (0.5, 0.8) for bound in (None, *BOUNDS)]
-    rows = [simulate(bound, share, options.load, options.jobs) for bound, share in cases]
-    if options.json:
-        print(json.dumps(rows))
-        return 0
-    print(f"{options.jobs} jobs at {options.load:.0%} load")
-    for row in rows:
-        print(
-            f"{row['share']:4.0%} from one zone, bound {row['bound']:>8}  {row['in_zone']:4.0%} run in their zone"
-            f"  mean wait {row['wait_s']:6.2f} s  p99 slowdown {row['p99_slowdown']:6.1f}"
-        )
-    return 0
+    benchmark = Benchmark("zones", __doc__)
+    benchmark.option("--jobs", short=4_000, full=20_000, help="of each simulation")
+    benchmark.option("--load", short=0.9, full=0.9, help="of all slots")
+    benchmark.note("ratio: the p99 slowdown over that of callers that know no zones.")
+    return benchmark.run(measure)
 
 
 if __name__ == "__main__":
