@@ -2,8 +2,8 @@
 
 Each runs as a command of its own, so that none finds what another left; its table closes it, its JSON goes to
 ``FOLDER/NAME.json``, all tables as Markdown to ``FOLDER/benchmarks.md``, and a table of whatever has a mark closes the
-run. The short run takes ten minutes at most on two
-cores that have nothing else to do; the environments of other task queues are made once, before.
+run. The short run takes ten minutes at most on two cores that have nothing else to do; the environments of other task
+queues, which are made once, are not in them.
 
 The exit code is 1 if a benchmark could not be run, and 0 otherwise: a mark that is missed is a result.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -23,11 +24,12 @@ from rich.table import Table
 from rich.text import Text
 
 from benchmarks.report import STYLES, UNKNOWN, VERDICTS, Result, markdown, show, shown
-from benchmarks.stage import HOME
+from benchmarks.stage import HOME, alone
+from workers.tether import tethered, tethering
 
 ORDER = (
     "routing", "throughput", "profiling", "batching", "guarantees", "llm", "balance", "failover", "scale",
-    "availability", "cache", "relevance", "retrieval", "shards",
+    "availability", "cache", "relevance", "retrieval", "shards", "memory", "zones",
 )  # fmt: skip
 """Others come after these, by their names."""
 MADE = re.compile(r"\bBenchmark\(\"(\w+)\"")
@@ -44,10 +46,19 @@ def names() -> list[str]:
 def run(name: str, full: bool) -> Result | None:
     """Run one; return what it found, or None if it failed, which it has told itself."""
     command = [sys.executable, "-m", f"benchmarks.{name}", "--json", *(["--full"] if full else [])]
-    done = subprocess.run(command, cwd=HOME, stdout=subprocess.PIPE, text=True)
-    if done.returncode != 0:
-        return None
-    return Result.of_json(done.stdout.splitlines()[-1])
+    # A Ctrl-C of the terminal reaches this process alone, which tells it once: told twice, it would not tidy up.
+    with subprocess.Popen(
+        tethered(signal.SIGTERM, command), cwd=HOME, env=tethering(), stdout=subprocess.PIPE, text=True,
+        start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            said, _ = process.communicate()
+        except BaseException:
+            process.terminate()
+            # Killed, it would leave behind what it has started.
+            process.wait()
+            raise
+    return Result.of_json(said.splitlines()[-1]) if process.returncode == 0 else None
 
 
 def marks(results: Sequence[Result]) -> Table:
@@ -76,6 +87,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=names(), default=names(), metavar="NAME")
     parser.add_argument("--into", type=Path, default=Path("build/benchmarks"), help="where the JSON goes")
     options = parser.parse_args()
+    alone()
     options.into.mkdir(parents=True, exist_ok=True)
     out, begun_s = Console(width=None if sys.stdout.isatty() else 200, highlight=False), time.monotonic()
     results, failed = [], []

@@ -25,8 +25,13 @@ class ForkServer:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        # In a session of its own: a Ctrl-C is for who asks it, and who has forks to end with its help.
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-m", __name__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
 
     def ask(self, question: str, **order: Any) -> int | None:
