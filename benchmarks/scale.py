@@ -18,6 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,7 +150,9 @@ class Bench:
         time.sleep(JOB_S / 2)
         victims = random.Random(size).sample(self._workers, max(1, int(size * KILLED)))
         at = self._fleet.kill(*victims)
-        wait_until(lambda: self._client.ended(jobs) == len(jobs), OVER_S, every_s=0.2)
+        # What has not ended by then is lost, and the table says so.
+        with suppress(TimeoutError):
+            wait_until(lambda: self._client.ended(jobs) == len(jobs), OVER_S, every_s=0.2)
         took_s = time.monotonic() - begun_s
         done = self._client.done(jobs)
         on_victims = sum(job.node in victims and job.ended > at for job in done)
