@@ -78,6 +78,8 @@ class Server:
             case "hang":
                 self.counts["hung"] += 1
                 await asyncio.sleep(HANGS_S)
+                # Who asked has gone. Read now, it would be in the figures of whoever asks then.
+                raise ConnectionAbortedError
         async with self.card:
             kept = self.cache.read(tokens)
             await asyncio.sleep((len(tokens) - kept) * PREFILL_S)
