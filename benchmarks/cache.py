@@ -12,7 +12,7 @@ import asyncio
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 from typing import Any, Protocol
 
@@ -31,20 +31,31 @@ VALUE = b"v" * 6144
 MANY = [f"many{number}" for number in range(100)]
 CALLERS, TAKES_S = 64, 0.1
 MARK_US = 20.0
+PEERS = ("dogpile.cache", "cashews")
 OURS, HIT, STAMPEDE = "cluster_tasks, µs", "hit in the process", "computed in a stampede"
 
 
 class Contestant(Protocol):
     """One cache."""
 
-    def operations(self) -> dict[str, Callable[[], object]]:
+    def operations(self) -> dict[str, Callable[[], Any]]:
         """What is timed; all keys are there already."""
+
+    def timed(self, do: Callable[[], Any], calls: int) -> Sequence[float]:
+        """Return how many seconds each call takes."""
 
     def stampede(self, compute: Callable[[], bytes]) -> None:
         """Let all callers ask for a key that is missing."""
 
 
-class Ours:
+class Blocking:
+    """A cache that is asked by plain calls."""
+
+    def timed(self, do: Callable[[], Any], calls: int) -> Sequence[float]:
+        return [_timed(do) for _ in range(calls)]
+
+
+class Ours(Blocking):
     """In the process, and in Redis."""
 
     def __init__(self, url: str) -> None:
@@ -53,7 +64,7 @@ class Ours:
         self._redis = RedisCache(shared, "bench")
         self._tiered = TieredCache(Memory(clock, Counters()), self._redis)
 
-    def operations(self) -> dict[str, Callable[[], object]]:
+    def operations(self) -> dict[str, Callable[[], Any]]:
         redis, tiered = self._redis, self._tiered
         redis.set_many(dict.fromkeys([*MANY, "k"], VALUE))
         return {
@@ -69,7 +80,7 @@ class Ours:
         in_threads(lambda: self._redis.get_or_compute("stampede", compute))
 
 
-class Dogpile:
+class Dogpile(Blocking):
     """dogpile.cache with its lock in Redis."""
 
     def __init__(self, url: str) -> None:
@@ -77,7 +88,7 @@ class Dogpile:
         self._redis = make_region().configure("dogpile.cache.redis", expiration_time=3600, arguments=arguments)
         self._local = make_region().configure("dogpile.cache.memory", expiration_time=3600)
 
-    def operations(self) -> dict[str, Callable[[], object]]:
+    def operations(self) -> dict[str, Callable[[], Any]]:
         redis, local = self._redis, self._local
         local.set("k", VALUE)
         redis.set_multi(dict.fromkeys([*MANY, "k"], VALUE))
@@ -94,7 +105,7 @@ class Dogpile:
 
 
 class OfCashews:
-    """cashews, each call run to its end in a loop that exists already."""
+    """cashews, awaited in a loop that runs: to start and stop one for each call would be no cost of its own."""
 
     def __init__(self, url: str) -> None:
         self._loop = asyncio.new_event_loop()
@@ -105,17 +116,29 @@ class OfCashews:
     def _run(self, awaitable: Any) -> Any:
         return self._loop.run_until_complete(awaitable)
 
-    def operations(self) -> dict[str, Callable[[], object]]:
+    def timed(self, do: Callable[[], Any], calls: int) -> Sequence[float]:
+        async def all_of_them() -> list[float]:
+            taken = []
+            for _ in range(calls):
+                began_s = time.perf_counter()
+                await do()
+                taken.append(time.perf_counter() - began_s)
+            return taken
+
+        found: list[float] = self._run(all_of_them())
+        return found
+
+    def operations(self) -> dict[str, Callable[[], Any]]:
         redis, local = self._redis, self._local
         self._run(local.set("k", VALUE, expire=3600))
         for key in [*MANY, "k"]:
             self._run(redis.set(key, VALUE, expire=3600))
         return {
-            HIT: lambda: self._run(local.get("k")),
-            "hit in Redis": lambda: self._run(redis.get("k")),
-            "hit of get or compute": lambda: self._run(redis.get_or_set("k", VALUE, expire=3600)),
-            "set": lambda: self._run(redis.set("s", VALUE, expire=3600)),
-            "100 of 100 in Redis": lambda: self._run(redis.get_many(*MANY)),
+            HIT: lambda: local.get("k"),
+            "hit in Redis": lambda: redis.get("k"),
+            "hit of get or compute": lambda: redis.get_or_set("k", VALUE, expire=3600),
+            "set": lambda: redis.set("s", VALUE, expire=3600),
+            "100 of 100 in Redis": lambda: redis.get_many(*MANY),
         }
 
     def stampede(self, compute: Callable[[], bytes]) -> None:
@@ -142,10 +165,10 @@ def compare(contestants: dict[str, Contestant], rounds: int, calls: int) -> dict
     """Return the median of each operation in microseconds, by contestant, and how often a stampede computed."""
     operations = {name: contestant.operations() for name, contestant in contestants.items()}
     taken: dict[str, dict[str, list[float]]] = {name: {} for name in contestants}
-    for _ in range(rounds):
-        for name, own in operations.items():
-            for what, do in own.items():
-                taken[name].setdefault(what, []).extend(timed(do) for _ in range(calls))
+    for number in range(rounds):
+        for name in list(operations) if number % 2 == 0 else list(operations)[::-1]:
+            for what, do in operations[name].items():
+                taken[name].setdefault(what, []).extend(contestants[name].timed(do, calls))
     found = {name: {what: median(times) * 1e6 for what, times in own.items()} for name, own in taken.items()}
     for name, contestant in contestants.items():
         computed: list[int] = []
@@ -160,8 +183,7 @@ def compare(contestants: dict[str, Contestant], rounds: int, calls: int) -> dict
     return found
 
 
-def timed(do: Callable[[], object]) -> float:
-    """Return how many seconds a call takes."""
+def _timed(do: Callable[[], Any]) -> float:
     began_s = time.perf_counter()
     do()
     return time.perf_counter() - began_s
@@ -186,7 +208,7 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
 
 
 def main() -> int:
-    benchmark = Benchmark("cache", __doc__)
+    benchmark = Benchmark("cache", __doc__, PEERS)
     benchmark.option("--rounds", short=2, full=5)
     benchmark.option("--calls", short=100, full=300, help="of each operation in each round")
     benchmark.note("ratio: the time of the quickest of the others over ours.")

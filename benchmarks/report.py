@@ -44,8 +44,10 @@ from workers.redis_server import find_redis_server
 
 RATIO = "ratio"
 PACKAGES = ("cluster-tasks", "celery", "kombu", "redis", "hiredis")
-BUSY = 0.25
-"""A machine whose load is more than this share of its processors did other work when the benchmark began."""
+BUSY_PERCENT = 25.0
+"""A machine with more than this of its processors in use did other work when the benchmark began."""
+LOOK_S = 0.5
+IN_USE = "in use at start, %"
 SIGNS: Mapping[str, tuple[str, Callable[[float, float], bool]]] = {
     "at_least": ("≥", operator.ge),
     "at_most": ("≤", operator.le),
@@ -141,7 +143,7 @@ class Result:
     @property
     def busy(self) -> bool:
         """Whether the machine did other work when it began: ratios still mean something, times do not."""
-        return float(self.machine["load at start"]) > BUSY * float(self.machine["processors"])
+        return float(self.machine[IN_USE]) > BUSY_PERCENT
 
     def as_json(self) -> str:
         """Return it on one line."""
@@ -163,8 +165,9 @@ class Result:
 class Benchmark:
     """One command: ``python -m benchmarks.NAME [--full] [--json] …``."""
 
-    def __init__(self, name: str, doc: str | None) -> None:
-        self.name = name
+    def __init__(self, name: str, doc: str | None, packages: Sequence[str] = ()) -> None:
+        """``packages`` are those that it measures beside ours, whose versions are told."""
+        self.name, self._packages = name, packages
         self._title = (doc or name).strip().splitlines()[0].partition(": ``")[0]
         self.parser = argparse.ArgumentParser(
             prog=f"python -m benchmarks.{name}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -203,7 +206,7 @@ class Benchmark:
             took_s=round(time.monotonic() - begun_s, 1),
             date=date,
             machine=machine,
-            versions=versions(),
+            versions=versions(self._packages),
             notes=self._notes,
         )
         if options.json:
@@ -214,13 +217,14 @@ class Benchmark:
 
 
 def machine_now() -> dict[str, Value]:
-    """Return what the figures depend on; the load is that of the last minute."""
+    """Return what the figures depend on."""
     return {
         "processor": _processor(),
         "processors": os.cpu_count() or 1,
         "memory, GiB": round(psutil.virtual_memory().total / 2**30, 1),
         "system": f"{platform.system()} {platform.release()}",
-        "load at start": round(psutil.getloadavg()[0], 2),
+        # Not the load, which remembers for minutes the benchmark that ran before this one.
+        IN_USE: psutil.cpu_percent(LOOK_S),
     }
 
 
@@ -232,9 +236,9 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def versions() -> dict[str, str]:
+def versions(more: Sequence[str] = ()) -> dict[str, str]:
     """Return what was measured: packages, Python, the Redis server, and the commit if there is one."""
-    found = {"python": platform.python_version()} | {package: version(package) for package in PACKAGES}
+    found = {"python": platform.python_version()} | {package: version(package) for package in (*PACKAGES, *more)}
     said = subprocess.run([find_redis_server(), "--version"], capture_output=True, text=True, check=True).stdout
     found["redis-server"] = next(word.removeprefix("v=") for word in said.split() if word.startswith("v="))
     if git := shutil.which("git"):

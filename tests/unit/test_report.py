@@ -7,12 +7,13 @@ import io
 import json
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
 from benchmarks.__main__ import names
-from benchmarks.report import Benchmark, Mark, Result, Row, markdown, show, shown
+from benchmarks.report import IN_USE, Benchmark, Mark, Result, Row, markdown, show, shown
 
 
 @pytest.mark.parametrize(
@@ -82,6 +83,14 @@ def test_a_result_reads_the_same_from_its_json(capsys: pytest.CaptureFixture[str
     assert not result.met
     assert json.loads(result.as_json())["rows"][1]["met"] is False
     assert {"python", "celery", "redis-server", "cluster-tasks"} <= result.versions.keys()
+
+
+def test_a_machine_that_did_other_work_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    result = measured(capsys)
+    for in_use, is_busy in ((25.0, False), (26.0, True)):
+        other = replace(result, machine={**result.machine, IN_USE: in_use})
+        assert other.busy is is_busy
+        assert ("did other work" in markdown(other)) is is_busy
 
 
 def test_the_table_says_what_was_missed_and_why(capsys: pytest.CaptureFixture[str]) -> None:
