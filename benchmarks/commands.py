@@ -14,7 +14,8 @@ from urllib.parse import urlsplit
 
 from cluster_tasks.redis_store import connect
 
-_LINE = re.compile(rb'^\+\d+\.\d+ \[\d+ (?P<who>[^\]]+)\] (?P<words>".*)$', re.DOTALL)
+LINE = re.compile(rb'^\+?(?P<at>\d+\.\d+) \[\d+ (?P<who>[^\]]+)\] (?P<words>".*)$', re.DOTALL)
+"""A line of MONITOR that tells of a command, with or without the sign of the protocol."""
 _WORD = re.compile(rb'"((?:[^"\\]|\\.)*)"', re.DOTALL)
 _ESCAPED = re.compile(rb"\\(x[0-9a-f]{2}|.)", re.DOTALL)
 _PLAIN = {b"n": b"\n", b"r": b"\r", b"t": b"\t", b"a": b"\a", b"b": b"\b"}
@@ -25,10 +26,13 @@ READ_AT_ONCE = 1 << 16
 
 def words_of(line: bytes) -> list[bytes] | None:
     """The words of a command in a line of MONITOR; None if it is none, or one that a script gave."""
-    found = _LINE.match(line)
-    if found is None or found["who"] == BY_SCRIPT:
-        return None
-    return [_ESCAPED.sub(_unescaped, word) for word in _WORD.findall(found["words"])]
+    found = LINE.match(line)
+    return None if found is None or found["who"] == BY_SCRIPT else unquoted(found["words"])
+
+
+def unquoted(words: bytes) -> list[bytes]:
+    """The words of a command as they were said."""
+    return [_ESCAPED.sub(_unescaped, word) for word in _WORD.findall(words)]
 
 
 def _unescaped(found: re.Match[bytes]) -> bytes:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha1
@@ -12,12 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import cluster_tasks
+from benchmarks.commands import BY_SCRIPT, LINE, unquoted
 from cluster_tasks.redis_store import connect
-
-LINE = re.compile(rb'^(\d+\.\d+) \[\d+ ([^\]]+)\] (".*")$', re.DOTALL)
-WORD = re.compile(rb'"((?:[^"\\]|\\.)*)"', re.DOTALL)
-ESCAPE = re.compile(rb"\\(?:x([0-9a-f]{2})|(.))", re.DOTALL)
-PLAIN: Mapping[bytes, bytes] = {b"n": b"\n", b"r": b"\r", b"t": b"\t", b"a": b"\a", b"b": b"\b"}
 
 
 @dataclass(slots=True)
@@ -67,7 +62,7 @@ class Monitor:
             at_s, client, words = self._next()
             if words[-1] == mark:
                 return found
-            if client == "lua":
+            if client == BY_SCRIPT.decode():
                 found[-1].inside.append(words[0].upper().decode())
             elif name := self._name(words):
                 found.append(Command(at_s, client, words, name))
@@ -81,8 +76,7 @@ class Monitor:
         line: Any = self._connection.read_response(disable_decoding=True)
         matched = LINE.match(line)
         assert matched is not None, line
-        words = tuple(ESCAPE.sub(_unescape, word) for word in WORD.findall(matched[3]))
-        return float(matched[1]), matched[2].decode(), words
+        return float(matched["at"]), matched["who"].decode(), tuple(unquoted(matched["words"]))
 
     def _name(self, words: tuple[bytes, ...]) -> str:
         command = words[0].upper()
@@ -100,11 +94,6 @@ class Monitor:
         name = of_file[0] if of_file else "foreign"
         self._names[sha1(text, usedforsecurity=False).hexdigest().encode()] = name
         return name
-
-
-def _unescape(matched: re.Match[bytes]) -> bytes:
-    code, char = matched.groups()
-    return bytes.fromhex(code.decode()) if code else PLAIN.get(char, char)
 
 
 def script_sources() -> dict[str, bytes]:
