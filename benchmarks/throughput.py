@@ -7,8 +7,8 @@ one process with two threads (``threads``), or one that runs one job after the o
 coroutines have as many as they like in one process, which is compared with ``threads``, or in two, with ``prefork``.
 
 The clock is a note of 12 bytes that the job itself appends to a file, the same for all (``benchmarks.peers.job``): it
-costs nobody a round trip. The rate is that between the first and the last note; with several workers, of the time in
-which all of them were at work. The start of a worker is not in it. Only the ratios mean something on a machine that
+costs nobody a round trip. The rate is that between the first and the last note; with several processes, of the time in
+which all of them were at work. The start of a process is not in it. Only the ratios mean something on a machine that
 does other work: each is of one round, and their median counts.
 
 The stock worker is without gossip, mingle and heartbeats and fetches 64 jobs a slot ahead, as Celery's guide advises
@@ -48,6 +48,8 @@ STOCK_MARK, PEER_MARK = 3.0, 1.0
 SOLO = "solo"
 POOLS = (PREFORK, THREADS, SOLO)
 SLOTS = {PREFORK: 2, THREADS: 2, SOLO: 1}
+PROCESSES = {PREFORK: 2, THREADS: 1, SOLO: 1}
+"""Of a worker, that run jobs."""
 QUIET = ("--without-gossip", "--without-mingle", "--without-heartbeat")
 BESIDE = Path(__file__).with_name("peers")
 """Where the apps of the peers are imported from."""
@@ -55,7 +57,7 @@ JOB_S = 0.05
 """A job takes less: who waits longer for all of them waits for one that is lost."""
 START_S = 300.0
 LEAST_SHARE = 0.2
-"""Of the jobs, that have to run while all workers are at work."""
+"""Of the jobs, that have to run while all processes are at work."""
 
 
 class Apps(Protocol):
@@ -97,11 +99,11 @@ class Bench:
         processes = [
             celery_worker(
                 apps.__name__, f"node{number}@benchmark", pool, SLOTS[pool], log,
-                {**environ, job.ENDS: str(ends), job.WORKER: str(number)}, extra,
+                {**environ, job.ENDS: str(ends)}, extra,
             )
             for number in range(workers)
         ]  # fmt: skip
-        rate = self._rate(processes, ends, workers)
+        rate = self._rate(processes, ends, workers * PROCESSES[pool])
         stored = self._client.exists(*names)
         if stored != self._jobs * results:
             raise RuntimeError(f"{variant}: {stored} of {self._jobs} results were stored")
@@ -119,13 +121,11 @@ class Bench:
         subprocess.run(publish, env={**os.environ, **environ}, check=True, stdin=subprocess.DEVNULL)
         log, ends = self._files()
         processes = [
-            Worker(
-                [str(programs / words[0]), *words[1:]], log, {**environ, job.ENDS: str(ends), job.WORKER: str(number)}
-            )
-            for number in range(workers)
+            Worker([str(programs / words[0]), *words[1:]], log, {**environ, job.ENDS: str(ends)})
+            for _ in range(workers)
             for words in peer.workers[pool]
         ]
-        rate = self._rate(processes, ends, workers)
+        rate = self._rate(processes, ends, workers * PROCESSES[pool])
         if peer.results:
             stored = sum(1 for _ in self._client.scan_iter(f"{peer.results}*", count=1000))
             if stored != self._jobs * results:
@@ -140,30 +140,39 @@ class Bench:
         turn = next(self._turns)
         return self._directory / f"turn{turn}.log", self._directory / f"turn{turn}.ends"
 
-    def _rate(self, processes: Sequence[Worker], ends: Path, workers: int) -> float:
+    def _rate(self, workers: Sequence[Worker], ends: Path, processes: int) -> float:
         size = job.NOTE.size * self._jobs
         with ExitStack() as stack:
-            for process in processes:
-                stack.enter_context(process)
+            for worker in workers:
+                stack.enter_context(worker)
             within_s = START_S + JOB_S * self._jobs
-            wait_until(lambda: ends.exists() and ends.stat().st_size >= size, within_s, processes)
-        return jobs_per_s(list(job.NOTE.iter_unpack(ends.read_bytes())), workers)
+            wait_until(lambda: ends.exists() and ends.stat().st_size >= size, within_s, workers)
+        return jobs_per_s(list(job.NOTE.iter_unpack(ends.read_bytes())), processes)
 
 
-def jobs_per_s(notes: Sequence[tuple[float, int]], workers: int) -> float:
-    """Return the rate of the time in which all workers were at work. Raises RuntimeError if that was too short."""
-    times = [sorted(at_s for at_s, worker in notes if worker == number) for number in range(workers)]
-    if not all(times):
-        raise RuntimeError("a worker ran no job: give more --jobs")
-    begun_s, ended_s = max(each[0] for each in times), min(each[-1] for each in times)
+def jobs_per_s(notes: Sequence[tuple[float, int]], processes: int) -> float:
+    """Return the rate of the time in which all processes were at work. Raises RuntimeError if that was too short.
+
+    A note is the time in seconds and the id of the process.
+    """
+    times: dict[int, list[float]] = {}
+    for at_s, process in notes:
+        times.setdefault(process, []).append(at_s)
+    if len(times) < processes:
+        raise RuntimeError(f"{len(times)} of {processes} processes ran jobs: give more --jobs")
+    begun_s, ended_s = max(map(min, times.values())), min(map(max, times.values()))
     within = sum(begun_s <= at_s <= ended_s for at_s, _ in notes)
     if ended_s <= begun_s or within < LEAST_SHARE * len(notes):
-        raise RuntimeError(f"all workers were at work for {within} of {len(notes)} jobs: give more --jobs")
+        raise RuntimeError(f"all processes were at work for {within} of {len(notes)} jobs: give more --jobs")
     return (within - 1) / (ended_s - begun_s)
 
 
 def measure(options: argparse.Namespace) -> Iterator[Row]:
     """Yield a row for each pool, and one for each peer beside it."""
+    # First of all: who cannot be installed is found out before others are measured for minutes.
+    for peer in PEERS:
+        if peer.name in options.peers:
+            environment(peer.name, peer.requirements)
     with private_redis() as server:
         bench = Bench(server.url, server.directory, options.jobs)
         try:

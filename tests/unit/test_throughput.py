@@ -8,16 +8,16 @@ from benchmarks.peers.contestants import PEERS, PREFORK
 from benchmarks.throughput import jobs_per_s, peer_row
 
 
-def notes(worker: int, first_s: float, last_s: float, count: int) -> list[tuple[float, int]]:
+def notes(process: int, first_s: float, last_s: float, count: int) -> list[tuple[float, int]]:
     step_s = (last_s - first_s) / (count - 1)
-    return [(first_s + number * step_s, worker) for number in range(count)]
+    return [(first_s + number * step_s, process) for number in range(count)]
 
 
-def test_the_rate_of_one_worker_is_that_between_its_first_job_and_its_last() -> None:
+def test_the_rate_of_one_process_is_that_between_its_first_job_and_its_last() -> None:
     assert jobs_per_s(notes(0, 5.0, 15.0, 1001), 1) == pytest.approx(100)
 
 
-def test_of_two_workers_only_the_time_counts_in_which_both_were_at_work() -> None:
+def test_of_two_processes_only_the_time_counts_in_which_both_were_at_work() -> None:
     alone_before_and_after = notes(0, 0.0, 20.0, 2001) + notes(1, 5.0, 15.0, 1001)
     assert jobs_per_s(alone_before_and_after, 2) == pytest.approx(200, rel=0.01)
 
