@@ -25,8 +25,8 @@ import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from itertools import count
 from pathlib import Path
 from statistics import median
@@ -55,7 +55,7 @@ BESIDE = Path(__file__).with_name("peers")
 """Where the apps of the peers are imported from."""
 JOB_S = 0.05
 """A job takes less: who waits longer for all of them waits for one that is lost."""
-START_S = 300.0
+START_S, STORED_S = 300.0, 10.0
 LEAST_SHARE = 0.2
 """Of the jobs, that have to run while all processes are at work."""
 
@@ -125,11 +125,15 @@ class Bench:
             for _ in range(workers)
             for words in peer.workers[pool]
         ]
-        rate = self._rate(processes, ends, workers * PROCESSES[pool])
-        if peer.results:
-            stored = sum(1 for _ in self._client.scan_iter(f"{peer.results}*", count=1000))
-            if stored != self._jobs * results:
-                raise RuntimeError(f"{peer.name}: {stored} of {self._jobs} results were stored")
+        wanted = self._jobs * results
+
+        def stored() -> int:
+            # Of some the keys tell nothing.
+            return sum(1 for _ in self._client.scan_iter(f"{peer.results}*", count=1000)) if peer.results else wanted
+
+        rate = self._rate(processes, ends, workers * PROCESSES[pool], lambda: stored() == wanted)
+        if stored() != wanted:
+            raise RuntimeError(f"{peer.name}: {stored()} of {self._jobs} results were stored")
         return rate
 
     def close(self) -> None:
@@ -140,13 +144,18 @@ class Bench:
         turn = next(self._turns)
         return self._directory / f"turn{turn}.log", self._directory / f"turn{turn}.ends"
 
-    def _rate(self, workers: Sequence[Worker], ends: Path, processes: int) -> float:
+    def _rate(
+        self, workers: Sequence[Worker], ends: Path, processes: int, are_stored: Callable[[], bool] = lambda: True
+    ) -> float:
         size = job.NOTE.size * self._jobs
         with ExitStack() as stack:
             for worker in workers:
                 stack.enter_context(worker)
             within_s = START_S + JOB_S * self._jobs
             wait_until(lambda: ends.exists() and ends.stat().st_size >= size, within_s, workers)
+            # A worker that is stopped drops coroutines that have run and whose results are still to be stored.
+            with suppress(TimeoutError):
+                wait_until(are_stored, STORED_S, workers)
         return jobs_per_s(list(job.NOTE.iter_unpack(ends.read_bytes())), processes)
 
 
