@@ -15,7 +15,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import redis
 from celery import Celery, states
@@ -49,7 +48,7 @@ class Awaiting:
     def __init__(self, app: Celery, sentinel_master: str) -> None:
         """No I/O."""
         self._app, self._sentinel_master = app, sentinel_master
-        self._askers: WeakKeyDictionary[AbstractEventLoop, _Asker] = WeakKeyDictionary()
+        self._askers: dict[AbstractEventLoop, _Asker] = {}
 
     async def wait(self, result: Any, timeout_s: float | None = None, *, propagate: bool = True) -> Any:
         """Return the result of a job, or of each job of a group, and raise what ``result.get()`` raises.
@@ -78,7 +77,12 @@ class Awaiting:
 
     def _asker(self) -> _Asker:
         loop = asyncio.get_running_loop()
-        return self._askers.get(loop) or self._askers.setdefault(loop, _Asker(self._source))
+        if (asker := self._askers.get(loop)) is None:
+            # An asker's task holds its loop, so weak references would keep both.
+            for closed in [each for each in list(self._askers) if each.is_closed()]:
+                self._askers.pop(closed, None)
+            asker = self._askers[loop] = _Asker(self._source)
+        return asker
 
     async def _wait_for_end(self, result: AsyncResult, before: Sequence[AsyncResult], timeout_s: float | None) -> None:
         loop, asker = asyncio.get_running_loop(), self._asker()

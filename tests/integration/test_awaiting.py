@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -264,6 +266,21 @@ def test_results_that_live_elsewhere_are_asked_for_in_a_thread(redis_url: str, t
 
     assert run(main) == 4
     jobs.app.close()
+
+
+def test_loops_that_are_over_are_forgotten(jobs: Jobs) -> None:
+    loops: list[weakref.ref[asyncio.AbstractEventLoop]] = []
+
+    async def main() -> None:
+        loops.append(weakref.ref(asyncio.get_running_loop()))
+        with pytest.raises(CeleryTimeout):
+            await jobs.cluster.wait(jobs.work.delay(), 0.05)
+
+    for _ in range(4):
+        run(main)
+    gc.collect()
+    # The last one may be remembered until there is another.
+    assert [loop() is None for loop in loops[:-1]] == [True] * 3
 
 
 def test_what_cannot_be_read_is_raised_by_all_who_wait(jobs: Jobs) -> None:
