@@ -28,8 +28,7 @@ class ClusterEmbeddings(Embeddings):
         timeout_s: float | None = None, app: Celery | None = None,
     ) -> None:  # fmt: skip
         """No I/O. Raises ValueError for a ``batch_size`` below 1."""
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size!r}: expected at least 1, the texts of a job")
+        check_batch_size(batch_size)
         self.model, self.batch_size, self.cache, self.timeout_s, self.app = model, batch_size, cache, timeout_s, app
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
@@ -56,3 +55,9 @@ class ClusterEmbeddings(Embeddings):
     def _calls(self, texts: Sequence[str]) -> Iterator[dict[str, Any]]:
         for start in range(0, len(texts), self.batch_size):
             yield {"texts": list(texts[start : start + self.batch_size]), "model": self.model, "cache": self.cache}
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Raise ValueError if jobs cannot have so many texts each."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size!r}: expected at least 1, the texts of a job")

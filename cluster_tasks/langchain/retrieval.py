@@ -14,7 +14,7 @@ from langchain_core.vectorstores import VectorStore
 from pydantic import ConfigDict
 
 from cluster_tasks.errors import CollectionNotFound, ConfigurationError
-from cluster_tasks.langchain.embeddings import ClusterEmbeddings
+from cluster_tasks.langchain.embeddings import ClusterEmbeddings, check_batch_size
 from cluster_tasks.langchain.sending import Sender
 from cluster_tasks.tasks.arguments import AddArguments, CacheUse, Rerank
 from cluster_tasks.tasks.base import validate_arguments
@@ -22,7 +22,7 @@ from cluster_tasks.tasks.base import validate_arguments
 ADD, GET, SEARCH = "retrieval.add_documents", "retrieval.get_documents", "retrieval.search"
 DELETE = "retrieval.delete_documents"
 BATCH = 100
-"""Documents of a job."""
+"""Documents of a job, unless its caller says otherwise."""
 BATCH_CHARACTERS = 1_000_000
 """A job of several documents holds no more text."""
 
@@ -70,24 +70,24 @@ class ClusterVectorStore(VectorStore):
 
     def add_texts(
         self, texts: Iterable[str], metadatas: list[dict[str, Any]] | None = None, *, ids: list[str] | None = None,
-        **kwargs: Any,
+        batch_size: int = BATCH, **kwargs: Any,
     ) -> list[str]:  # fmt: skip
         """Add texts, or replace those of the same id; return their ids. Without an id, equal texts have an equal one.
 
-        ``split={"size": 1000}`` stores each in passages. Several jobs are under way at once: when this raises, some of
-        the texts may have been added, and adding them again is harmless.
+        ``split={"size": 1000}`` stores each in passages. Several jobs of ``batch_size`` texts are under way at once:
+        when this raises, some of the texts may have been added, and adding them again is harmless.
         """
-        ids, calls = self._adding(texts, metadatas, ids, kwargs)
+        ids, calls = self._adding(texts, metadatas, ids, batch_size, kwargs)
         for _ in self._sender.calls(ADD, calls):
             pass
         return ids
 
     async def aadd_texts(
         self, texts: Iterable[str], metadatas: list[dict[str, Any]] | None = None, *, ids: list[str] | None = None,
-        **kwargs: Any,
+        batch_size: int = BATCH, **kwargs: Any,
     ) -> list[str]:  # fmt: skip
         """As ``add_texts``, for asyncio."""
-        ids, calls = self._adding(texts, metadatas, ids, kwargs)
+        ids, calls = self._adding(texts, metadatas, ids, batch_size, kwargs)
         async for _ in self._sender.acalls(ADD, calls):
             pass
         return ids
@@ -205,9 +205,10 @@ class ClusterVectorStore(VectorStore):
 
     def _adding(
         self, texts: Iterable[str], metadatas: list[dict[str, Any]] | None, ids: Sequence[str | None] | None,
-        options: Mapping[str, Any],
+        batch_size: int, options: Mapping[str, Any],
     ) -> tuple[list[str], Iterator[dict[str, Any]]]:  # fmt: skip
         """Return the ids of texts, and the arguments of the jobs that add them."""
+        check_batch_size(batch_size)
         texts = list(texts)
         for name, given in (("metadatas", metadatas), ("ids", ids)):
             if given is not None and len(given) != len(texts):
@@ -224,7 +225,8 @@ class ClusterVectorStore(VectorStore):
         assert isinstance(parsed, AddArguments)
         # Jobs end in any order: of documents with one id only the last is sent.
         last = {document.id: document.model_dump(mode="json") for document in parsed.documents}
-        calls = ({"collection": self.collection, "documents": some, **options} for some in _in_batches(last.values()))
+        batches = _in_batches(last.values(), batch_size)
+        calls = ({"collection": self.collection, "documents": some, **options} for some in batches)
         return [document.id for document in parsed.documents], calls
 
     def _chosen(self, ids: list[str] | None, filter: Filter = None) -> dict[str, Any]:  # noqa: A002 - as in a search
@@ -284,12 +286,12 @@ def _asked(k: int, where: Filter, options: Mapping[str, Any], **what: Any) -> di
     return {**what, "k": k, "where": where, "mode": "vector", **options}
 
 
-def _in_batches(documents: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+def _in_batches(documents: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
     batch: list[dict[str, Any]] = []
     characters = 0
     for document in documents:
         characters += len(document["text"])
-        if batch and (len(batch) == BATCH or characters > BATCH_CHARACTERS):
+        if batch and (len(batch) == size or characters > BATCH_CHARACTERS):
             yield batch
             batch, characters = [], len(document["text"])
         batch.append(document)
