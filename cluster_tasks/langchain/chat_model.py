@@ -17,6 +17,7 @@ from langchain_core.messages import (
     AIMessageChunk,
     BaseMessage,
     InvalidToolCall,
+    ToolMessage,
     convert_to_openai_messages,
 )
 from langchain_core.messages.ai import UsageMetadata
@@ -36,8 +37,10 @@ from cluster_tasks.tasks.streams import TextStream, stream
 GENERATE = "llm.generate"
 TOLD = ("finish_reason", "provider", "degraded", "degraded_reason", "cached", "age_s")
 """What a message says of its making, beside ``model_name``."""
-UNKNOWN_TO_PROVIDERS = ("invalid_tool_call", "reasoning", "tool_call", "tool_call_chunk")
-"""Blocks of LangChain's own in an answer; the calls among them are said by ``tool_calls`` as well."""
+KNOWN_TO_PROVIDERS = (
+    "text", "refusal", "tool_use", "image", "image_url", "audio", "input_audio", "video", "file",
+)  # fmt: skip
+"""Blocks of an answer that chat completions, or LangChain's translation to them, know."""
 
 
 class ChatCluster(BaseChatModel):
@@ -59,8 +62,9 @@ class ChatCluster(BaseChatModel):
     """Calls of one session prefer the same node."""
     allow_degraded: bool = True
     """Whether another provider may answer when the first is not to be had; the message says ``degraded`` then."""
-    streaming: bool = False
-    """True: ``invoke`` streams as well. False, if it is given: ``stream`` yields the answer in one piece."""
+    # Not False by default: LangChain makes models with the values of others (``configurable_fields``), which are given.
+    streaming: bool | None = None
+    """True: ``invoke`` streams as well. False: ``stream`` yields the answer in one piece."""
     timeout_s: float | None = Field(default=None, alias="timeout")
     """The longest wait for an answer, of a stream for its next piece; None: no limit."""
     app: Celery | None = Field(default=None, exclude=True, repr=False)
@@ -73,6 +77,10 @@ class ChatCluster(BaseChatModel):
     @property
     def _identifying_params(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("model", "temperature", "max_tokens", "stop", "allow_degraded")}
+
+    def _get_invocation_params(self, stop: list[str] | None = None, **kwargs: Any) -> dict[str, Any]:
+        # LangChain puts the call's in the place of the model's, None too, and finds answers in its cache by that.
+        return super()._get_invocation_params(stop=stop or self.stop, **kwargs)
 
     def bind_tools(
         self,
@@ -143,8 +151,7 @@ class ChatCluster(BaseChatModel):
         arguments = {name: getattr(self, name) for name in names} | {"stop": stop or self.stop or None} | dict(given)
         # LangChain's own: whether to call ``_stream``.
         arguments.pop("stream", None)
-        said = convert_to_openai_messages([_told_to_providers(message) for message in messages])
-        return {"messages": said} | {name: value for name, value in arguments.items() if value is not None}
+        return {"messages": _said(messages)} | {name: value for name, value in arguments.items() if value is not None}
 
 
 def _choice(asked: str | dict[str, Any] | bool) -> str | dict[str, Any]:
@@ -156,12 +163,35 @@ def _choice(asked: str | dict[str, Any] | bool) -> str | dict[str, Any]:
     return asked
 
 
+def _said(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
+    """Return messages as in chat completions."""
+    answered = {message.tool_call_id for message in messages if isinstance(message, ToolMessage)}
+    said: list[dict[str, Any]] = []
+    for message in messages:
+        first, *others = convert_to_openai_messages([_told_to_providers(message)])
+        # LangChain leaves out invalid calls. A reply to one, as that its arguments are no JSON, is refused without it.
+        if isinstance(message, AIMessage) and (
+            calls := [_as_made(call) for call in message.invalid_tool_calls if call["id"] in answered]
+        ):
+            first["tool_calls"] = [*first.get("tool_calls", ()), *calls]
+        said += [first, *others]
+    return said
+
+
+def _as_made(call: InvalidToolCall) -> dict[str, Any]:
+    function = {"name": call["name"] or "", "arguments": call["args"] or ""}
+    return {"type": "function", "id": call["id"], "function": function}
+
+
 def _told_to_providers(message: BaseMessage) -> BaseMessage:
-    """Return an answer without the blocks that only LangChain knows; any other message as it is."""
+    """Return an answer without the blocks that only LangChain or its maker knows; any other message as it is.
+
+    The calls among them are said by ``tool_calls`` as well.
+    """
     if not isinstance(message, AIMessage) or isinstance(message.content, str):
         return message
     blocks = [
-        block for block in message.content if isinstance(block, str) or block.get("type") not in UNKNOWN_TO_PROVIDERS
+        block for block in message.content if isinstance(block, str) or block.get("type") in (None, *KNOWN_TO_PROVIDERS)
     ]
     return message.model_copy(update={"content": blocks})
 
@@ -171,8 +201,12 @@ def _result(answer: Mapping[str, Any]) -> ChatResult:
     invalid: list[InvalidToolCall] = []
     for call in answer["tool_calls"]:
         try:
-            if (parsed := parse_tool_call(call)) is not None:
+            if (parsed := parse_tool_call(call)) is None:
+                continue
+            if isinstance(parsed["args"], dict):
                 calls.append(tool_call(name=parsed["name"], args=parsed["args"], id=parsed["id"]))
+            else:
+                invalid.append(make_invalid_tool_call(call, "the arguments are no JSON object"))
         except OutputParserException as exc:
             invalid.append(make_invalid_tool_call(call, str(exc)))
     message = AIMessage(

@@ -17,10 +17,12 @@ from celery.exceptions import TimeoutError as CeleryTimeout
 from langchain_core.caches import BaseCache
 from langchain_core.documents import Document
 from langchain_core.embeddings import DeterministicFakeEmbedding
+from langchain_core.indexing import InMemoryRecordManager, aindex, index
 from langchain_core.language_models import GenericFakeChatModel
-from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage
+from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, ToolMessage
 from langchain_core.outputs import Generation
 from langchain_core.retrievers import BaseRetriever
+from langchain_core.runnables import ConfigurableField
 from langchain_tests.integration_tests import (
     AsyncCacheTestSuite,
     ChatModelIntegrationTests,
@@ -317,6 +319,26 @@ def test_texts_are_added_by_the_hundred_and_the_last_of_an_id_stays(store: Clust
     assert store.add_texts(["equal", "equal"]) == [store.add_texts(["equal"])[0]] * 2
 
 
+@pytest.mark.parametrize("asked", ["threads", "asyncio"])
+def test_documents_are_kept_up_to_date_by_the_index_of_langchain(store: ClusterVectorStore, asked: str) -> None:
+    records = InMemoryRecordManager(store.collection)
+
+    def keep(*texts: str) -> dict[str, int]:
+        documents = [Document(text) for text in texts]
+        options: Any = {"batch_size": 2, "cleanup": "full", "key_encoder": "sha256"}
+        if asked == "threads":
+            done: Any = index(documents, records, store, **options)
+        else:
+            done = asyncio.run(aindex(documents, records, store, **options))
+        return dict(done)
+
+    assert keep(*TEXTS) == {"num_added": 3, "num_updated": 0, "num_skipped": 0, "num_deleted": 0}
+    assert keep(*TEXTS[1:]) == {"num_added": 0, "num_updated": 0, "num_skipped": 2, "num_deleted": 1}
+    assert {found.page_content for found in store.similarity_search("x", k=3)} == set(TEXTS[1:])
+    with pytest.raises(ValueError, match="batch_size=0: expected at least 1"):
+        store.add_texts(["a"], batch_size=0)
+
+
 def test_what_cannot_be_stored_is_named_before_anything_is_sent(store: ClusterVectorStore) -> None:
     with pytest.raises(InvalidArguments, match=r"documents\.1\.metadata\.when: .*not dict"):
         store.add_texts(["a", "b"], [{}, {"when": {}}])
@@ -374,6 +396,12 @@ def test_an_answer_is_streamed_while_it_is_made_and_says_how(chat: ChatCluster, 
     assert whole.usage_metadata == {"input_tokens": 8, "output_tokens": 8, "total_tokens": 16}
     expected = {"model_name": MODEL, "finish_reason": "stop", "provider": "openai", "degraded": False}
     assert expected.items() <= whole.response_metadata.items()
+
+
+def test_a_model_that_is_configured_for_a_call_streams_as_before(chat: ChatCluster) -> None:
+    model = chat.configurable_fields(temperature=ConfigurableField(id="temperature"))
+    assert len(list(model.stream(SAID, config={"configurable": {"temperature": 0.5}}))) > 1
+    assert len(list(ChatCluster(timeout=WITHIN_S, app=chat.app, streaming=False).stream(SAID))) == 1
 
 
 @pytest.mark.parametrize("asked", ["threads", "asyncio"])
@@ -458,17 +486,38 @@ def test_parameters_of_the_model_and_of_the_call_reach_the_provider(chat: ChatCl
     assert answered == {"role": "assistant", "content": "said"}
 
 
+def test_answers_of_other_models_and_replies_to_invalid_calls_are_said_as_providers_know_them(
+    chat: ChatCluster, provider: FakeOpenAI
+) -> None:
+    theirs: Any = [
+        {"type": "thinking", "thinking": "hm", "signature": "x"},
+        {"type": "text", "text": "said"},
+        {"type": "function_call", "call_id": "1", "name": "add", "arguments": "{}"},
+    ]
+    invalid: Any = {"type": "invalid_tool_call", "name": "add", "args": '{"a": ', "error": "no JSON"}
+    calling = AIMessage(
+        theirs, tool_calls=[{"id": "1", "name": "add", "args": {}}],
+        invalid_tool_calls=[{**invalid, "id": "2"}, {**invalid, "id": "nobody replied"}],
+    )  # fmt: skip
+    chat.invoke([calling, ToolMessage("3", tool_call_id="1"), ToolMessage("no JSON", tool_call_id="2")])
+    answered, *replies = provider.requests[-1].body["messages"]
+    assert answered["content"] == "said"
+    told = [(call["id"], call["function"]["arguments"]) for call in answered["tool_calls"]]
+    assert told == [("1", "{}"), ("2", '{"a": ')]
+    assert [reply["tool_call_id"] for reply in replies] == ["1", "2"]
+
+
 def test_a_call_whose_arguments_are_no_json_is_invalid_and_the_others_are_not(
     chat: ChatCluster, provider: FakeOpenAI
 ) -> None:
     calls = [
         {"id": str(number), "type": "function", "function": {"name": "add", "arguments": arguments}}
-        for number, arguments in enumerate(['{"a": 1}', '{"a": '])
+        for number, arguments in enumerate(['{"a": 1}', '{"a": ', "[1]"])
     ]
     provider.reply(tool_calls=calls)
     answer = chat.invoke("x")
     assert [(call["id"], call["args"]) for call in answer.tool_calls] == [("0", {"a": 1})]
-    assert [(call["id"], call["args"]) for call in answer.invalid_tool_calls] == [("1", '{"a": ')]
+    assert [(call["id"], call["args"]) for call in answer.invalid_tool_calls] == [("1", '{"a": '), ("2", "[1]")]
 
 
 def test_errors_of_the_job_and_settings_that_are_the_nodes_are_told(chat: ChatCluster, provider: FakeOpenAI) -> None:
@@ -497,6 +546,17 @@ def test_an_answer_is_made_once_and_a_degraded_one_is_made_again(app: Celery, pr
     provider.fail(500)
     answers = [model.invoke("another") for _ in range(2)]
     assert [answer.response_metadata["degraded"] for answer in answers] == [True, False]
+
+
+def test_answers_of_models_that_stop_elsewhere_are_not_mixed_up(app: Celery, provider: FakeOpenAI) -> None:
+    cache = ClusterCache(namespace=f"n{uuid4().hex}", app=app)
+    before = provider.counts[CHAT_PATH]
+    for stop in (None, ["END"], ["STOP"], ["END"]):
+        ChatCluster(timeout=WITHIN_S, app=app, cache=cache, stop=stop).invoke("asked of several")
+    assert provider.counts[CHAT_PATH] - before == 3
+    # Said in the call or by the model: it is one and the same.
+    ChatCluster(timeout=WITHIN_S, app=app, cache=cache).invoke("asked of several", stop=["END"])
+    assert provider.counts[CHAT_PATH] - before == 3
 
 
 def test_models_of_others_are_cached_and_damage_is_a_miss(app: Celery, caplog: pytest.LogCaptureFixture) -> None:
