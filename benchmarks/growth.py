@@ -35,7 +35,6 @@ UNSAID = frozenset(
 )
 """What opens, ends or brackets, and costs next to nothing."""
 BLOCKING = frozenset({b"BRPOP", b"BLPOP"})
-BLOCK_S = b"0.001"
 AT_ONCE = 500
 LEAST_CALLS, MOST_CALLS = 20, 400
 ENOUGH_CPU_S = 0.1
@@ -163,8 +162,9 @@ class Simulation:
         for (words, giver), node in islice(zip(cycle(examples), chosen, strict=False), MOST_CALLS):
             said = list(words) if giver is None else said_by(words, giver, node)
             if said[0].upper() in BLOCKING:
-                said[-1] = BLOCK_S
-            self._say([said])
+                self._wait(said)
+            else:
+                self._say([said])
             calls += 1
             if calls % LEAST_CALLS == 0 and self._cpu_s() - begun_s > ENOUGH_CPU_S:
                 break
@@ -173,6 +173,16 @@ class Simulation:
     def _cpu_s(self) -> float:
         used: Any = self._client.info("cpu")
         return float(used["used_cpu_user"] + used["used_cpu_sys"])
+
+    def _wait(self, words: Command) -> None:
+        """Give a command that waits, and what it waits for: while nothing comes, Redis is busy with itself."""
+        connection = self._client.connection_pool.get_connection()
+        try:
+            connection.send_packed_command(connection.pack_command(*words))
+            self._client.lpush(words[1], b"")
+            connection.read_response(disable_decoding=True)
+        finally:
+            self._client.connection_pool.release(connection)
 
     def _say(self, commands: Sequence[Command]) -> None:
         # Unparsed: a callback that makes sense of an answer is no cost of Redis.
