@@ -10,7 +10,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import cached_property
 from typing import Any
@@ -28,7 +28,7 @@ from celery.exceptions import TaskRevokedError
 from kombu.exceptions import EncodeError, OperationalError
 from kombu.utils.encoding import bytes_to_str
 
-from cluster_tasks.broker import deliveries, hedging
+from cluster_tasks.broker import deliveries, hedging, plain_json
 from cluster_tasks.broker.hedging import Hedge
 from cluster_tasks.broker.members import member_ids, members_of
 from cluster_tasks.broker.message import Delivery
@@ -47,6 +47,7 @@ from cluster_tasks.redis_store import (
 
 logger = logging.getLogger(__name__)
 
+JSON = "application/json"
 ENDED_LIVES_S = 300
 """How long it is remembered that a job without a result has ended."""
 SEQUELS_LIVE_S = 3600
@@ -114,6 +115,24 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
         """The line of Lua that names the databases of jobs and of results."""
         jobs, results = self.app.conf.broker_url, self.app.conf.result_backend
         return f"local jobs_db, results_db = {database_of(jobs)}, {database_of(results)}"
+
+    def _encode(self, data: Any) -> tuple[str, str, Any]:
+        if self._speaks_json and (text := plain_json.written(data)) is not None:
+            return self.content_type, self.content_encoding, text
+        encoded: tuple[str, str, Any] = super()._encode(data)
+        return encoded
+
+    def decode(self, payload: Any) -> Any:
+        """As ever, and quickly what is plain."""
+        if payload and self._speaks_json:
+            # What is compressed is no JSON.
+            with suppress(ValueError):
+                return plain_json.read(payload)
+        return super().decode(payload)
+
+    @cached_property
+    def _speaks_json(self) -> bool:
+        return self.content_type == JSON and (self.accept is None or JSON in self.accept)
 
     # Celery asks for these endings only where a result is to be stored; here each one is a commit.
 

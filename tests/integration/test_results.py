@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -53,6 +54,28 @@ def test_a_result_and_the_end_of_its_delivery_are_one_step(broker: Broker, app: 
     # A reply that was lost makes Celery repeat it.
     app.backend.mark_as_done("job", 42, request=request)
     assert stale(broker) == 0
+
+
+RESULTS = [{"vectors": [[0.1, -2.5e-8, 3]], "text": "né"}, {"at": datetime(2026, 1, 1, tzinfo=UTC)}, [None], "", 0]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"result_compression": "zlib"}, {"result_serializer": "pickle", "result_accept_content": ["pickle"]}],
+    ids=["JSON", "compressed", "pickled"],
+)
+@pytest.mark.parametrize("result", RESULTS, ids=str)
+@pytest.mark.filterwarnings("ignore:Call to deprecated setex")  # Celery's own way to store a result that expires.
+def test_a_plain_celery_reads_the_results_and_the_cluster_those_of_it(
+    broker: Broker, app: Celery, epoch: str, redis_url: str, settings: dict[str, Any], result: Any
+) -> None:
+    app.conf.update(settings)
+    app.backend.mark_as_done("job", result, request=take(broker, epoch, "job"))
+    with Celery("plain", set_as_current=False, broker=redis_url, backend=app.conf.result_backend) as plain:
+        plain.conf.update(settings)
+        plain.backend.store_result("other", result, "SUCCESS")
+        for reader in (app, plain):
+            assert [reader.AsyncResult(job_id).result for job_id in ("job", "other")] == [result, result]
 
 
 def test_a_fenced_node_commits_nothing(broker: Broker, app: Celery, epoch: str) -> None:
