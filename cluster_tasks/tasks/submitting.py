@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple, overload
 
 from celery import Celery, states
@@ -100,9 +101,12 @@ class Submitted(Sequence[Any]):
 
     def forget(self) -> None:
         """Delete the results. Raises redis.RedisError."""
-        backend = self._task.backend
         for start in range(0, len(self), READ_AT_ONCE):
-            backend.client.delete(*map(backend.get_key_for_task, self.ids[start : start + READ_AT_ONCE]))
+            self._task.backend.client.delete(*self._keys[start : start + READ_AT_ONCE])
+
+    @cached_property
+    def _keys(self) -> list[bytes]:
+        return list(map(self._task.backend.get_key_for_task, self.ids))
 
     def _waiting(self) -> list[int]:
         """The places of those of which no end is known."""
@@ -116,9 +120,9 @@ class Submitted(Sequence[Any]):
     def _look(self, places: Sequence[int]) -> list[int]:
         """Look for results in one round trip; return the places of those that are not there."""
         backend, left = self._task.backend, []
-        stored = backend.mget([backend.get_key_for_task(self.ids[place]) for place in places])
+        stored = backend.mget([self._keys[place] for place in places])
         for place, payload in zip(places, stored, strict=True):
-            if payload is None or (meta := _decoded(backend, payload))["status"] not in states.READY_STATES:
+            if payload is None or (meta := backend.decode_result(payload))["status"] not in states.READY_STATES:
                 left.append(place)
                 continue
             self._ends[place] = meta
@@ -136,13 +140,6 @@ class Submitted(Sequence[Any]):
 
     def __repr__(self) -> str:
         return f"<{len(self)} jobs of {self._task.name}>"
-
-
-def _decoded(backend: Any, payload: bytes) -> Any:
-    """What a result says; plain JSON is read without Kombu's look at every object in it, which takes as long again."""
-    if backend.serializer != "json" or not payload.startswith(b"{") or b"__type__" in payload:
-        return backend.decode_result(payload)
-    return backend.meta_from_decoded(json.loads(payload))
 
 
 def submit(task: ClusterTask, arguments: Iterable[Any], slots: int, **options: Any) -> Submitted:
