@@ -361,4 +361,5 @@ def test_the_locks_that_are_held_are_told_by_name(open_locks: OpenLocks) -> None
     assert all(lock.left_s is None or 0 < lock.left_s <= 60 for lock in told)
     for lock in held:
         lock.release()
-    assert {lock.name for lock in second.held()} == before
+    # Those of before may have come to their end.
+    assert not {lock.name for lock in held} & {lock.name for lock in second.held()}
