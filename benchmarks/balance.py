@@ -40,6 +40,7 @@ SKEW = 0.99
 SHARED, STATIC = "Celery, one queue", "Celery, static"
 MARKED = "consistent_hash"
 MARK_WARM = 1.5
+WHY = "a worker that has nothing to do takes what waits for another, wherever that is warm"
 OVER_S = 600.0
 SHARED_QUEUE = "shared"
 
@@ -96,6 +97,7 @@ def warm_row(load: float, outcome: Outcome, shared: Outcome) -> Row:
     ratio = outcome.warm / shared.warm if shared.warm else float("nan")
     return Row(
         f"{load:g} {MARKED}, warm", {"warm, %": 100 * outcome.warm}, ratio=ratio, mark=Mark(at_least=MARK_WARM),
+        reason=WHY,
     )  # fmt: skip
 
 

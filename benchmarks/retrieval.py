@@ -26,6 +26,7 @@ from cluster_tasks.shards.store import CollectionStore
 DIMENSIONS, K, QUERIES, BATCH = 384, 10, 60, 4_000
 WORDS = np.array([f"word{number}" for number in range(20_000)])
 RECALL, TIMES = 0.95, 2.0
+WHY_SLOWER = "LanceDB takes 3 to 5 ms of a core to ask a table, however small"
 FIGURES = {"p50_ms": "p50, ms", "p99_ms": "p99, ms", "per_s": "searches/s", "recall": "recall"}
 Array = NDArray[np.float32]
 
@@ -115,7 +116,7 @@ def found(options: argparse.Namespace) -> Iterator[Row]:
         times = result["p50_ms"] / of_one["p50_ms"] if of_one else None
         figures = {FIGURES[key]: value for key, value in result.items()}
         mark = Mark(at_most=TIMES) if of_one and "upkeep" not in name else None
-        yield Row(name, figures, ratio=times, mark=mark)
+        yield Row(name, figures, ratio=times, mark=mark, reason=WHY_SLOWER)
         if "recall" in result:
             yield Row(f"{name}: recall", {"recall": result["recall"]}, mark=Mark(of="recall", at_least=RECALL))
 

@@ -22,7 +22,7 @@ import numpy as np
 import psutil
 
 from benchmarks.report import Benchmark, Mark, Row
-from benchmarks.retrieval import DIMENSIONS, Array, K, fill, texts, vectors
+from benchmarks.retrieval import DIMENSIONS, WHY_SLOWER, Array, K, fill, texts, vectors
 from cluster_tasks.cluster import Cluster
 from cluster_tasks.errors import ClusterError
 from cluster_tasks.shards.store import CollectionStore
@@ -120,7 +120,7 @@ def _row(way: str, taken: Mapping[str, Sequence[float]]) -> Row:
             f"{shards}, p50, ms": middle[collection],
             f"{shards}, p99, ms": float(np.quantile(taken[collection], 0.99)),
         }
-    return Row(way, figures, ratio=middle[EIGHT] / middle[ONE], mark=Mark(at_most=TIMES))
+    return Row(way, figures, ratio=middle[EIGHT] / middle[ONE], mark=Mark(at_most=TIMES), reason=WHY_SLOWER)
 
 
 def main() -> int:

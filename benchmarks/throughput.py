@@ -45,6 +45,12 @@ from benchmarks.stage import Worker, celery_worker, private_redis, wait_until
 from cluster_tasks.redis_store import connect
 
 STOCK_MARK, PEER_MARK = 3.0, 1.0
+WHY_NOT_STOCK = (
+    "a job is two round trips, fetch and fenced commit: sockets take half of its time (benchmarks.profiling)"
+)
+WHY_NOT_PEER = (
+    "others fetch many jobs ahead; here a node fetches one when it has a slot, and peers take what it has not"
+)
 SOLO = "solo"
 POOLS = (PREFORK, THREADS, SOLO)
 SLOTS = {PREFORK: 2, THREADS: 2, SOLO: 1}
@@ -224,6 +230,7 @@ def stock_row(where: str, rounds: Sequence[Mapping[str, float]]) -> Row:
         {**figures, "a job whose worker died": "runs again after an hour, or never"},
         ratio=median(row[CLUSTER] / row[STOCK_LATE] for row in rounds),
         mark=Mark(at_least=STOCK_MARK),
+        reason=WHY_NOT_STOCK,
     )
 
 
@@ -238,6 +245,7 @@ def peer_row(where: str, peer: Peer, rounds: Sequence[Mapping[str, float]]) -> R
         },
         ratio=median(row[CLUSTER] / row[peer.name] for row in rounds),
         mark=Mark(at_least=PEER_MARK) if peer.reruns else None,
+        reason=WHY_NOT_PEER,
     )
 
 
