@@ -21,7 +21,7 @@ import psutil
 
 from benchmarks.figures import line
 from benchmarks.report import Benchmark, Row
-from benchmarks.retrieval import QUERIES, K, fill, texts, vectors
+from benchmarks.retrieval import DIMENSIONS, QUERIES, K, fill, texts, vectors
 from cluster_tasks.shards.store import CollectionStore
 
 SMALL, MIB, MILLION = 100, 1 << 20, 1_000_000
@@ -31,7 +31,7 @@ VECTORS, ALL, DISK = "searched by vectors, MiB", "and by words, MiB", "on disk, 
 def store(folder: str, rows: int) -> None:
     """Make a collection of so many documents, and one of a few."""
     rng = np.random.default_rng(1)
-    centres = rng.normal(size=(1000, 384))
+    centres = rng.normal(size=(1000, DIMENSIONS))
     for collection, size in (("small", SMALL), ("docs", rows)):
         kept = CollectionStore(folder, 1)
         fill(kept, vectors(size, rng, centres), list(texts(size, rng)), collection)
@@ -41,7 +41,7 @@ def store(folder: str, rows: int) -> None:
 def held(folder: str) -> dict[str, float]:
     """Return what this process holds in MiB, more than for a small collection, after the searches of each kind."""
     rng = np.random.default_rng(2)
-    asked = vectors(QUERIES, rng, rng.normal(size=(1000, 384)))
+    asked = vectors(QUERIES, rng, rng.normal(size=(1000, DIMENSIONS)))
     words = [" ".join(text.split()[:5]) for text in texts(QUERIES, rng)]
     kept, process = CollectionStore(folder, 1), psutil.Process()
 
@@ -59,10 +59,10 @@ def held(folder: str) -> dict[str, float]:
 def measured(rows: int) -> Mapping[str, float]:
     """Return what so many documents take."""
     with tempfile.TemporaryDirectory(prefix="memory-") as folder:
-        with ProcessPoolExecutor(1, get_context("spawn")) as maker:
-            maker.submit(store, folder, rows).result()
-        with ProcessPoolExecutor(1, get_context("spawn")) as searcher:
-            figures = searcher.submit(held, folder).result()
+        # What a process has held to make a collection would be in what it holds to search it.
+        with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as processes:
+            processes.submit(store, folder, rows).result()
+            figures = processes.submit(held, folder).result()
         on_disk = sum(file.stat().st_size for file in Path(folder).glob("docs.*/**/*") if file.is_file())
     return {**figures, DISK: on_disk / MIB}
 

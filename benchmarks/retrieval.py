@@ -26,7 +26,7 @@ from cluster_tasks.shards.store import CollectionStore
 DIMENSIONS, K, QUERIES, BATCH = 384, 10, 60, 4_000
 WORDS = np.array([f"word{number}" for number in range(20_000)])
 RECALL, TIMES = 0.95, 2.0
-WHY_SLOWER = "LanceDB takes 3 to 5 ms of a core to ask a table, however small"
+WHY_SLOWER = "LanceDB takes milliseconds of a core to ask a table, however small"
 FIGURES = {"p50_ms": "p50, ms", "p99_ms": "p99, ms", "per_s": "searches/s", "recall": "recall"}
 Array = NDArray[np.float32]
 

@@ -46,7 +46,7 @@ from cluster_tasks.redis_store import connect
 
 STOCK_MARK, PEER_MARK = 3.0, 1.0
 WHY_NOT_STOCK = (
-    "a job is two round trips, fetch and fenced commit: sockets take half of its time (benchmarks.profiling)"
+    "a job is two round trips, fetch and fenced commit: sockets take most of its time (benchmarks.profiling)"
 )
 WHY_NOT_PEER = (
     "others fetch many jobs ahead; here a node fetches one when it has a slot, and peers take what it has not"

@@ -7,7 +7,6 @@ import ssl
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from tests.contract.test_registry import (
     Watcher,
     calls,
     come_and_go,
-    live,
+    live_in_forks,
     node,
     rest,
     take,
@@ -192,17 +191,7 @@ def test_a_server_that_was_restarted_is_reached_by_the_next_call(own_server: Con
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # As Python 3.12 does of what is tested.
 def test_forked_processes_do_not_talk_over_the_connection_of_their_parent(in_consul: ConsulRegistry) -> None:
     in_consul.register(node("parent"))
-    children = [get_context("fork").Process(target=live, args=(in_consul, f"child{number}")) for number in range(4)]
-    try:
-        for child in children:
-            child.start()
-        for child in children:
-            child.join(WAIT_S)
-        assert [child.exitcode for child in children] == [0, 0, 0, 0]
-    finally:
-        for child in children:
-            child.kill()
-            child.join()
+    live_in_forks(in_consul)
     assert len(in_consul.list()) == 5
 
 

@@ -178,12 +178,11 @@ def test_who_stops_waiting_leaves_the_others_waiting(jobs: Jobs, client: redis.R
         assert await other == 3
         with pytest.raises(asyncio.CancelledError):
             await one
-        alone = asyncio.ensure_future(jobs.cluster.wait(never))
-        await asyncio.sleep(0.1)
-        alone.cancel()
-        await asyncio.sleep(0.1)
         (asker,) = jobs.cluster.awaiting._askers.values()
-        assert not asker._wanted
+        alone = asyncio.ensure_future(jobs.cluster.wait(never))
+        await asyncio.to_thread(wait_until, lambda: asker._wanted, message="it waits")
+        alone.cancel()
+        await asyncio.to_thread(wait_until, lambda: not asker._wanted, message="it is let go of")
         return connection
 
     connection = run(main)

@@ -52,6 +52,22 @@ def test_the_demo_keeps_its_promises_and_says_so_in_one_json_object(redis_binary
     assert told["repetition"]["second_per_s"] > 2 * told["repetition"]["first_per_s"]
 
 
+@pytest.mark.timeout(240)
+def test_a_job_whose_node_could_not_note_its_end_any_more_is_not_waited_for(redis_binary: str, tmp_path: Path) -> None:
+    # Nothing is noted: these nodes run without the demo's audit.
+    script = (
+        "import sys, pathlib, rich.console; from workers.demo import story; from workers.demo.corpus import Passage\n"
+        "from workers.local import LocalCluster, Plan\n"
+        "story.STILL_S = float('inf')\n"
+        "passages = [Passage(f'passage {number} of a few', 'here') for number in range(8)]\n"
+        "with LocalCluster(Plan(pathlib.Path(sys.argv[1]), nodes=1, cache=False)) as local:\n"
+        "    local.wait_for_all()\n"
+        "    story.Story(local, rich.console.Console()).index(passages)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, timeout=200)
+    assert b"8 passages are indexed" in done.stdout, done.stderr.decode()
+
+
 @contextmanager
 def up(directory: Path, *options: str, nodes: int | None = 2) -> Iterator[subprocess.Popen[bytes]]:
     """``cluster-tasks up`` with so many nodes, without Flower if nothing is said of it, started and ready."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -25,6 +25,8 @@ from workers.local import LocalCluster
 STILL_S = 180.0
 """Jobs are given up when none has ended for so long: many times what a failover may take."""
 LOOK_EVERY_S = 0.1
+QUIET_S = 3.0
+"""When no end was told for so long, results are asked: a node may have died between the end of a job and telling it."""
 KILL_AT = 0.1
 """Share of the jobs that have ended when a node is killed, if jobs wait in its list."""
 KILL_ANYWAY_AT = 0.3
@@ -113,20 +115,31 @@ class Story:
 
     def _progress(self, sent: dict[str, str]) -> Iterator[float]:
         """Yield the share of the jobs that have ended, until all have and a killed node's jobs are in new hands."""
-        open_ids, moved_at_s = set(sent), time.monotonic()
+        open_ids = set(sent)
+        moved_at_s = asked_at_s = time.monotonic()
         columns = TextColumn("{task.description:18}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
         with Progress(*columns, console=self._console, disable=not self._console.is_terminal) as progress:
             names = sorted(set(sent.values()))
             bars = {name: progress.add_task(name, total=list(sent.values()).count(name)) for name in names}
             while open_ids or self._failing_over():
-                for entry in self._record.read(COMMITTED, self._position, LOOK_EVERY_S):
-                    self._position, moved_at_s = entry.position, time.monotonic()
-                    if entry.job_id in open_ids:
-                        open_ids.remove(entry.job_id)
-                        progress.advance(bars[sent[entry.job_id]])
+                ended = self._told_ends()
+                if not ended and time.monotonic() - max(asked_at_s, moved_at_s) > QUIET_S:
+                    ended = [each for each, state in self._states(open_ids).items() if state in states.READY_STATES]
+                    asked_at_s = time.monotonic()
+                if ended:
+                    moved_at_s = time.monotonic()
+                for job_id in open_ids.intersection(ended):
+                    open_ids.remove(job_id)
+                    progress.advance(bars[sent[job_id]])
                 yield 1 - len(open_ids) / len(sent)
                 if time.monotonic() - moved_at_s > STILL_S:
                     break
+
+    def _told_ends(self) -> list[str]:
+        entries = self._record.read(COMMITTED, self._position, LOOK_EVERY_S)
+        if entries:
+            self._position = entries[-1].position
+        return [entry.job_id for entry in entries]
 
     def _kill_one(self, share: float) -> _Kill | None:
         """Kill the node that holds most, if it runs jobs while others wait in its list; later, if it only runs some."""
@@ -169,7 +182,7 @@ class Story:
                 self._console.print(f"{after_s:.1f} s later: what others had not taken yet is in new hands")
         self._kill = kill
 
-    def _states(self, sent: dict[str, str]) -> dict[str, str]:
+    def _states(self, sent: Iterable[str]) -> dict[str, str]:
         return {job_id: self._local.app.AsyncResult(job_id).state for job_id in sent}
 
     def _tell_failure(self, outcome: dict[str, str]) -> None:
