@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import random
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from threading import Lock
-from typing import TYPE_CHECKING, TypeVar
+from threading import Lock, Thread
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cluster_tasks.errors import ClusterError, ConfigurationError, StoreUnavailable
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from lancedb.db import DBConnection
-    from lancedb.table import Table
+    from lancedb.db import AsyncConnection, DBConnection
+    from lancedb.table import AsyncTable, Table
 
 KEPT_VERSIONS = timedelta(minutes=10)
 """Old versions live so long, far longer than an operation reads one."""
@@ -48,6 +49,8 @@ class _Opened:
     process: int
     connection: DBConnection
     threads: ThreadPoolExecutor
+    asking: AsyncConnection
+    loop: asyncio.AbstractEventLoop
 
 
 class Database:
@@ -71,10 +74,33 @@ class Database:
             try:
                 return self._connection().open_table(name)
             except ValueError as exc:
-                # LanceDB has no type for it: its text alone tells.
-                if "was not found" not in str(exc):
+                if not is_missing(exc):
                     raise
         return None
+
+    async def open_to_ask(self, name: str) -> AsyncTable | None:
+        """Return a table as it is now, for coroutines of ``run``; None: there is none of this name."""
+        with unavailable(name):
+            try:
+                return await self._open().asking.open_table(name)
+            except ValueError as exc:
+                if not is_missing(exc):
+                    raise
+        return None
+
+    def run(self, ask: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Return what a coroutine returns, which may ask several tables at once: two thirds of what threads cost.
+
+        It shares the loop with those of other threads: what computes long does not belong in it.
+        """
+        loop = self._open().loop
+        asked = asyncio.run_coroutine_threadsafe(ask(), loop)
+        try:
+            return asked.result()
+        except BaseException:
+            # A time limit, say, ends the waiting and not what is waited for.
+            asked.cancel()
+            raise
 
     def create(self, name: str, schema: pa.Schema) -> None:
         """Make an empty table unless it exists; of several makers at once one wins and the others use its table."""
@@ -95,7 +121,7 @@ class Database:
             try:
                 self._connection().drop_table(name)
             except ValueError as exc:
-                if "was not found" not in str(exc):
+                if not is_missing(exc):
                     raise
 
     def names(self) -> list[str]:
@@ -193,14 +219,23 @@ class Database:
         import lancedb
 
         session = lancedb.Session(INDEX_CACHE_BYTES, METADATA_CACHE_BYTES)
-        threads = ThreadPoolExecutor(THREADS, "shards")
-        return _Opened(os.getpid(), lancedb.connect(self.place, session=session), threads)
+        loop = asyncio.new_event_loop()
+        Thread(target=loop.run_forever, name="shards-asking", daemon=True).start()
+        asking = asyncio.run_coroutine_threadsafe(lancedb.connect_async(self.place, session=session), loop).result()
+        connection = lancedb.connect(self.place, session=session)
+        return _Opened(os.getpid(), connection, ThreadPoolExecutor(THREADS, "shards"), asking, loop)
 
 
 def is_conflict(exc: Exception) -> bool:
     """Whether a commit of LanceDB failed because another came before it."""
     # LanceDB has no type for it: "Retryable commit conflict", "Commit conflict", "Too many concurrent writers".
     return re.search(r"commit conflict|concurrent", str(exc), re.IGNORECASE) is not None
+
+
+def is_missing(exc: Exception) -> bool:
+    """Whether there is no table of the name."""
+    # LanceDB has no type for it: its text alone tells.
+    return "was not found" in str(exc)
 
 
 @contextmanager

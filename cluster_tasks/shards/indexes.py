@@ -17,13 +17,14 @@ Rows that were written since an index was last brought up to date are found all 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from cluster_tasks.shards.database import Database, is_conflict, unavailable
 
 if TYPE_CHECKING:
-    from lancedb.table import Table
+    from lancedb.index import IndexConfig
+    from lancedb.table import AsyncTable, Table
 
 WORDS = "words"
 VECTORS = "vectors-"
@@ -41,7 +42,7 @@ def keep_words(database: Database, name: str) -> bool:
     from lancedb.index import FTS
 
     def build(table: Table) -> None:
-        if WORDS not in _names(table):
+        if WORDS not in (index.name for index in table.list_indices()):
             table.create_index("text", config=FTS(), name=WORDS)
 
     return _unless_conflict(database, name, build)
@@ -52,7 +53,7 @@ def keep_vectors(database: Database, name: str) -> bool:
     from lancedb.index import IvfRq
 
     def build(table: Table) -> None:
-        rows, held = table.count_rows(), vector_indexes(table)
+        rows, held = table.count_rows(), vector_indexes(table.list_indices())
         can_have_one = rows >= INDEX_FROM and table.schema.field("vector").type.list_size % 8 == 0
         if can_have_one and rows >= GROWTH * max(held, default=0):
             config = IvfRq(distance_type="dot", num_bits=BITS)
@@ -73,19 +74,15 @@ def optimize(database: Database, name: str) -> bool:
     return all(done)
 
 
-def vector_indexes(table: Table) -> list[int]:
-    """Return with how many rows each index of vectors of a table was trained; one, but for a moment."""
-    return [int(name.removeprefix(VECTORS)) for name in _names(table) if name.startswith(VECTORS)]
+def vector_indexes(indexes: Iterable[IndexConfig]) -> list[int]:
+    """Return with how many rows each index of vectors among those of a table was trained; one, but for a moment."""
+    return [int(index.name.removeprefix(VECTORS)) for index in indexes if index.name.startswith(VECTORS)]
 
 
-def warm(table: Table) -> None:
+async def warm(table: AsyncTable) -> None:
     """Read the indexes of a table into memory."""
-    for name in _names(table):
-        table.prewarm_index(name)  # type: ignore[attr-defined]  # LanceDB's base class lacks it.
-
-
-def _names(table: Table) -> list[str]:
-    return [index.name for index in table.list_indices()]
+    for index in await table.list_indices():
+        await table.prewarm_index(index.name)
 
 
 def _unless_conflict(database: Database, name: str, build: Callable[[Table], None]) -> bool:

@@ -8,6 +8,7 @@ returned is left behind, whatever locks do.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import random
 import time
@@ -20,7 +21,7 @@ from cluster_tasks.shards.database import Database
 from cluster_tasks.shards.layout import Layout, check_collection
 
 if TYPE_CHECKING:
-    from lancedb.table import Table
+    from lancedb.table import AsyncTable, Table
 
 SILENCE_S = 15.0
 """A split whose row of the catalogue stands still for so long, by its observer's clock, is broken off by a writer."""
@@ -103,11 +104,12 @@ class Layouts:
     def open(self, layout: Layout, shards: Sequence[int]) -> list[Table]:
         """Return the tables of shards as they are now."""
         names = [layout.table(shard) for shard in shards]
-        found = [table for table in self._database.map(self._database.open, names) if table is not None]
-        if len(found) < len(names):
-            missing = set(names) - {table.name for table in found}
-            raise StoreUnavailable(f"collection {layout.collection!r}: no tables {sorted(missing)}")
-        return found
+        return _all_of(names, self._database.map(self._database.open, names), layout)
+
+    async def open_to_ask(self, layout: Layout, shards: Sequence[int]) -> list[AsyncTable]:
+        """Return the tables of shards as they are now, for coroutines."""
+        names = [layout.table(shard) for shard in shards]
+        return _all_of(names, await asyncio.gather(*map(self._database.open_to_ask, names)), layout)
 
     def _entry(self, collection: str) -> Entry:
         check_collection(collection)
@@ -115,6 +117,14 @@ class Layouts:
         if entry is None or entry.state in (State.MAKING, State.DROPPED):
             raise not_found(self._catalogue, collection)
         return entry
+
+
+def _all_of(names: Sequence[str], tables: Sequence[T | None], layout: Layout) -> list[T]:
+    found = [table for table in tables if table is not None]
+    if len(found) < len(names):
+        missing = sorted(name for name, table in zip(names, tables, strict=True) if table is None)
+        raise StoreUnavailable(f"collection {layout.collection!r}: no tables {missing}")
+    return found
 
 
 def not_found(catalogue: Catalogue, collection: str) -> CollectionNotFound:

@@ -1,63 +1,78 @@
-"""How the tables of several shards are asked at once for what is searched for."""
+"""How the tables of several shards are asked at once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+import asyncio
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from cluster_tasks.shards import tables
-from cluster_tasks.shards.database import Database
+from cluster_tasks.shards import indexes, tables
 from cluster_tasks.shards.documents import Candidates, Document, Passage
 from cluster_tasks.shards.filters import to_sql
 from cluster_tasks.shards.fusion import depth, merge, rank
 from cluster_tasks.shards.query import Query
 
 if TYPE_CHECKING:
-    from lancedb.table import Table
+    from lancedb.table import AsyncTable
 
 
-def best(database: Database, shards: Sequence[Table], query: Query) -> list[Passage]:
+async def best(shards: Sequence[AsyncTable], query: Query) -> list[Passage]:
     """Return the best ``query.k`` documents of the tables, best first."""
-    nearest, matching = _rankings(database, shards, query)
+    nearest, matching = await _rankings(shards, query)
     ranked = rank(query.mode, nearest, matching, query.k)
-    documents = _read(database, [hit for _, hit in ranked])
+    documents = await _read([hit for _, hit in ranked])
     return [_passage(documents[hit.id], score) for score, hit in ranked]
 
 
-def candidates(database: Database, shards: Sequence[Table], query: Query) -> Candidates:
+async def candidates(shards: Sequence[AsyncTable], query: Query) -> Candidates:
     """Return what is needed of these tables to find the best ``query.k`` documents of them and others."""
     enough = depth(query.mode, query.k)
-    nearest, matching = (merge(rankings, enough) for rankings in _rankings(database, shards, query))
-    documents = _read(database, list({hit.id: hit for hit in [*nearest, *matching]}.values()))
+    nearest, matching = (merge(rankings, enough) for rankings in await _rankings(shards, query))
+    documents = await _read(list({hit.id: hit for hit in [*nearest, *matching]}.values()))
     return Candidates(
         nearest=[_passage(documents[hit.id], hit.score) for hit in nearest],
         matching=[_passage(documents[hit.id], hit.score) for hit in matching],
     )
 
 
-def _rankings(
-    database: Database, shards: Sequence[Table], query: Query
+async def documents(shards: Sequence[AsyncTable], condition: str) -> dict[str, Document]:
+    """Return the documents of the tables that meet the SQL ``condition``, by their ids."""
+    parts = await asyncio.gather(*[tables.documents(table, condition) for table in shards])
+    return {document.id: document for part in parts for document in part}
+
+
+async def count(shards: Sequence[AsyncTable]) -> int:
+    """Return how many rows the tables have."""
+    return sum(await asyncio.gather(*[table.count_rows() for table in shards]))
+
+
+async def warm(shards: Sequence[AsyncTable]) -> None:
+    """Read the indexes of the tables into memory."""
+    await asyncio.gather(*map(indexes.warm, shards))
+
+
+async def _rankings(
+    shards: Sequence[AsyncTable], query: Query
 ) -> tuple[list[list[tables.Hit]], list[list[tables.Hit]]]:
     """Return what the vector finds in each table, and what the text does; nothing for what the mode leaves out."""
     enough, condition = depth(query.mode, query.k), to_sql(query.conditions)
-    asked: list[Callable[[], list[tables.Hit]]] = []
+    asked = []
     if query.mode != "text":
-        asked += [partial(tables.nearest, table, query.vector, enough, condition) for table in shards]
+        asked += [tables.nearest(table, query.vector, enough, condition) for table in shards]
     by_vector = len(asked)
     if query.mode != "vector":
-        asked += [partial(tables.matching, table, query.text, enough, condition) for table in shards]
-    found = database.map(lambda search: search(), asked)
+        asked += [tables.matching(table, query.text, enough, condition) for table in shards]
+    found = await asyncio.gather(*asked)
     return found[:by_vector], found[by_vector:]
 
 
-def _read(database: Database, hits: Sequence[tables.Hit]) -> dict[str, Document]:
+async def _read(hits: Sequence[tables.Hit]) -> dict[str, Document]:
     documents = {hit.id: hit.document for hit in hits if hit.document is not None}
     by_table: dict[int, list[tables.Hit]] = {}
     for hit in hits:
         if hit.document is None:
             by_table.setdefault(id(hit.table), []).append(hit)
-    read = database.map(tables.read, by_table.values())
+    read = await asyncio.gather(*map(tables.read, by_table.values()))
     return documents | {document.id: document for found in read for document in found}
 
 

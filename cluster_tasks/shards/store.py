@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cluster_tasks.errors import InvalidArguments
@@ -13,7 +14,7 @@ from cluster_tasks.shards.catalogue import Catalogue
 from cluster_tasks.shards.database import KEPT_VERSIONS, Database, unavailable
 from cluster_tasks.shards.documents import Candidates, Document, Mode, Passage
 from cluster_tasks.shards.filters import Where, any_of, compile_where, quote
-from cluster_tasks.shards.indexes import optimize, warm
+from cluster_tasks.shards.indexes import optimize
 from cluster_tasks.shards.layout import Layout, check_collection, check_shards
 from cluster_tasks.shards.layouts import SILENCE_S, Layouts
 from cluster_tasks.shards.making import clean, drop, make
@@ -23,7 +24,7 @@ from cluster_tasks.shards.vectors import Vectors, unit_rows
 from cluster_tasks.shards.writers import Writers
 
 if TYPE_CHECKING:
-    from lancedb.table import Table
+    from lancedb.table import AsyncTable, Table
 
 Shards = Sequence[int] | None
 T = TypeVar("T")
@@ -165,9 +166,12 @@ class CollectionStore:
         """
         wanted = None if ids is None else {document_id: quote(document_id) for document_id in ids}
         matching = [compile_where(where)] if where else []
-        parts = self._layouts.read(
-            collection, generation, lambda layout: self._opened(layout, _conditions(layout, shards, wanted, matching))
-        )
+
+        def open_all(layout: Layout) -> list[tuple[Table, str]]:
+            conditions = _conditions(layout, shards, wanted, matching)
+            return list(zip(self._layouts.open(layout, list(conditions)), conditions.values(), strict=True))
+
+        parts = self._layouts.read(collection, generation, open_all)
         with unavailable(collection):
             for table, condition in parts:
                 yield from tables.scan(table, condition)
@@ -177,23 +181,13 @@ class CollectionStore:
     ) -> list[Document]:  # fmt: skip
         """Return the documents of ``ids`` that the collection holds, in the order of these, each once."""
         wanted = {document_id: quote(document_id) for document_id in ids}
-        parts = self._layouts.read(
-            collection, generation, lambda layout: self._opened(layout, _conditions(layout, shards, wanted, []))
-        )
-        with unavailable(collection):
-            documents = [document for table, condition in parts for document in tables.documents(table, condition)]
-        found = {document.id: document for document in documents}
+        read = partial(searching.documents, condition=any_of("id", wanted.values()))
+        found = self._read(collection, generation, lambda layout: layout.divide(wanted, shards), read)
         return [found[document_id] for document_id in wanted if document_id in found]
 
     def count(self, collection: str, shards: Shards = None, generation: int | None = None) -> int:
         """Return how many documents the collection holds."""
-
-        def ask(layout: Layout) -> int:
-            opened = self._layouts.open(layout, layout.chosen(shards))
-            with unavailable(collection):
-                return sum(self._database.map(lambda table: table.count_rows(), opened))
-
-        return self._layouts.read(collection, generation, ask)
+        return self._read(collection, generation, lambda layout: layout.chosen(shards), searching.count)
 
     def drop(self, collection: str) -> None:
         """Remove the collection and its documents. It is gone at once; if this fails then, repeat it for its files."""
@@ -226,26 +220,29 @@ class CollectionStore:
 
     def warm(self, collection: str, shards: Shards = None, generation: int | None = None) -> None:
         """Read the indexes into this process's memory, so that the first search is as quick as the next."""
-
-        def work(layout: Layout) -> None:
-            with unavailable(collection):
-                self._database.map(warm, self._layouts.open(layout, layout.chosen(shards)))
-
-        self._layouts.read(collection, generation, work)
-
-    def _opened(self, layout: Layout, conditions: Mapping[int, str]) -> list[tuple[Table, str]]:
-        return list(zip(self._layouts.open(layout, list(conditions)), conditions.values(), strict=True))
+        self._read(collection, generation, lambda layout: layout.chosen(shards), searching.warm)
 
     def _ask(
         self, collection: str, query: Query, embedding_model: str | None, shards: Shards, generation: int | None,
-        ask: Callable[[Database, Sequence[Table], Query], T],
+        answer: Callable[[Sequence[AsyncTable], Query], Awaitable[T]],
     ) -> T:  # fmt: skip
-        def work(layout: Layout) -> T:
+        def chosen(layout: Layout) -> Sequence[int]:
             if query.mode != "text":
                 layout.check_fit(len(query.vector), embedding_model)
-            opened = self._layouts.open(layout, layout.chosen(shards))
+            return layout.chosen(shards)
+
+        return self._read(collection, generation, chosen, lambda tables: answer(tables, query))
+
+    def _read(
+        self, collection: str, generation: int | None, chosen: Callable[[Layout], Iterable[int]],
+        answer: Callable[[Sequence[AsyncTable]], Awaitable[T]],
+    ) -> T:  # fmt: skip
+        async def ask(layout: Layout) -> T:
+            return await answer(await self._layouts.open_to_ask(layout, list(chosen(layout))))
+
+        def work(layout: Layout) -> T:
             with unavailable(collection):
-                return ask(self._database, opened, query)
+                return self._database.run(lambda: ask(layout))
 
         return self._layouts.read(collection, generation, work)
 

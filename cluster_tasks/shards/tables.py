@@ -13,8 +13,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,8 +28,8 @@ from cluster_tasks.shards.vectors import similarity
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from lancedb.query import LanceQueryBuilder, LanceVectorQueryBuilder
-    from lancedb.table import Table
+    from lancedb.query import AsyncStandardQuery
+    from lancedb.table import AsyncTable, Table
 
 DOCUMENT = ["id", "text", "metadata"]
 """The columns of what was stored."""
@@ -49,7 +50,7 @@ class Hit(NamedTuple):
     """Higher is better."""
     id: str
     row_id: int
-    table: Table
+    table: AsyncTable
     """In the very version that was searched: row ids mean nothing in another."""
     document: Document | None
     """None: ``read`` reads it."""
@@ -110,27 +111,18 @@ def delete(table: Table, condition: str, token: int | None = None) -> tuple[int,
     return result.num_deleted_rows, result.version  # type: ignore[attr-defined]  # LanceDB's stub lacks it.
 
 
-def nearest(table: Table, query: NDArray[np.float32], k: int, condition: str) -> list[Hit]:
+async def nearest(table: AsyncTable, query: NDArray[np.float32], k: int, condition: str) -> list[Hit]:
     """Return the ``k`` rows nearest to a unit vector that meet the SQL ``condition``, by cosine similarity.
 
     All of them, exactly, in a table without an index of vectors; with one, nearly always.
     """
 
-    def search(limit: int, is_exact: bool) -> list[Hit]:
-        search = cast("LanceVectorQueryBuilder", table.search(query, vector_column_name="vector")).distance_type("dot")
-        if is_exact:
-            search.bypass_vector_index()
-        else:
-            search.nprobes(PROBES).refine_factor(REFINED)
-        found = _found(table, search, "_distance", limit, condition)
-        return [hit._replace(score=similarity(1.0 - hit.score)) for hit in found]
-
     # Few rows that match may lie in other partitions than those near the query, and are soon read.
-    is_exact = bool(condition and vector_indexes(table)) and table.count_rows(condition) < INDEX_FROM
-    hits = _best(lambda limit: search(limit, is_exact), k)
-    if len(hits) < k and not is_exact and vector_indexes(table):
+    is_exact = bool(condition) and await _has_index(table) and await table.count_rows(condition) < INDEX_FROM
+    hits = await _best(partial(_nearest, table, query, condition, is_exact), k)
+    if len(hits) < k and not is_exact and await _has_index(table):
         # The partitions that were read have no more.
-        hits = _best(lambda limit: search(limit, True), k)
+        hits = await _best(partial(_nearest, table, query, condition, True), k)
     return hits
 
 
@@ -144,49 +136,62 @@ def scan(table: Table, condition: str) -> Iterator[tuple[str, dict[str, Any]]]:
             yield row["id"], decode_metadata(row["metadata"])
 
 
-def documents(table: Table, condition: str) -> list[Document]:
+async def documents(table: AsyncTable, condition: str) -> list[Document]:
     """Return the documents that meet the SQL ``condition``, in any order."""
-    return list(map(_document, table.search().where(condition).select(DOCUMENT).limit(None).to_list()))
+    return list(map(_document, await table.query().where(condition).select(DOCUMENT).to_list()))
 
 
-def matching(table: Table, text: str, k: int, condition: str) -> list[Hit]:
+async def matching(table: AsyncTable, text: str, k: int, condition: str) -> list[Hit]:
     """Return the ``k`` rows that have words of ``text`` and meet the SQL ``condition``, by BM25.
 
     ``text`` is words and nothing else: LanceDB is handed a query and no language.
     """
     from lancedb.query import MatchQuery
 
-    def search(limit: int) -> list[Hit]:
-        words = MatchQuery(text, "text")  # type: ignore[call-arg]  # mypy does not see the defaults of its dataclass.
-        return _found(table, table.search(words, query_type="fts"), "_score", limit, condition)
-
-    return _best(search, k)
+    words = MatchQuery(text, "text")  # type: ignore[call-arg]  # mypy does not see the defaults of its dataclass.
+    return await _best(lambda limit: _found(table, table.query().nearest_to_text(words), "_score", condition, limit), k)
 
 
-def _found(table: Table, search: LanceQueryBuilder, score: str, limit: int, condition: str) -> list[Hit]:
+async def _has_index(table: AsyncTable) -> bool:
+    return bool(vector_indexes(await table.list_indices()))
+
+
+async def _nearest(
+    table: AsyncTable, query: NDArray[np.float32], condition: str, is_exact: bool, limit: int
+) -> list[Hit]:
+    search = table.query().nearest_to(query).column("vector").distance_type("dot")
+    if is_exact:
+        search.bypass_vector_index()
+    else:
+        search.nprobes(PROBES).refine_factor(REFINED)
+    found = await _found(table, search, "_distance", condition, limit)
+    return [hit._replace(score=similarity(1.0 - hit.score)) for hit in found]
+
+
+async def _found(table: AsyncTable, search: AsyncStandardQuery, score: str, condition: str, limit: int) -> list[Hit]:
     if condition:
-        search.where(condition, prefilter=True)
+        search.where(condition)
     columns = DOCUMENT if limit <= AT_ONCE else ["id"]
-    rows = search.select([*columns, score]).with_row_id(True).limit(limit).to_arrow().to_pylist()
+    rows = (await search.select([*columns, score]).with_row_id().limit(limit).to_arrow()).to_pylist()
     return [
         Hit(row[score], row["id"], row["_rowid"], table, _document(row) if columns is DOCUMENT else None)
         for row in rows
     ]
 
 
-def _best(search: Callable[[int], list[Hit]], k: int) -> list[Hit]:
+async def _best(search: Callable[[int], Awaitable[list[Hit]]], k: int) -> list[Hit]:
     """Return the ``k`` best of a search that is told how many to find; of equals the least ids."""
     limit = k + 1
     while True:
-        hits = in_order(search(limit))
+        hits = in_order(await search(limit))
         if is_settled(hits, limit, k):
             return hits[:k]
         limit *= 8
 
 
-def read(hits: Sequence[Hit]) -> list[Document]:
+async def read(hits: Sequence[Hit]) -> list[Document]:
     """Return the documents of ``hits`` of one table, in any order."""
-    found = hits[0].table.take_row_ids([hit.row_id for hit in hits]).select(DOCUMENT).to_list()
+    found = await hits[0].table.take_row_ids([hit.row_id for hit in hits]).select(DOCUMENT).to_list()
     return list(map(_document, found))
 
 

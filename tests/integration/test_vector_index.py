@@ -44,7 +44,7 @@ def numbers(store: CollectionStore, query: Array, k: int, where: dict[str, objec
 def indexes(store: CollectionStore, database: Database) -> list[list[int]]:
     layout = store.layout("docs")
     opened = [database.open(layout.table(shard)) for shard in range(layout.shards)]
-    return [vector_indexes(table) for table in opened if table is not None]
+    return [vector_indexes(table.list_indices()) for table in opened if table is not None]
 
 
 @pytest.fixture(scope="module")
