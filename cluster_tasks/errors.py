@@ -195,6 +195,10 @@ class StaleWriter(ClusterError):
         return f"{self.table}: {self.rows} rows were written by holders of its lock that came after token {self.token}"
 
 
+class BeingSplit(StoreUnavailable):
+    """A collection cannot be written to for now: its documents are being divided anew."""
+
+
 class CollectionNotFound(ClusterError, LookupError):
     """No collection of that name exists."""
 

@@ -23,10 +23,11 @@ ROUTE = re.compile(r"/collections(?:/(?P<name>[^/]+)(?:/(?P<rest>.+))?)?")
 
 
 class QdrantServer:
-    """On a free port. ``failing`` is the status that all requests are answered with; 0: none is."""
+    """On a free port. ``failing`` is the status that requests are answered with, 0: none is; ``failing_at``, which."""
 
     def __init__(self, key: str = "") -> None:
         self.key, self.failing, self.requests = key, 0, list[str]()
+        self.failing_at = ""
         self._qdrant, self._turn = QdrantLocal(":memory:"), threading.Lock()
         self._server: ThreadingHTTPServer | None = None
         self.port = 0
@@ -59,11 +60,11 @@ class QdrantServer:
 
     def answer(self, method: str, path: str, key: str, body: Any) -> Answer:
         self.requests.append(f"{method} {path}")
-        if self.failing:
+        route = ROUTE.fullmatch(path)
+        if self.failing and self.failing_at in ("", f"{method} {route and route['rest']}"):
             return self.failing, {"error": "as the test wants it"}
         if key != self.key:
             return 401, {"error": "Must provide an API key or an Authorization bearer token"}
-        route = ROUTE.fullmatch(path)
         if route is None:
             return 400, {"error": f"the tests know no {method} {path}"}
         with self._turn:

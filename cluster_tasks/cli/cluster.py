@@ -270,7 +270,7 @@ def _status_cells(summary: Summary) -> Iterator[tuple[str, str]]:
     yield "held", str(summary.held)
     yield "in flight", str(summary.in_flight)
     yield "quarantined", str(summary.quarantined)
-    yield "last node lost", f"{lost.facts['node']} at {moment(lost.timestamp)}" if lost else ""
+    yield "last node lost", f"{lost.facts.get('node')} at {moment(lost.timestamp)}" if lost else ""
     yield "health checks", str(summary.checks)
     yield "stale commits", str(summary.stale_commits)
 

@@ -24,6 +24,7 @@ from cluster_tasks.errors import (
     NodeNotFound,
     RegistryUnavailable,
     ShardNotFound,
+    StoreUnavailable,
     UnavailableError,
 )
 
@@ -72,6 +73,9 @@ def _one_line(message: object) -> str:
 
 def _remedy(cluster: Cluster, exc: UnavailableError) -> str:
     settings = cluster.settings
+    if isinstance(exc, StoreUnavailable):
+        place = settings.vector_url or f"{settings.data_dir}, from CLUSTER_DATA_DIR"
+        return f"(the collections are in {place})"
     if isinstance(exc, RegistryUnavailable) and settings.registry_url:
         return f"(is the registry up at {settings.registry_url}? CLUSTER_REGISTRY_URL names another)"
     if isinstance(exc, CacheUnavailable):

@@ -67,6 +67,12 @@ def index(
     folder = folder.resolve()
     if not (name := name or folder.name):
         raise click.UsageError("the root of a file system has no name: give it one with --name")
+    if "/" in name:
+        raise click.UsageError(f"--name {name}: with a slash it could be a file of another folder; leave it out")
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise click.UsageError(f"the folder's name {name!r} is no text: give it one with --name") from None
     try:
         split = Split(size=size, overlap=overlap, unit=unit)  # type: ignore[arg-type]  # The choice is checked.
     except ValidationError as exc:

@@ -112,7 +112,7 @@ class AlertQueue:
         self._is_open = False
 
     def next(self, wait_s: float) -> tuple[str, ClusterEvent | None] | None:
-        """Return an event by its id, or an id whose event cannot be read; None if none came within ``wait_s``."""
+        """Return an event by its id, or an id whose event is no longer kept; None if none came within ``wait_s``."""
         with foreign_errors(BrokerUnavailable, "reading events for alerts"):
             try:
                 return self._next(wait_s)
@@ -151,12 +151,8 @@ class AlertQueue:
 
 
 def _read(entry: tuple[bytes, dict[bytes, bytes]]) -> tuple[str, ClusterEvent | None]:
-    entry_id, fields = entry
-    try:
-        return text(entry_id), decode_event(entry_id, fields)
-    except (LookupError, ValueError):
-        logger.warning("the entry %s of the event stream is no event", text(entry_id))
-        return text(entry_id), None
+    event = decode_event(*entry)
+    return event.id, event
 
 
 class AlertSender:

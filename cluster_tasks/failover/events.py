@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -19,6 +20,8 @@ from cluster_tasks.redis_store import foreign_errors, load_script, text
 logger = logging.getLogger(__name__)
 
 FORGOTTEN_S = 30
+UNREADABLE = "unreadable entry"
+"""The kind of an entry of the stream that is no event."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +100,13 @@ class Condition:
 
 
 def decode_event(entry_id: bytes, fields: dict[bytes, bytes]) -> ClusterEvent:
-    """Read an entry of the stream. Raises LookupError or ValueError if it is no event."""
-    facts = json.loads(fields[b"facts"])
-    return ClusterEvent(text(entry_id), text(fields[b"kind"]), float(fields[b"timestamp"]), facts)
+    """Read an entry of the stream. One that somebody else wrote there, and is no event, is told as UNREADABLE."""
+    position = text(entry_id)
+    try:
+        facts = json.loads(fields[b"facts"])
+        kind, timestamp = text(fields[b"kind"]), float(fields[b"timestamp"])
+        if isinstance(facts, dict) and math.isfinite(timestamp):
+            return ClusterEvent(position, kind, timestamp, facts)
+    except (LookupError, ValueError, RecursionError) as exc:
+        logger.debug("the entry %s of the event stream is no event: %r", position, exc)
+    return ClusterEvent(position, UNREADABLE, int(position.partition("-")[0]) / 1000, {})

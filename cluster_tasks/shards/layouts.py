@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from cluster_tasks.errors import CollectionNotFound, LayoutChanged, StoreUnavailable, did_you_mean
+from cluster_tasks.errors import BeingSplit, CollectionNotFound, LayoutChanged, StoreUnavailable, did_you_mean
 from cluster_tasks.shards.catalogue import Catalogue, Entry, State
 from cluster_tasks.shards.database import Database
 from cluster_tasks.shards.layout import Layout, check_collection
@@ -36,8 +36,14 @@ logger = logging.getLogger(__name__)
 class Layouts:
     """The layouts of all collections. Threads may share one. Everything may raise StoreUnavailable."""
 
-    def __init__(self, database: Database, catalogue: Catalogue, silence_s: float = SILENCE_S) -> None:
+    def __init__(
+        self, database: Database, catalogue: Catalogue, silence_s: float = SILENCE_S,
+        writers_wait_s: float = WRITERS_WAIT_S,
+    ) -> None:  # fmt: skip
         self._database, self._catalogue, self._silence_s = database, catalogue, silence_s
+        self._writers_wait_s = writers_wait_s
+        self._standing: dict[str, tuple[int, float]] = {}
+        """By collection the revision of a row that shows a split, and when it was first seen so."""
 
     def live(self, collection: str, generation: int | None = None) -> Layout:
         """Return the layout in which a collection is read.
@@ -67,7 +73,7 @@ class Layouts:
         """Do ``work``, which commits, in the live layout while nobody splits the collection; return its first result.
 
         It is done again if a split was announced before it was over, and must be safe to repeat. Raises as ``read``
-        does, and StoreUnavailable if a split takes longer than WRITERS_WAIT_S.
+        does, and BeingSplit if a split takes longer than writers wait.
         """
         results: list[T] = []
         while True:
@@ -83,21 +89,24 @@ class Layouts:
             if after is None or after.state is State.DROPPED or (after.state, after.layout) == (State.LIVE, layout):
                 return results[0]
 
-    def settled(self, collection: str) -> Entry:
+    def settled(self, collection: str, wait_s: float | None = None) -> Entry:
         """Wait until nobody splits a collection, and return its row. A split whose process has died is broken off.
 
-        That needs no certainty: what is broken off cannot put its layout in place any more.
+        That needs no certainty: what is broken off cannot put its layout in place any more. Raises BeingSplit after
+        ``wait_s``; None: as long as writers wait.
         """
-        until_s = time.monotonic() + WRITERS_WAIT_S
-        seen, since_s = 0, 0.0
+        wait_s = self._writers_wait_s if wait_s is None else wait_s
+        until_s = time.monotonic() + wait_s
         while (entry := self._entry(collection)).state is State.SPLITTING:
             now_s = time.monotonic()
-            if now_s > until_s:
-                raise StoreUnavailable(f"collection {collection!r} is still being split after {WRITERS_WAIT_S:g} s")
+            seen, since_s = self._standing.get(collection, (0, 0.0))
             if entry.revision != seen:
-                seen, since_s = entry.revision, now_s
+                self._standing[collection] = entry.revision, now_s
             elif now_s - since_s > self._silence_s and self._catalogue.change(entry, state=State.LIVE):
                 logger.warning("split broken off", extra={"collection": collection, "silent_s": now_s - since_s})
+                continue
+            if now_s > until_s:
+                raise BeingSplit(f"collection {collection!r} is still being split after {wait_s:g} s")
             time.sleep(random.uniform(*POLL_S))
         return entry
 

@@ -11,7 +11,7 @@ import logging
 import time
 from dataclasses import replace
 from threading import Event, Thread
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from cluster_tasks.shards import indexes, tables
 from cluster_tasks.shards.catalogue import Catalogue, Entry, State
 from cluster_tasks.shards.database import Database, unavailable
 from cluster_tasks.shards.layout import Layout, check_shards, shard_of
-from cluster_tasks.shards.layouts import SILENCE_S, Layouts
+from cluster_tasks.shards.layouts import SILENCE_S, WRITERS_WAIT_S, Layouts
 from cluster_tasks.shards.making import create_tables
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Resharding:
 
     def _announce(self, collection: str, shards: int) -> Entry:
         while True:
-            entry = self._layouts.settled(collection)
+            entry = self._layouts.settled(collection, WRITERS_WAIT_S)
             if announced := self._catalogue.change(entry, state=State.SPLITTING, newest=entry.newest + 1):
                 logger.info("split begins", extra={"collection": collection, "shards": shards})
                 return announced
@@ -151,8 +151,9 @@ class _Beat:
         """Return the error of a split whose row another has changed."""
         return StoreUnavailable(f"the split of {self.entry.layout.collection!r} was broken off by another process")
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Self:
         self._thread.start()
+        return self
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()

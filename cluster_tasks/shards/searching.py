@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import AsyncIterator, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 from cluster_tasks.shards import indexes, tables
 from cluster_tasks.shards.documents import Candidates, Document, Passage
@@ -14,6 +14,8 @@ from cluster_tasks.shards.query import Query
 
 if TYPE_CHECKING:
     from lancedb.table import AsyncTable
+
+T = TypeVar("T")
 
 
 async def best(shards: Sequence[AsyncTable], query: Query) -> list[Passage]:
@@ -39,6 +41,16 @@ async def documents(shards: Sequence[AsyncTable], condition: str) -> dict[str, D
     """Return the documents of the tables that meet the SQL ``condition``, by their ids."""
     parts = await asyncio.gather(*[tables.documents(table, condition) for table in shards])
     return {document.id: document for part in parts for document in part}
+
+
+async def opened(shards: Sequence[AsyncTable]) -> Sequence[AsyncTable]:
+    """Return the tables themselves, of which each is what it was when it was opened."""
+    return shards
+
+
+async def following(batches: AsyncIterator[T]) -> T | None:
+    """Return what comes next; None: nothing."""
+    return await anext(batches, None)
 
 
 async def count(shards: Sequence[AsyncTable]) -> int:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from cluster_tasks.errors import InvalidArguments
+from cluster_tasks.errors import CollectionNotFound, InvalidArguments
 from cluster_tasks.locks import Locks
 from cluster_tasks.shards import searching, tables
 from cluster_tasks.shards.catalogue import Catalogue
@@ -16,10 +17,11 @@ from cluster_tasks.shards.documents import Candidates, Document, Mode, Passage
 from cluster_tasks.shards.filters import Where, any_of, compile_where, quote
 from cluster_tasks.shards.indexes import optimize
 from cluster_tasks.shards.layout import Layout, check_collection, check_shards
-from cluster_tasks.shards.layouts import SILENCE_S, Layouts
+from cluster_tasks.shards.layouts import SILENCE_S, WRITERS_WAIT_S, Layouts
 from cluster_tasks.shards.making import clean, drop, make
 from cluster_tasks.shards.query import Query
 from cluster_tasks.shards.resharding import Resharding
+from cluster_tasks.shards.vector_store import Check
 from cluster_tasks.shards.vectors import Vectors, unit_rows
 from cluster_tasks.shards.writers import Writers
 
@@ -46,17 +48,19 @@ class CollectionStore:
     """
 
     def __init__(
-        self, data_dir: str, shards: int = 1, locks: Locks | None = None, *, split_silence_s: float = SILENCE_S
-    ) -> None:
+        self, data_dir: str, shards: int = 1, locks: Locks | None = None, *, split_silence_s: float = SILENCE_S,
+        writers_wait_s: float = WRITERS_WAIT_S,
+    ) -> None:  # fmt: skip
         """Collections that are made have so many ``shards``, unless ``upsert`` is told another number.
 
         With ``locks`` each shard has one writer at a time: ``writers`` says what that excludes, and what raises. A
-        split that is silent for ``split_silence_s`` is taken for dead.
+        split that is silent for ``split_silence_s`` is taken for dead. While there is one, what writes waits, and fails
+        with BeingSplit after ``writers_wait_s``.
         """
         self._shards = check_shards(shards)
         self._database = Database(data_dir)
         self._catalogue = Catalogue(self._database)
-        self._layouts = Layouts(self._database, self._catalogue, split_silence_s)
+        self._layouts = Layouts(self._database, self._catalogue, split_silence_s, writers_wait_s)
         self._resharding = Resharding(self._database, self._catalogue, self._layouts, split_silence_s)
         self._writers = Writers(self._database, locks)
 
@@ -68,14 +72,20 @@ class CollectionStore:
         """Return how a collection is divided."""
         return self._layouts.live(collection)
 
+    def ready(self, collection: str) -> None:
+        """Wait as long as writers do while a collection is split. Raises BeingSplit."""
+        with suppress(CollectionNotFound):
+            self._layouts.settled(collection)
+
     def upsert(
         self, collection: str, documents: Sequence[Document], vectors: Vectors, embedding_model: str, *,
-        new_shards: int | None = None, shards: Shards = None, generation: int | None = None,
+        new_shards: int | None = None, shards: Shards = None, generation: int | None = None, check: Check | None = None,
     ) -> int:  # fmt: skip
         """Insert documents, or replace those of the same id; return how many, without those outside ``shards``.
 
         ``vectors`` has the shape (documents, dimensions). Of documents with one id the last wins. The first upsert
         makes the collection, of ``new_shards``. Raises CollectionMismatch for another embedding model or dimension.
+        ``check`` is called before each commit, under the shard's lock; what it raises ends all.
         """
         check_collection(collection)
         if not documents:
@@ -96,7 +106,8 @@ class CollectionStore:
                     rows = tables.rows(some, units[numbers], embedding_model, token or tables.UNLOCKED)
                     return tables.merge(table, rows, token)
 
-                self._database.compact_if_due(name, self._writers.commit(name, merge), len(numbers), optimize)
+                version = self._writers.commit(name, merge, check)
+                self._database.compact_if_due(name, version, some, optimize)
                 return len(numbers)
 
             return sum(self._database.map(put, layout.divide(last, shards).items()))
@@ -105,9 +116,12 @@ class CollectionStore:
 
     def delete(
         self, collection: str, ids: Iterable[str] | None = None, where: Where | None = None, *,
-        shards: Shards = None, generation: int | None = None,
+        shards: Shards = None, generation: int | None = None, check: Check | None = None,
     ) -> int:  # fmt: skip
-        """Delete the documents that have one of ``ids`` and match ``where``, as far as given; return how many."""
+        """Delete the documents that have one of ``ids`` and match ``where``, as far as given; return how many.
+
+        ``check`` is as of ``upsert``.
+        """
         if ids is None and not where:
             raise InvalidArguments("delete needs ids or a filter; drop() removes a whole collection")
         wanted = None if ids is None else {document_id: quote(document_id) for document_id in ids}
@@ -120,9 +134,9 @@ class CollectionStore:
                 shard, condition = part
                 name = layout.table(shard)
                 deleted, version = self._writers.commit(
-                    name, lambda table, token: tables.delete(table, condition, token)
+                    name, lambda table, token: tables.delete(table, condition, token), check
                 )
-                self._database.compact_if_due(name, version, compact=optimize)
+                self._database.compact_if_due(name, version, (), optimize)
                 return deleted
 
             return sum(self._database.map(remove, conditions.items()))
@@ -166,15 +180,19 @@ class CollectionStore:
         """
         wanted = None if ids is None else {document_id: quote(document_id) for document_id in ids}
         matching = [compile_where(where)] if where else []
+        conditions: list[str] = []
 
-        def open_all(layout: Layout) -> list[tuple[Table, str]]:
-            conditions = _conditions(layout, shards, wanted, matching)
-            return list(zip(self._layouts.open(layout, list(conditions)), conditions.values(), strict=True))
+        def chosen(layout: Layout) -> Sequence[int]:
+            by_shard = _conditions(layout, shards, wanted, matching)
+            conditions[:] = by_shard.values()
+            return list(by_shard)
 
-        parts = self._layouts.read(collection, generation, open_all)
+        opened = self._read(collection, generation, chosen, searching.opened)
         with unavailable(collection):
-            for table, condition in parts:
-                yield from tables.scan(table, condition)
+            for table, condition in zip(opened, conditions, strict=True):
+                batches = tables.scan(table, condition)
+                while batch := self._database.run(partial(searching.following, batches)):
+                    yield from batch
 
     def get(
         self, collection: str, ids: Iterable[str], *, shards: Shards = None, generation: int | None = None

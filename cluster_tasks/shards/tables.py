@@ -13,7 +13,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -126,14 +126,14 @@ async def nearest(table: AsyncTable, query: NDArray[np.float32], k: int, conditi
     return hits
 
 
-def scan(table: Table, condition: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the ids and metadata of the rows that meet the SQL ``condition``, a batch of them in memory at a time."""
-    search = table.search()
+async def scan(table: AsyncTable, condition: str) -> AsyncIterator[list[tuple[str, dict[str, Any]]]]:
+    """Yield the ids and metadata of the rows that meet the SQL ``condition``, some of them at a time."""
+    search = table.query().select(["id", "metadata"])
     if condition:
         search.where(condition)
-    for batch in search.select(["id", "metadata"]).limit(None).to_batches():
-        for row in batch.to_pylist():
-            yield row["id"], decode_metadata(row["metadata"])
+    async for batch in await search.to_batches():
+        if rows := batch.to_pylist():
+            yield [(row["id"], decode_metadata(row["metadata"])) for row in rows]
 
 
 async def documents(table: AsyncTable, condition: str) -> list[Document]:

@@ -6,7 +6,7 @@ copies its collections itself, and is asked by one job.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cluster_tasks.shards.documents import Document, Mode, Passage
@@ -14,6 +14,10 @@ from cluster_tasks.shards.filters import Where
 
 if TYPE_CHECKING:
     from cluster_tasks.shards.vectors import Vectors
+
+
+Check = Callable[[], None]
+"""Raises an error if a write must not be any more."""
 
 
 class VectorStore(Protocol):
@@ -26,16 +30,24 @@ class VectorStore(Protocol):
     def collections(self) -> list[str]:
         """Return the names of all collections, sorted."""
 
+    def ready(self, collection: str) -> None:
+        """Raise BeingSplit if a collection cannot be written to for now; nothing, if there is none of that name."""
+
     def upsert(
-        self, collection: str, documents: Sequence[Document], vectors: Vectors, embedding_model: str
+        self, collection: str, documents: Sequence[Document], vectors: Vectors, embedding_model: str, *,
+        check: Check | None = None,
     ) -> int:  # fmt: skip
         """Insert documents, or replace those of the same id; return how many.
 
         ``vectors`` has the shape (documents, dimensions). Of documents with one id the last wins. The first upsert
-        makes the collection. Raises CollectionMismatch for another embedding model or dimension.
+        makes the collection. Raises CollectionMismatch for another embedding model or dimension. Before each write
+        ``check`` is called, under the lock of the shard, if there is one; what it raises ends all.
         """
 
-    def delete(self, collection: str, ids: Iterable[str] | None = None, where: Where | None = None) -> int:
+    def delete(
+        self, collection: str, ids: Iterable[str] | None = None, where: Where | None = None, *,
+        check: Check | None = None,
+    ) -> int:  # fmt: skip
         """Delete the documents that have one of ``ids`` and match ``where``, as far as given; return how many."""
 
     def search(

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, TypeVar
 from cluster_tasks.errors import LockLost, LocksUnavailable, StaleWriter
 from cluster_tasks.locks import Held, Locks
 from cluster_tasks.shards.database import Database
+from cluster_tasks.shards.vector_store import Check
 
 if TYPE_CHECKING:
     from lancedb.table import Table
@@ -44,22 +45,24 @@ class Writers:
     def __init__(self, database: Database, locks: Locks | None) -> None:
         self._database, self._locks = database, locks
 
-    def commit(self, name: str, write: Callable[[Table, int | None], T]) -> T:
+    def commit(self, name: str, write: Callable[[Table, int | None], T], check: Check | None = None) -> T:
         """Run ``write`` on the newest version of a table until it commits; return its result.
 
-        It is handed the token to write, None without a lock. Raises LockTaken if others write for longer than WAIT_S,
-        LockLost if the lock ended before it could commit, StaleWriter, and StoreUnavailable.
+        It is handed the token to write, None without a lock; before that ``check`` is called. Raises LockTaken if
+        others write for longer than WAIT_S, LockLost if the lock ended before it could commit, StaleWriter,
+        StoreUnavailable, and what ``check`` does.
         """
         with self._turn(name) as held:
-            if held is None:
-                return self._database.commit(name, lambda table: write(table, None))
 
             def attempt(table: Table) -> T:
-                if held.left_s < TTL_S / 2:
-                    held.renew()
-                if later := table.count_rows(f"token > {held.token}"):
-                    raise StaleWriter(name, held.token, later)
-                return write(table, held.token)
+                if held is not None:
+                    if held.left_s < TTL_S / 2:
+                        held.renew()
+                    if later := table.count_rows(f"token > {held.token}"):
+                        raise StaleWriter(name, held.token, later)
+                if check is not None:
+                    check()
+                return write(table, held.token if held else None)
 
             return self._database.commit(name, attempt)
 

@@ -21,7 +21,7 @@ from pydantic import (
 from cluster_tasks.errors import InvalidArguments
 from cluster_tasks.shards.documents import Document, DocumentId, Mode
 from cluster_tasks.shards.filters import compile_where
-from cluster_tasks.shards.ingest.splitting import MAX_WHOLE_ID, PASSAGE_KEYS, Split
+from cluster_tasks.shards.ingest.splitting import MAX_WHOLE_ID, PASSAGE_KEYS, Split, document_of, names_passage
 
 MAX_K = 10_000
 """The most passages that a search returns, as in the store."""
@@ -140,6 +140,9 @@ class AddArguments(_Arguments):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        for number, document in enumerate(self.documents):
+            if names_passage(document.id) and document_of(document.id, document.metadata) is None:
+                raise ValueError(f"documents.{number}: {document.id!r} is an id as passages of split documents have")
         if self.split is None:
             return self
         for number, document in enumerate(self.documents):

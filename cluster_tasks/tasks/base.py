@@ -24,7 +24,7 @@ from pydantic_core import ErrorDetails
 from cluster_tasks.broker.hedging import HEDGE_PROPERTY
 from cluster_tasks.broker.members import MEMBERS_HEADER
 from cluster_tasks.broker.message import Delivery
-from cluster_tasks.errors import ConfigurationError, InvalidArguments, StreamAbandoned
+from cluster_tasks.errors import ConfigurationError, InvalidArguments, StaleCommit, StreamAbandoned
 from cluster_tasks.keys import Keys
 from cluster_tasks.model import check_request_type
 from cluster_tasks.settings import ClusterSettings
@@ -186,6 +186,30 @@ class ClusterTask(Task):  # type: ignore[misc]
         """
         delivery = Delivery.of(getattr(self.request, "properties", None))
         return delivery.fencing_token if delivery else 0
+
+    def delivery_check(self) -> Callable[[], None]:
+        """Return what raises StaleCommit once this job was taken from its node, in whatever thread it is called.
+
+        For effects that cannot compare a ``fencing_token``: done under a lock, after this was called under it, they
+        come before whatever another does under that lock for the same job, or after it. Silent while Redis is, as
+        locks are.
+        """
+        delivery = Delivery.of(getattr(self.request, "properties", None))
+        if delivery is None:
+            return lambda: None
+        around = cluster_of(self.app).neighbourhood
+        unacked, job_id = around.keys.unacked(delivery.node_id, delivery.epoch), self.request.id
+
+        def check() -> None:
+            try:
+                stands = around.client.hexists(unacked, delivery.tag)
+            except redis.RedisError as exc:
+                logger.warning("not known whether the delivery of %s still stands: %r", job_id, exc)
+                return
+            if not stands:
+                raise StaleCommit(f"{job_id} was taken from {delivery.node_id}: it must not change anything any more")
+
+        return check
 
     @contextmanager
     def streaming(self) -> Iterator[Publisher | None]:

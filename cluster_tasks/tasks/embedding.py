@@ -24,6 +24,10 @@ BATCH = 64
 """Texts of one request: servers bound the size of a request, and some the number of its texts."""
 
 
+MODEL_CHANGES = 3
+"""So often the texts of a job are embedded anew, because another model answered."""
+
+
 def first_text(texts: str | Sequence[str], **_: Any) -> str:
     """The affinity of an embedding: its text, of several the first."""
     return texts if isinstance(texts, str) else texts[0]
@@ -161,28 +165,44 @@ def embed_in_batches(
 ) -> EmbeddingResult:
     """Embed texts, at least one, in as many requests as it takes. Raises as ``EmbeddingProvider.embed`` does.
 
-    ``begun``: something was embedded for the same job before, so that it waits where there is no room under a limit.
+    All by one model: if another answers midway, as when a provider fails and the next one takes over, all is embedded
+    anew; ProviderUnavailable if that does not last either. ``begun``: something was embedded for the same job before,
+    so that it waits where there is no room under a limit.
     """
     import numpy as np
 
     from cluster_tasks.providers import EmbeddingRequest, EmbeddingResult
 
     results: list[EmbeddingResult] = []
+    usages: list[Usage] = []
+    changes: list[str] = []
     while len(results) * BATCH < len(texts):
         start = len(results) * BATCH
         try:
-            results.append(provider.embed(EmbeddingRequest(texts=tuple(texts[start : start + BATCH]), model=model)))
+            result = provider.embed(EmbeddingRequest(texts=tuple(texts[start : start + BATCH]), model=model))
+            usages.append(result.usage)
+            if results and _source(result) != _source(results[0]):
+                changes.append(f"{_source(results[0])}, then {_source(result)}")
+                if len(changes) > MODEL_CHANGES:
+                    raise ProviderUnavailable(f"texts of one job were embedded by {changes[-1]}: they cannot be mixed")
+                results = []
+                continue
+            results.append(result)
         except ProviderLimited as exc:
             # A job that comes back later begins anew: one of many requests might never get through.
-            if not (begun or results):
+            if not (begun or usages):
                 raise
             sleep(exc.retry_after_s)
     return EmbeddingResult(
         vectors=np.concatenate([result.vectors for result in results]),
         model=results[0].model,
-        usage=_sum(result.usage for result in results),
+        usage=_sum(usages),
         provider=results[0].provider,
     )
+
+
+def _source(result: EmbeddingResult) -> str:
+    return f"{result.model!r} of {result.provider} in {result.vectors.shape[1]} dimensions"
 
 
 def _sum(usages: Iterable[Usage]) -> Usage:

@@ -9,9 +9,11 @@ given to a second one as well: see ``cluster_tasks.broker.hedging``.
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
@@ -45,6 +47,8 @@ logger = logging.getLogger(__name__)
 SEARCH_SHARDS, MERGE = "retrieval.search_shards", "retrieval.merge"
 WIDE = 1_000
 """A search for more passages is one job: to send them all to a merge would take longer than to find them."""
+ROOM = 256 * 1024
+"""More goes over the wire twice, and takes longer than to read the texts of those that are chosen."""
 TOLD = (CollectionMismatch, CollectionNotFound, InvalidArguments, LayoutChanged, StoreUnavailable)
 """Errors of a part that its merge is told of."""
 PASSING = (StoreUnavailable.__name__, SearchIncomplete.__name__)
@@ -64,6 +68,8 @@ class Asked(TypedDict):
     """That made the vector; None: nobody says."""
     rerank: NotRequired[Reranking]
     """How what is found is ranked anew."""
+    room: NotRequired[int]
+    """How many bytes of passages a node may send to the merge; if it finds more, it sends their ids and scores."""
 
 
 class Part(TypedDict):
@@ -113,10 +119,15 @@ def shares_for(task: ClusterTask, collection: str, k: int) -> Shares | None:
 
 
 def search_nodes(
-    task: ClusterTask, shares: Shares, asked: Asked, *, allow_partial: bool = False, ticket: Ticket | None = None
-) -> dict[str, Any]:
-    """Let the nodes search, and one of them answer in the place of ``task``. Does not return: see ``Task.replace``."""
-    deadline = expiry(task.request.expires, task.app.timezone)
+    task: ClusterTask, shares: Shares, asked: Asked, *, allow_partial: bool = False, ticket: Ticket | None = None,
+    deadline: float | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Let the nodes search, and one of them answer in the place of ``task``. Does not return: see ``Task.replace``.
+
+    Until ``deadline`` in seconds since 1970; None: until ``task`` expires.
+    """
+    if deadline is None:
+        deadline = expiry(task.request.expires, task.app.timezone)
     priority = (task.request.delivery_info or {}).get("priority")
     jobs = jobs_of(task.app, shares, asked, deadline, priority, allow_partial=allow_partial, ticket=ticket)
     replaced: dict[str, Any] = task.replace(jobs)
@@ -129,6 +140,8 @@ def jobs_of(
 ) -> Signature:  # fmt: skip
     """Return the jobs of a search over nodes, until ``deadline`` in seconds since 1970."""
     part, options = app.tasks[SEARCH_SHARDS], {} if priority is None else {"priority": priority}
+    limit = cluster_of(app).settings.max_message_bytes
+    asked = {**asked, "room": min(ROOM, limit // (3 * len(shares.of_nodes))) if limit else ROOM}
     hedges = _hedges(app, shares, asked["collection"], deadline)
     header = [
         part.s(asked, shares.generation, list(numbers), node_id, deadline, allow_partial).set(
@@ -162,7 +175,7 @@ def _found_here(app: Celery, asked: Asked, *, allow_partial: bool) -> dict[str, 
             raise
         layout = backends.sharded.layout(asked["collection"])
         candidates, failed = _one_by_one(app, asked, layout.generation, range(layout.shards))
-        return {**_combined(asked, candidates), "missing": list(failed)}
+        return {**_combined(app, asked, candidates), "missing": list(failed)}
     result = {"collection": asked["collection"], "passages": [passage.model_dump(mode="json") for passage in found]}
     return {**result, "missing": []} if allow_partial else result
 
@@ -187,7 +200,7 @@ def search_shards(
         late = SearchIncomplete(f"shards {shards} of {asked['collection']!r} were not searched in time")
         return _part(task, failed=dict.fromkeys(shards, late))
     try:
-        return _part(task, *_candidates(task.app, asked, generation, shards, allow_partial))
+        return _part(task, *_candidates(task.app, asked, generation, shards, allow_partial), room=asked.get("room"))
     except TOLD as exc:
         return _part(task, failed=dict.fromkeys(shards, exc))
 
@@ -208,7 +221,7 @@ def merge(
     elif failed and not (allow_partial and names <= set(PASSING)):
         raise _error_of(*min(failed, key=lambda error: error[0] in PASSING))
     else:
-        result = _reranked(task.app, asked, _combined(asked, _read(parts)))
+        result = _reranked(task.app, asked, _combined(task.app, asked, _read(parts)))
         if allow_partial:
             result["missing"] = sorted(number for part in parts for number in part["missing"])
     kept = kept_of(task.app)
@@ -264,10 +277,20 @@ def _search(app: Celery, asked: Asked, generation: int, shards: Sequence[int]) -
     )
 
 
-def _combined(asked: Asked, found: Sequence[Candidates]) -> dict[str, Any]:
+def _combined(app: Celery, asked: Asked, found: Sequence[Candidates]) -> dict[str, Any]:
     from cluster_tasks.shards.fusion import combine
 
     passages = combine(asked["mode"], found, _wanted(asked))
+    # No document is without text.
+    if bare := [passage.id for passage in passages if not passage.text]:
+        stored = {each.id: each for each in backends_of(app).sharded.get(asked["collection"], bare)}
+        passages = [
+            passage.model_copy(update={"text": stored[passage.id].text, "metadata": dict(stored[passage.id].metadata)})
+            if passage.id in stored else passage
+            for passage in passages
+        ]  # fmt: skip
+        # What was deleted meanwhile is not found any more.
+        passages = [passage for passage in passages if passage.text]
     return {"collection": asked["collection"], "passages": [passage.model_dump(mode="json") for passage in passages]}
 
 
@@ -276,11 +299,16 @@ def _reranked(app: Celery, asked: Asked, found: dict[str, Any]) -> dict[str, Any
 
 
 def _part(
-    task: ClusterTask, found: Sequence[Candidates] = (), failed: Mapping[int, Exception] = MappingProxyType({})
-) -> Part:
+    task: ClusterTask, found: Sequence[Candidates] = (), failed: Mapping[int, Exception] = MappingProxyType({}),
+    room: int | None = None,
+) -> Part:  # fmt: skip
     first = next(iter(failed.values()), None)
+    told = [each.model_dump(mode="json") for each in found]
+    if room is not None and len(json.dumps(told)) > room:
+        for passage in chain.from_iterable([*each["nearest"], *each["matching"]] for each in told):
+            passage.update(text="", metadata={})
     return Part(
-        job=task.request.id, found=[each.model_dump(mode="json") for each in found], missing=list(failed),
+        job=task.request.id, found=told, missing=list(failed),
         error=None if first is None else (type(first).__name__, str(first)),
     )  # fmt: skip
 

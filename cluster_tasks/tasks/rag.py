@@ -7,14 +7,16 @@ shards lie on several nodes, ``rag.search`` is replaced by a job on each and the
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
 from celery import chain
+from celery.exceptions import TaskRevokedError
 
 from cluster_tasks.shards.documents import Mode
 from cluster_tasks.tasks.arguments import AnswerArguments, CacheUse, Rerank
-from cluster_tasks.tasks.base import ClusterTask
+from cluster_tasks.tasks.base import ClusterTask, expiry
 from cluster_tasks.tasks.embedding import EMBED
 from cluster_tasks.tasks.fanout import asking, best_node, search_here, search_nodes, shares_for
 from cluster_tasks.tasks.llm import conversation
@@ -51,8 +53,9 @@ def answer(
 
     Returns what ``llm.generate`` returns and ``passages``, those that the model was given, as ``retrieval.search``
     returns them. If nothing matches, the model is not asked: ``text`` is empty and ``finish_reason`` is
-    ``no_passages``. Fails as the jobs it is made of do. ``cache`` and ``allow_degraded`` are theirs, too, and ``mode``,
-    ``rerank`` and ``candidates`` those of the search: ``"text"`` embeds nothing.
+    ``no_passages``. Fails as the jobs it is made of do, and with TaskRevokedError if it expires between them. ``cache``
+    and ``allow_degraded`` are theirs, too, and ``mode``, ``rerank`` and ``candidates`` those of the search: ``"text"``
+    embeds nothing.
 
     ``citations`` lists the passages that the answer cites, in the order in which it does: ``number`` (from 1, in
     ``passages``), ``id``, ``document`` (the id of the document), its ``heading``, ``page`` and ``start`` there, None
@@ -76,12 +79,15 @@ def answer(
     steps = task.app.tasks
     asked = (collection, k, where, question, mode_of(mode, question))
     reranking = reranking_of(rerank, candidates, k, allow_degraded)
+    # Not as option of the steps: Celery ends no chain of which one expires.
+    deadline = expiry(task.request.expires, task.app.timezone)
+    until = {} if deadline is None else {"deadline": deadline}
     options = {"rerank": reranking} if reranking else {}
     if mode == "text":
-        finding = [steps["rag.search"].s(None, *asked, **options)]
+        finding = [steps["rag.search"].s(None, *asked, **options, **until)]
     else:
-        finding = [steps[EMBED].s(question, cache=cache), steps["rag.search"].s(*asked, **options)]
-    replaced: dict[str, Any] = task.replace(chain(*finding, steps["rag.generate"].s(question, **sampling)))
+        finding = [steps[EMBED].s(question, cache=cache), steps["rag.search"].s(*asked, **options, **until)]
+    replaced: dict[str, Any] = task.replace(chain(*finding, steps["rag.generate"].s(question, **sampling, **until)))
     return replaced
 
 
@@ -95,8 +101,10 @@ def search_step(
     question: str | None = None,
     mode: Mode = "vector",
     rerank: Reranking | None = None,
+    deadline: float | None = None,
 ) -> dict[str, Any]:
     """Search for a question with the vector that ``embedding.embed`` returned, or without, and rerank what is found."""
+    _check_deadline(deadline)
     vector, model = None, None
     if embedded is not None:
         vector, model = embedded["vectors"][0], embedded["model"]
@@ -106,8 +114,13 @@ def search_step(
             vector, model = fitting(task.app, collection, question, vector, model, cached=cached)
     asked = asking(collection, k, where, mode, question, vector, model, rerank)
     if (shares := shares_for(task, collection, k)) is not None:
-        return search_nodes(task, shares, asked)
+        return search_nodes(task, shares, asked, deadline=deadline)
     return search_here(task.app, asked)
+
+
+def _check_deadline(deadline: float | None) -> None:
+    if deadline is not None and time.time() > deadline:
+        raise TaskRevokedError("expired")
 
 
 def _conversation(question: str, session_id: str | None = None, **_: Any) -> str:
@@ -121,9 +134,11 @@ def generate_step(
     question: str,
     model: str | None = None,
     session_id: str | None = None,
+    deadline: float | None = None,
     **sampling: Any,
 ) -> dict[str, Any]:
     """Answer from the passages that ``rag.search`` returned."""
+    _check_deadline(deadline)
     from cluster_tasks.providers import ChatResult
     from cluster_tasks.tasks.citing import cited
 

@@ -11,7 +11,14 @@ from weakref import WeakKeyDictionary
 from celery import Celery, shared_task
 from celery.local import Proxy
 
-from cluster_tasks.errors import ConfigurationError, ProviderLimited
+from cluster_tasks.errors import (
+    BeingSplit,
+    CollectionMismatch,
+    CollectionNotFound,
+    ConfigurationError,
+    InvalidArguments,
+    ProviderLimited,
+)
 from cluster_tasks.tasks.apps import Configured, cluster_of, sending_app
 from cluster_tasks.tasks.base import ClusterTask
 
@@ -23,6 +30,10 @@ if TYPE_CHECKING:
     from cluster_tasks.shards.vector_store import VectorStore
 
 
+EXPECTED = (CollectionMismatch, CollectionNotFound, InvalidArguments)
+"""What a caller may have to do with: nothing that a node should log as its own error."""
+SPLIT_WAIT_S, SPLIT_TRIES = 0.5, 600
+"""So long a job that writes waits in its slot for the end of a split; and so often it comes back for it."""
 SPREAD_S, WIDEST_SPREAD_S = 5.0, 60.0
 """Jobs that wait for room under a limit come back spread over so many seconds, and over more each time."""
 
@@ -31,11 +42,14 @@ def ready_made(name: str, **options: Any) -> Callable[[Callable[..., Any]], Clus
     """Declare a job that every app of the process knows; its function gets the task as first argument.
 
     What stands for it in this process is the task of the app that ``sending_app`` names. A job whose provider has no
-    room under its limits is sent again for the time when there is.
+    room under its limits is sent again for the time when there is; one that is to write to a collection while that is
+    split, some seconds later.
     """
 
     def declare(function: Callable[..., Any]) -> ClusterTask:
-        shared_task(name=name, bind=True, base=ClusterTask, max_retries=None, **options)(_patient(function))
+        shared_task(name=name, bind=True, base=ClusterTask, max_retries=None, throws=EXPECTED, **options)(
+            _patient(function)
+        )
         task: ClusterTask = Proxy(lambda: sending_app().tasks[name], name=function.__name__, __doc__=function.__doc__)
         return task
 
@@ -53,6 +67,11 @@ def _patient(function: Callable[..., Any]) -> Callable[..., Any]:
             # All that are turned away at once would come back at once, and be turned away again.
             spread_s = min(SPREAD_S * (1 + task.request.retries), WIDEST_SPREAD_S)
             raise task.retry(exc=exc, countdown=exc.retry_after_s + random.uniform(0, spread_s)) from None
+        except BeingSplit as exc:
+            if task.request.is_eager or task.request.retries > SPLIT_TRIES:
+                raise
+            # To wait in a slot would keep searches, which go on meanwhile, from it.
+            raise task.retry(exc=exc, countdown=random.uniform(1, 3)) from None
 
     return run
 
@@ -104,7 +123,9 @@ class Backends:
         self.check_sharded()
         from cluster_tasks.shards.store import CollectionStore
 
-        return CollectionStore(self._settings.data_dir, self._settings.shards, self._cluster.locks)
+        return CollectionStore(
+            self._settings.data_dir, self._settings.shards, self._cluster.locks, writers_wait_s=SPLIT_WAIT_S
+        )
 
     def check_sharded(self) -> None:
         """Raise ConfigurationError if an outside engine has the collections, and with them their shards."""

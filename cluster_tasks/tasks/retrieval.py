@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
-from typing import Any
+import random
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from time import sleep
+from typing import TYPE_CHECKING, Any
 
 from celery import Celery
 from celery.canvas import Signature
+from celery.utils import uuid
 
-from cluster_tasks.errors import CollectionNotFound, LockLost, LockTaken
+from cluster_tasks.errors import CollectionNotFound, LockLost, LockTaken, StoreUnavailable
 from cluster_tasks.shards.documents import Document, Mode
-from cluster_tasks.shards.ingest.splitting import WHOLE, Split, document_of
+from cluster_tasks.shards.ingest.splitting import ADDED_BY, WHOLE, Split, document_of
 from cluster_tasks.shards.ingest.splitting import split as split_document
 from cluster_tasks.shards.ingest.wholes import wholes
 from cluster_tasks.tasks.apps import cluster_of
@@ -43,6 +47,13 @@ from cluster_tasks.tasks.queries import query_vector
 from cluster_tasks.tasks.ready_made import backends_of, ready_made
 from cluster_tasks.tasks.reranking import Reranking, reranking_of
 
+if TYPE_CHECKING:
+    from cluster_tasks.providers import EmbeddingResult
+    from cluster_tasks.shards.vector_store import VectorStore
+
+OPTIMIZING_S = 300.0
+"""So long nobody else optimizes what a node has begun to, and died. Two at once do no harm: one works in vain."""
+REPLACE_TRIES = 10
 logger = logging.getLogger(__name__)
 
 
@@ -60,47 +71,93 @@ def add_documents(
     "characters", "format": "text"}`` are its defaults. ``unit`` may be ``"tokens"``, those of OpenAI's embedding
     models; ``format`` ``"markdown"`` or ``"python"``, which are cut at headings and definitions. A passage is found,
     with the metadata of its document and ``document`` (the id of that), ``passage``, ``passages``, ``start`` and, where
-    known, ``heading`` and ``page``; its id is that of the document, ``#`` and its number. The document stays one
-    thing: its id replaces all of it, whether the new text has more passages or fewer, and deletes all of it. The new
-    passages are there before the old ones go. Without ``split``, a document replaces none that was split.
+    known, ``heading`` and ``page``; its id is that of the document, ``#passage-`` and its number; ``added_by`` is the
+    id of this job. The document stays one thing: its id replaces all of it, whether the new text has more passages or
+    fewer, and deletes all of it. The new passages are there before the old ones go; of two jobs that replace a document
+    at once, one wins as a whole. Without ``split``, a document replaces none that was split: both are found.
 
     Returns ``collection``, ``ids`` (in the order of the documents), ``count`` (of different ids) and, with ``split``,
-    ``passages``, their number. Fails as ``embedding.embed`` does, and with CollectionMismatch.
+    ``passages``, their number. Fails as ``embedding.embed`` does and with CollectionMismatch; with LockTaken or
+    StaleWriter if others keep writing to the same shards, and with StoreUnavailable: then it is to be repeated.
     """
     ids = [document.id for document in documents]
     if not documents:
         return {"collection": collection, "ids": ids, "count": 0}
-    if split is None:
-        count = _store(task.app, collection, documents)
-        _forget_searches(task.app, collection)
-        return {"collection": collection, "ids": ids, "count": count}
-    last = {document.id: document for document in documents}
-    passages = [passage for document in last.values() for passage in split_document(document, split)]
-    _store(task.app, collection, passages)
-    _delete_stale(task.app, collection, last, {passage.id for passage in passages})
-    _forget_searches(task.app, collection)
-    return {"collection": collection, "ids": ids, "count": len(last), "passages": len(passages)}
-
-
-def _store(app: Celery, collection: str, documents: Sequence[Document]) -> int:
-    if not documents:
-        return 0
-    embedded = embed_texts(app, [document.text for document in documents])
-    return backends_of(app).store.upsert(collection, documents, embedded.vectors, embedded.model)
-
-
-def _delete_stale(app: Celery, collection: str, document_ids: Collection[str], fresh: Collection[str]) -> None:
-    store = backends_of(app).store
     try:
-        in_one_piece = [stored_id for stored_id, _ in store.scan(collection, document_ids)]
-        stale = [*in_one_piece, *(each for each in _passage_ids(app, collection, document_ids) if each not in fresh)]
+        if split is None:
+            return {"collection": collection, "ids": ids, "count": _store(task, collection, documents)}
+        job_id = task.request.id or uuid()
+        pieces = {document.id: split_document(document, split, job_id) for document in documents}
+        _replace(task, collection, pieces, job_id)
+        return {"collection": collection, "ids": ids, "count": len(pieces), "passages": sum(map(len, pieces.values()))}
+    finally:
+        # What has failed may have changed something.
+        _forget_searches(task.app, collection)
+
+
+def _store(task: ClusterTask, collection: str, documents: Sequence[Document]) -> int:
+    embedded = _embedded(task.app, collection, documents)
+    store = backends_of(task.app).store
+    return store.upsert(collection, documents, embedded.vectors, embedded.model, check=task.delivery_check())
+
+
+def _embedded(app: Celery, collection: str, documents: Sequence[Document]) -> EmbeddingResult:
+    # Whoever has to come back is to pay for it once.
+    backends_of(app).store.ready(collection)
+    return embed_texts(app, [document.text for document in documents])
+
+
+def _replace(task: ClusterTask, collection: str, pieces: Mapping[str, Sequence[Document]], job_id: str) -> None:
+    """Put the passages of each document in the place of all that is stored of it.
+
+    Another job may replace the same document meanwhile, and neither sees the other write. So whoever has changed
+    something looks afterwards whether all is of one job, whichever, and begins anew if not: the last one who changes
+    something has seen all that there is.
+    """
+    store, check = backends_of(task.app).store, task.delivery_check()
+    passages = list(chain(*pieces.values()))
+    embedded = _embedded(task.app, collection, passages) if passages else None
+    rows, left = {passage.id: row for row, passage in enumerate(passages)}, dict(pieces)
+    for attempt in range(REPLACE_TRIES):
+        put = list(chain(*left.values()))
+        if put and embedded is not None:
+            vectors = embedded.vectors[[rows[passage.id] for passage in put]]
+            store.upsert(collection, put, vectors, embedded.model, check=check)
+        stale, mixed = _stored_of(store, collection, left, job_id)
+        if stale:
+            store.delete(collection, stale, check=check)
+            _, mixed = _stored_of(store, collection, left, job_id)
+        left = {document_id: pieces[document_id] for document_id in mixed}
+        if not left:
+            return
+        sleep(random.uniform(0, min(2.0, 0.1 * 2**attempt)))
+    raise StoreUnavailable(f"collection {collection!r}: others replace the same documents again and again: {[*left]}")
+
+
+def _stored_of(
+    store: VectorStore, collection: str, pieces: Mapping[str, Sequence[Document]], job_id: str
+) -> tuple[list[str], list[str]]:
+    """Return what is stored beside all that this job has of a document, and documents that are of no one version."""
+    passages: dict[str, dict[str, Mapping[str, Any]]] = {document_id: {} for document_id in pieces}
+    try:
+        for stored_id, metadata in store.scan(collection, where={WHOLE: {"in": list(pieces)}}):
+            if (document_id := document_of(stored_id, metadata)) is not None:
+                passages[document_id][stored_id] = metadata
+        stale = [each for each, metadata in store.scan(collection, pieces) if document_of(each, metadata) is None]
     except CollectionNotFound:
-        return
-    if stale:
-        store.delete(collection, stale)
+        return [], []
+    mixed = []
+    for document_id, stored in passages.items():
+        ours = {each for each, metadata in stored.items() if metadata.get(ADDED_BY) == job_id}
+        if {passage.id for passage in pieces[document_id]} == ours:
+            stale += stored.keys() - ours
+        versions = {(metadata.get(ADDED_BY), metadata["passages"]) for metadata in stored.values()}
+        if (versions and {count for _, count in versions} != {len(stored)}) or len(versions) > 1:
+            mixed.append(document_id)
+    return stale, mixed
 
 
-def _passage_ids(app: Celery, collection: str, document_ids: Collection[str]) -> list[str]:
+def _passage_ids(app: Celery, collection: str, document_ids: Sequence[str]) -> list[str]:
     """Return the ids of the stored passages of documents. Raises CollectionNotFound."""
     stored = backends_of(app).store.scan(collection, where={WHOLE: {"in": list(document_ids)}})
     return [stored_id for stored_id, metadata in stored if document_of(stored_id, metadata) is not None]
@@ -221,11 +278,14 @@ def delete_documents(
     Returns ``deleted``, their number, each passage counted; ids that the collection does not hold are no error. Fails
     with CollectionNotFound.
     """
+    store = backends_of(task.app).store
+    store.ready(collection)
     if ids is not None:
         ids = [*ids, *_passage_ids(task.app, collection, ids)]
-    deleted = backends_of(task.app).store.delete(collection, ids, where)
-    _forget_searches(task.app, collection)
-    return {"deleted": deleted}
+    try:
+        return {"deleted": store.delete(collection, ids, where, check=task.delivery_check())}
+    finally:
+        _forget_searches(task.app, collection)
 
 
 @ready_made("retrieval.optimize", request_type="retrieval", affinity="collection", arguments=OptimizeArguments)
@@ -243,12 +303,11 @@ def optimize(task: ClusterTask, collection: str | None = None) -> dict[str, Any]
             task.apply_async((name,), expires=OPTIMIZE_WITHIN_S)
         return {"collections": names}
     try:
-        with cluster_of(task.app).locks.acquire(f"optimize/{collection}", OPTIMIZE_WITHIN_S):
+        with cluster_of(task.app).locks.acquire(f"optimize/{collection}", OPTIMIZING_S):
             store.optimize(collection)
     except LockTaken:
         return {"collections": []}
     except LockLost as exc:
-        # Two at once do no harm: one of them has worked in vain.
         logger.info("a collection took long to optimize: %s", exc)
     except CollectionNotFound:
         return {"collections": []}

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from cluster_tasks.clock import SystemClock
-from cluster_tasks.errors import StaleWriter
+from cluster_tasks.errors import LockTaken, StaleCommit, StaleWriter
 from cluster_tasks.keys import Keys
 from cluster_tasks.locks import Locks, RedisLocks
 from cluster_tasks.shards import tables
-from cluster_tasks.shards.database import Database
+from cluster_tasks.shards.database import THREADS, Database
 from cluster_tasks.shards.documents import Document
 from cluster_tasks.shards.store import CollectionStore
 from cluster_tasks.shards.writers import Writers
@@ -140,6 +140,39 @@ def test_a_writer_whose_turn_was_over_before_it_began_to_commit_changes_nothing(
         Writers(database, locks).commit(TABLE, lose_the_race)
     assert len(attempts) == 1
     assert stored(store) == {"a": "later", "b": "first"}
+
+
+def test_whether_a_write_may_still_be_is_asked_under_the_lock_and_ends_it(store: CollectionStore, locks: Locks) -> None:
+    def refuse() -> None:
+        # Whoever writes from now on does so after this.
+        with pytest.raises(LockTaken):
+            locks.acquire(LOCK, 1)
+        raise StaleCommit("it was taken away")
+
+    with pytest.raises(StaleCommit):
+        store.upsert("docs", [Document(id="a", text="second")], np.ones((1, 3)), MODEL, check=refuse)
+    with pytest.raises(StaleCommit):
+        store.delete("docs", ["a"], check=refuse)
+    assert stored(store) == {"a": "first"}
+    put(store, a="third")
+    assert stored(store) == {"a": "third"}
+
+
+def test_reads_wait_for_no_writer_that_waits(tmp_path: Path, open_locks: OpenLocks) -> None:
+    store = CollectionStore(str(tmp_path), THREADS, open_locks())
+    documents = [Document(id=str(number), text=f"text {number}") for number in range(10 * THREADS)]
+    store.upsert("docs", documents, np.ones((len(documents), 3)), MODEL)
+    names = [store.layout("docs").table(shard) for shard in range(THREADS)]
+    of_another = [open_locks().acquire(f"shard/{name}", 60) for name in names]
+    with ThreadPoolExecutor(2) as pool:
+        writing = [pool.submit(store.upsert, "docs", documents, np.ones((len(documents), 3)), MODEL) for _ in range(2)]
+        assert len(store.search("docs", np.ones(3), 5)) == 5
+        assert store.count("docs") == len(list(store.scan("docs"))) == len(documents)
+        assert len(store.get("docs", ["1", "2"])) == 2
+        assert not any(each.done() for each in writing)
+        for held in of_another:
+            held.release()
+        assert [each.result() for each in writing] == [len(documents)] * 2
 
 
 def test_a_later_holder_replaces_and_deletes_what_earlier_ones_have_written(store: CollectionStore) -> None:

@@ -196,11 +196,17 @@ def test_what_a_run_does_not_look_at_stays_and_what_it_leaves_out_goes(folder: F
     assert {"docs/guide.md", "docs/paper.pdf", "other/guide.md", "own"} < folder.held().keys()
 
 
+def test_a_name_that_could_be_a_file_of_another_folder_is_refused(folder: Folder) -> None:
+    folder.write(FILES)
+    _, complained = folder.end(folder.start("--name", "docs/notes"), 2)
+    assert "--name docs/notes: with a slash it could be a file of another folder" in " ".join(complained.split())
+
+
 def test_what_is_missing_of_a_document_is_added_again(folder: Folder) -> None:
     folder.write(FILES)
     folder.index()
     complete = folder.held()
-    folder.run("retrieval.delete_documents", folder.collection, ids=["docs/guide.md#2"])
+    folder.run("retrieval.delete_documents", folder.collection, ids=["docs/guide.md#passage-2"])
     assert not folder.held()["docs/guide.md"]["complete"]
     assert folder.index()["indexed"] == ["guide.md"]
     assert folder.held() == complete

@@ -22,9 +22,10 @@ from cluster_tasks.errors import (
     StoreUnavailable,
 )
 from cluster_tasks.shards.documents import Document, Mode
+from cluster_tasks.shards.shard_map import Shares
 from cluster_tasks.shards.store import CollectionStore
 from cluster_tasks.tasks import rag, retrieval
-from cluster_tasks.tasks.fanout import MERGE, SEARCH_SHARDS, Asked, asking, search_here
+from cluster_tasks.tasks.fanout import MERGE, SEARCH_SHARDS, Asked, asking, jobs_of, search_here
 from cluster_tasks.tasks.ready_made import backends_of
 
 # Celery's own way to store a result that expires.
@@ -111,6 +112,27 @@ def test_a_part_that_fails_fails_the_search_unless_a_partial_result_will_do(app:
     assert search_here(app, asked, allow_partial=True) == {key: found[key] for key in found if key != "cached"}
     with pytest.raises(StoreUnavailable):
         search_here(app, asked)
+
+
+@pytest.mark.parametrize("rerank", [None, {"model": "local", "candidates": 20, "allow_degraded": True}])
+def test_where_texts_are_long_they_are_read_when_it_is_known_which(app: Celery, rerank: Any) -> None:
+    asked: Asked = {**ask("hybrid"), **({"rerank": rerank} if rerank else {})}
+    whole = [part(app, asked, 0, 3), part(app, asked, 1, 2)]
+    bare = [part(app, {**asked, "room": 100}, *shards) for shards in ([0, 3], [1, 2])]
+    assert len(json.dumps(bare)) < 0.8 * len(json.dumps(whole))
+    assert not any(each["text"] for one in bare for found in one["found"] for each in found["nearest"])
+    found = merged(app, asked, *bare)
+    assert found == merged(app, asked, *whole)
+    store_of(app).delete("docs", [found["passages"][0]["id"]])
+    assert found["passages"][0] not in merged(app, asked, *bare)["passages"]
+
+
+def test_what_nodes_send_to_the_merge_fits_into_its_message(app: Celery) -> None:
+    nodes = {f"n{number}": [0] for number in range(40)}
+    jobs = jobs_of(app, Shares(GENERATION, nodes, {}, 1.0), ask("text"), None, None)
+    rooms = {each.args[0]["room"] for each in jobs.tasks}
+    assert len(rooms) == 1
+    assert len(nodes) * rooms.pop() < backends_of(app)._settings.max_message_bytes / 2
 
 
 def test_a_part_that_is_late_searches_nothing(app: Celery) -> None:

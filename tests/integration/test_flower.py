@@ -18,6 +18,7 @@ from tornado.web import create_signed_value
 
 from cluster_tasks import Cluster, ClusterTask, Node, NodeRole, cluster_of
 from cluster_tasks.broker.placement import Crash
+from cluster_tasks.failover.events import UNREADABLE
 from cluster_tasks.flower.sharing import FRESH_S
 from cluster_tasks.flower.templates import add_entry
 from cluster_tasks.model import Capacity, Load
@@ -145,6 +146,28 @@ def test_what_the_cluster_says_reaches_the_page_as_data_only(app: Celery, site: 
     assert [event["kind"] for event in answer.told["events"]] == ["job quarantined", HOSTILE]
     assert [job["id"] for job in answer.told["quarantine"]["jobs"]] == [HOSTILE]
     assert HOSTILE not in site.ask("/cluster").text
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [{"strange": "entry"}, {"kind": "node lost", "timestamp": "soon", "facts": "{}"},
+     {"kind": "node lost", "timestamp": "nan", "facts": "{}"}, {"kind": "node lost", "timestamp": "1", "facts": "[1]"},
+     {"kind": b"\xff", "timestamp": "1", "facts": "{}"},
+     {"kind": "node lost", "timestamp": "1", "facts": "[" * 100_000}],
+)  # fmt: skip
+def test_an_entry_that_is_no_event_is_shown_as_one_and_hides_no_other(
+    app: Celery, site: Site, entry: dict[str, str | bytes]
+) -> None:
+    cluster = cluster_of(app)
+    cluster.events.add("node joined", node="a@x")
+    cluster.client.xadd(cluster.keys.events, entry)
+    cluster.events.add("node lost", node="a@x")
+    told = site.ask("/cluster/snapshot").told["events"]
+    assert [event["kind"] for event in told] == ["node lost", UNREADABLE, "node joined"]
+    assert abs(told[1]["at"] - time.time()) < END_S
+    read = cluster.events.after("0", 1)
+    assert [event.kind for event in read] == ["node joined", UNREADABLE, "node lost"]
+    assert cluster.events.after(read[1].id, 1) == read[2:]
 
 
 def test_a_snapshot_holds_no_arguments_and_reads_a_job_once(app: Celery, site: Site) -> None:

@@ -569,6 +569,25 @@ def test_a_job_of_several_requests_waits_where_it_is_once_it_has_begun() -> None
         embed_in_batches(Limited(), texts)
 
 
+def test_texts_of_one_job_are_embedded_by_one_model_though_another_takes_over_midway() -> None:
+    class Changing(HashEmbeddings):
+        def __init__(self, of: Callable[[int], tuple[str, int]]) -> None:
+            super().__init__()
+            self.of, self.asked = of, 0
+
+        def embed(self, request: EmbeddingRequest) -> EmbeddingResult:
+            self.asked += 1
+            (model, dimensions), result = self.of(self.asked), super().embed(request)
+            return result.model_copy(update={"model": model, "vectors": result.vectors[:, :dimensions]})
+
+    texts = [f"text {i}" for i in range(3 * BATCH)]
+    embedded = embed_in_batches(Changing(lambda asked: ("first", 384) if asked < 3 else ("second", 128)), texts)
+    assert (embedded.model, embedded.vectors.shape) == ("second", (len(texts), 128))
+    for changes in (lambda asked: (str(asked), 384), lambda asked: ("one", 100 + asked)):
+        with pytest.raises(ProviderUnavailable, match="cannot be mixed"):
+            embed_in_batches(Changing(changes), texts)
+
+
 def age(client: redis.Redis, seconds: int, provider: str = PROVIDER) -> None:
     """Let what was spent lie so long ago."""
     key = Keys().limits(provider)

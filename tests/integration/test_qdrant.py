@@ -114,6 +114,17 @@ def test_many_documents_are_written_in_several_requests_and_a_second_upsert_repe
         assert store.count("docs") == len(documents)
 
 
+def test_the_index_of_passages_is_made_though_the_maker_of_the_collection_died_before_it(server: QdrantServer) -> None:
+    server.failing, server.failing_at = 500, "PUT index"
+    with closing(open_store(server.url)) as store, pytest.raises(StoreUnavailable):
+        add(store, Document(id="a", text="one"))
+    server.failing = 0
+    with closing(open_store(server.url)) as store:
+        for _ in range(2):
+            add(store, Document(id="a", text="one"))
+    assert sum(request.startswith("PUT") and request.endswith("/index") for request in server.requests) == 2
+
+
 def test_collections_of_others_are_left_alone(server: QdrantServer, store: QdrantStore) -> None:
     with closing(QdrantClient(port=server.port, headers={"api-key": "pass-word"}, check_compatibility=False)) as client:
         params = models.VectorParams(size=3, distance=models.Distance.DOT)

@@ -11,9 +11,11 @@ from contextlib import ExitStack
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 from celery import Celery, chain, group
+from celery.exceptions import TaskRevokedError
 
 from cluster_tasks.breaker import BreakerState
 from cluster_tasks.cluster import cluster_of
@@ -254,10 +256,10 @@ def test_a_split_document_is_replaced_listed_and_deleted_as_one(run: Run, docs: 
     added = run("retrieval.add_documents", docs, [{"id": "cat", "text": text, "metadata": {"of": "cats"}}], split=how)
     assert added == {"collection": docs, "ids": ["cat"], "count": 1, "passages": 9}
     [last, *_] = run("retrieval.search", docs, "Part 8", k=1, where={"heading": "Part 8"})["passages"]
-    assert (last["id"], last["text"]) == ("cat#8", "# Part 8\n\nA cat sleeps 8 hours. It sleeps 8 hours more.")
+    assert (last["id"], last["text"]) == ("cat#passage-8", "# Part 8\n\nA cat sleeps 8 hours. It sleeps 8 hours more.")
     assert last["metadata"] == {
         "of": "cats", "document": "cat", "passage": 8, "passages": 9, "start": text.index("# Part 8"),
-        "heading": "Part 8",
+        "heading": "Part 8", "added_by": ANY,
     }  # fmt: skip
     short = run(
         "retrieval.add_documents", docs, [{"id": "cat", "text": text[:90]}, {"id": "none", "text": " "}], split=how
@@ -273,6 +275,35 @@ def test_a_split_document_is_replaced_listed_and_deleted_as_one(run: Run, docs: 
     assert run("retrieval.list_documents", docs, where={"topic": "animals"})["next"] is None
     assert run("retrieval.delete_documents", docs, ids=["cat"]) == {"deleted": 2}
     assert {passage["id"] for passage in run("retrieval.search", docs, "cat", k=9)["passages"]} == {"hen", "kit", "sky"}
+
+
+def test_two_jobs_that_replace_a_document_at_once_leave_one_version_of_it(run: Run, app: Celery, docs: str) -> None:
+    add = app.tasks["retrieval.add_documents"]
+    how = {"size": 16, "overlap": 0}
+    texts = [
+        " ".join(f"{word}{number:02} and so on." for number in range(count)) for word, count in (("a", 4), ("b", 12))
+    ]
+    for _ in range(12):
+        sent = [add.delay(docs, [{"id": "both", "text": text}], split=how) for text in texts]
+        passages = [each.get(timeout=WITHIN_S)["passages"] for each in sent]
+        (found,) = [each for each in run("retrieval.list_documents", docs)["documents"] if each["id"] == "both"]
+        assert found["complete"], found
+        assert found["passages"] in passages
+
+
+def test_an_id_of_a_passage_is_no_id_of_a_document(run: Run, docs: str) -> None:
+    how = {"size": 16, "overlap": 0}
+    run("retrieval.add_documents", docs, [{"id": "a", "text": "One thing. Another thing."}], split=how)
+    run("retrieval.add_documents", docs, [{"id": "a#0", "text": "Third thing."}, {"id": "a#1", "text": "Fourth."}])
+    for split in (None, how):
+        with pytest.raises(InvalidArguments, match=r"documents\.0: 'a#passage-1' is an id as passages"):
+            run("retrieval.add_documents", docs, [{"id": "a#passage-1", "text": "Else."}], split=split)
+    (passage,) = run("retrieval.get_documents", docs, ["a#passage-1"])["documents"]
+    # As it was read it may be put back.
+    run("retrieval.add_documents", docs, [passage])
+    held = {each["id"]: each for each in run("retrieval.list_documents", docs)["documents"]}
+    assert (held["a"]["passages"], held["a"]["complete"]) == (2, True)
+    assert {"a#0", "a#1"} < held.keys()
 
 
 def test_an_unknown_collection_is_named_and_the_nearest_name_with_it(run: Run, docs: str) -> None:
@@ -344,6 +375,25 @@ def test_a_refused_request_fails_the_job_and_so_does_a_silent_provider(remote: R
     # The provider's client repeats requests, the job does not.
     assert provider.counts[CHAT_PATH] - asked == 2
     assert remote("llm.generate", "hello")["text"] == "hello"
+
+
+def test_an_answer_that_nobody_waits_for_any_more_is_not_paid_for(
+    remote: Run, app_of_remote: Celery, provider: FakeOpenAI
+) -> None:
+    remote("retrieval.add_documents", "late", DOCUMENTS)
+    found = remote("rag.search", None, "late", 2, None, "sky", "text")
+    asked = provider.counts[CHAT_PATH]
+    for job, arguments in (("rag.search", [None, "late", 2, None, "sky", "text"]), ("rag.generate", [found, "sky"])):
+        with pytest.raises(TaskRevokedError, match="expired"):
+            remote(job, *arguments, deadline=time.time() - 1)
+    provider.hang()
+    until_s = time.time() + 3
+    late = app_of_remote.tasks["rag.answer"].apply_async(("Why is the sky blue?", "late"), expires=3)
+    wait_until(lambda: time.time() > until_s, WITHIN_S)
+    provider.release()
+    with pytest.raises(TaskRevokedError, match="expired"):
+        late.get(timeout=WITHIN_S)
+    assert provider.counts[CHAT_PATH] == asked
 
 
 def test_nodes_share_what_they_know_of_a_provider_and_its_limits(broker: str, directory: Path) -> None:
@@ -453,11 +503,11 @@ def test_a_model_gets_the_passages_that_another_chose_and_its_markers_are_told_a
     result = remote("rag.answer", "Does a cat sleep?", "manuals", k=1, rerank=True, candidates=2)
     ranking = next(request for request in reversed(provider.requests) if request.path == RERANK_PATH)
     assert (ranking.body["query"], len(ranking.body["documents"])) == ("Does a cat sleep?", 2)
-    assert [passage["id"] for passage in result["passages"]] == ["manual#1"]
+    assert [passage["id"] for passage in result["passages"]] == ["manual#passage-1"]
     assert result["rerank"]["model"] == "fake-rerank"
     assert result["citations"] == [
         {
-            "number": 1, "id": "manual#1", "document": "manual", "heading": "Sleep", "page": None,
+            "number": 1, "id": "manual#passage-1", "document": "manual", "heading": "Sleep", "page": None,
             "start": manual["text"].index("# Sleep"),
             "spans": [{"start": 0, "end": 14, "passage_start": None, "passage_end": None}],
         }

@@ -16,7 +16,9 @@ import pytest
 from cluster_tasks.broker.message import job_of
 from cluster_tasks.cluster import cluster_of
 from cluster_tasks.errors import StoreUnavailable
+from cluster_tasks.shards.catalogue import State
 from cluster_tasks.shards.placement import Shard
+from cluster_tasks.shards.resharding import _Beat
 from cluster_tasks.tasks.kept import Embedded, kept_of
 from cluster_tasks.testing import RERANK_PATH, FakeOpenAI
 from tests.process.accounts import END_S
@@ -240,6 +242,51 @@ def stopped_in_a_search(site: Site, nodes: dict[str, WorkerProcess]) -> tuple[Wo
 
 def has_stopped(pid: int) -> bool:
     return bool(psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+
+
+def test_a_node_that_was_taken_for_dead_overwrites_nothing_that_came_after_its_job(site: Site) -> None:
+    with FakeOpenAI() as server:
+        models = {
+            "CLUSTER_EMBEDDING_BASE_URL": server.base_url, "CLUSTER_EMBEDDING_MODEL": "fake-embedding",
+            "NO_PROXY": "127.0.0.1",
+        }  # fmt: skip
+        nodes = {f"{name}@test": site.new_node(name, **models) for name in "ab"}
+        with running(*nodes.values()):
+            site.fill()
+            beats = site.cluster.epochs.beats()
+            unacked = {name: site.cluster.keys.unacked(name, beats[name].epoch) for name in nodes}
+            server.hang()
+            asked = len(server.requests)
+            first = site.send("retrieval.add_documents", "docs", [{"id": "d", "text": "first"}])
+            wait_until(lambda: len(server.requests) > asked, END_S, "it is being embedded")
+            (holder,) = [node for name, node in nodes.items() if site.cluster.client.hlen(unacked[name])]
+            holder.signal(signal.SIGSTOP)
+            assert first.get(timeout=END_S)["count"] == 1, "the other node has done it"
+            site.get("retrieval.add_documents", "docs", [{"id": "d", "text": "second"}])
+            server.release()
+            holder.signal(signal.SIGCONT)
+            wait_until(lambda: "it must not change anything any more" in holder.read_log(), END_S, "it is refused")
+            (stored,) = site.get("retrieval.get_documents", "docs", ["d"])["documents"]
+            assert stored["text"] == "second"
+
+
+def test_what_waits_for_the_end_of_a_split_keeps_no_search_from_the_slots(site: Site) -> None:
+    node = site.new_node("a", pool="solo", slots=1)
+    with running(node):
+        site.fill()
+        catalogue = site.store._catalogue
+        entry = catalogue.read("docs")
+        assert entry is not None
+        splitting = catalogue.change(entry, state=State.SPLITTING)
+        assert splitting is not None
+        with _Beat(catalogue, splitting, 1.0) as beat:
+            waiting = [site.send("retrieval.add_documents", "docs", [f"text {number}"]) for number in range(3)]
+            waiting.append(site.send("retrieval.delete_documents", "docs", ["d1"]))
+            wait_until(lambda: node.read_log().count("Retry in") >= len(waiting), END_S, "all have come back")
+            assert len(site.ids("docs", "house")) == 5
+            assert not any(each.ready() for each in waiting)
+        assert catalogue.change(beat.entry, state=State.LIVE)
+        assert [each.get(timeout=END_S) for each in waiting][-1] == {"deleted": 1}
 
 
 def holds_a_part(site: Site, unacked: str) -> bool:

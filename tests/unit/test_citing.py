@@ -13,7 +13,7 @@ from cluster_tasks.tasks.citing import cited
 
 SPLIT = {"document": "manual.md", "passage": 3, "passages": 9, "start": 120, "heading": "Setup > Linux"}
 PASSAGES = [
-    {"id": "manual.md#3", "text": "Backups run at two.", "metadata": {**SPLIT, "lang": "en"}, "score": 0.9},
+    {"id": "manual.md#passage-3", "text": "Backups run at two.", "metadata": {**SPLIT, "lang": "en"}, "score": 0.9},
     {"id": "sky", "text": "The sky is blue.", "metadata": {"page": "its own", "document": "no id"}, "score": 0.8},
     {"id": "hen", "text": "A hen lays eggs.", "metadata": {}, "score": 0.7},
 ]
@@ -40,7 +40,7 @@ def test_a_citation_names_passage_document_and_place() -> None:
         "spans": [{"start": 0, "end": 20, **span}],
     }  # fmt: skip
     assert second == {
-        "number": 1, "id": "manual.md#3", "document": "manual.md", "heading": "Setup > Linux", "page": None,
+        "number": 1, "id": "manual.md#passage-3", "document": "manual.md", "heading": "Setup > Linux", "page": None,
         "start": 120, "spans": [{"start": 21, "end": 44, **span}],
     }  # fmt: skip
 

@@ -142,7 +142,7 @@ def test_the_pages_of_a_pdf_are_kept_apart() -> None:
     text, written = read("a.pdf", pdf("First page.", "Second page."))
     assert (text, written) == ("First page.\n\f\nSecond page.", "text")
     document = Document(id="a", text=text)
-    pages = [(each.text, each.metadata["page"]) for each in split(document, Split(size=16, overlap=0))]
+    pages = [(each.text, each.metadata["page"]) for each in split(document, Split(size=16, overlap=0), "job")]
     assert pages == [("First page.", 1), ("Second page.", 2)]
 
 
@@ -188,9 +188,9 @@ def starts(passages: list[Document]) -> list[int]:
 @given(TEXTS.filter(bool), SPLITS)
 def test_passages_cover_the_text_are_no_longer_than_wanted_and_always_the_same(text: str, how: Split) -> None:
     document = Document(id="a", text=text, metadata={"year": 2020})
-    passages = split(document, how)
-    assert passages == split(document, how)
-    assert [passage.id for passage in passages] == [f"a#{number}" for number in range(len(passages))]
+    passages = split(document, how, "job")
+    assert passages == split(document, how, "job")
+    assert [passage.id for passage in passages] == [f"a#passage-{number}" for number in range(len(passages))]
     covered = [False] * len(text)
     for place, passage in zip(starts(passages), passages, strict=True):
         assert text.startswith(passage.text, place)
@@ -210,23 +210,23 @@ def test_passages_cover_the_text_are_no_longer_than_wanted_and_always_the_same(t
 
 def test_tokens_are_counted_as_such() -> None:
     text = "Internationalization is a long word. " * 40
-    by_characters = split(Document(text=text), Split(size=40, overlap=0))
-    by_tokens = split(Document(text=text), Split(size=40, overlap=0, unit="tokens"))
+    by_characters = split(Document(text=text), Split(size=40, overlap=0), "job")
+    by_tokens = split(Document(text=text), Split(size=40, overlap=0, unit="tokens"), "job")
     assert len(by_tokens) * 3 < len(by_characters)
 
 
 def test_passages_overlap_as_much_as_wanted() -> None:
     text = " ".join(f"word{number}" for number in range(200))
-    passages = split(Document(text=text), Split(size=100, overlap=30))
+    passages = split(Document(text=text), Split(size=100, overlap=30), "job")
     places = starts(passages)
     for place, following, passage in zip(places, places[1:], passages, strict=False):
         assert 0 < place + len(passage.text) - following <= 30
-    apart = split(Document(text=text), Split(size=100, overlap=0))
+    apart = split(Document(text=text), Split(size=100, overlap=0), "job")
     assert " ".join(passage.text for passage in apart) == text
 
 
 def test_a_blank_document_has_no_passage() -> None:
-    assert split(Document(text=" \n"), Split()) == []
+    assert split(Document(text=" \n"), Split(), "job") == []
 
 
 @pytest.mark.parametrize("wrong", [{"size": 15}, {"size": 100, "overlap": 51}, {"unit": "words"}, {"sise": 100}])
@@ -308,7 +308,7 @@ def test_a_heading_has_an_end() -> None:
 
 
 def test_passages_know_their_headings() -> None:
-    passages = split(Document(id="g", text=GUIDE), Split(size=40, overlap=0, format="markdown"))
+    passages = split(Document(id="g", text=GUIDE), Split(size=40, overlap=0, format="markdown"), "job")
     assert passages[-1].metadata["heading"] == "Use"
     assert "heading" not in passages[0].metadata
 
@@ -322,7 +322,7 @@ def stored(*documents: Document) -> list[tuple[str, dict[str, Any]]]:
 
 def test_documents_are_put_together_from_their_passages() -> None:
     long = Document(id="long", text="word " * 50, metadata={"digest": "1"})
-    passages = split(long, Split(size=50, overlap=0))
+    passages = split(long, Split(size=50, overlap=0), "job")
     own = Document(id="mine#1", text="a", metadata={"document": "other", "passage": 1})
     held = [*stored(*reversed(passages)), *stored(own, Document(id="short", text="a"))]
     assert wholes(held, "", 10) == [
@@ -334,19 +334,38 @@ def test_documents_are_put_together_from_their_passages() -> None:
 
 def test_a_document_is_not_complete_without_a_passage_or_with_one_of_another_version() -> None:
     how = Split(size=50, overlap=0)
-    passages = split(Document(id="a", text="word " * 50, metadata={"digest": "1"}), how)
-    changed = split(Document(id="a", text="word " * 50, metadata={"digest": "2"}), how)
-    longer = split(Document(id="a", text="word " * 70, metadata={"digest": "1"}), how)
-    for held in (passages[1:], passages[:-1], [*changed[:1], *passages[1:]], [*passages, *longer[len(passages) :]]):
+    passages = split(Document(id="a", text="word " * 50, metadata={"digest": "1"}), how, "job")
+    changed = split(Document(id="a", text="word " * 50, metadata={"digest": "2"}), how, "job")
+    longer = split(Document(id="a", text="word " * 70, metadata={"digest": "1"}), how, "job")
+    other = split(Document(id="a", text="text " * 50, metadata={"digest": "1"}), how, "other job")
+    mixed = ([*changed[:1], *passages[1:]], [*passages, *longer[len(passages) :]], [*other[:1], *passages[1:]])
+    for held in (passages[1:], passages[:-1], *mixed):
         [whole] = wholes(stored(*held), "", 10)
         assert not whole.complete
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"document": "d"},
+        {"document": 5, "passage": 3},
+        {"document": "d", "passage": "3"},
+        {"document": "d", "passage": 3},
+        {"document": "d", "passage": 3, "passages": "4"},
+        {"document": "d", "passage": True, "passages": 4},
+    ],
+)
+def test_what_only_looks_like_a_passage_is_a_document(metadata: dict[str, Any]) -> None:
+    for stored_id in ("d#passage-None", "5#passage-3", "d#passage-3", "d#passage-True"):
+        alone = Whole(id=stored_id, metadata=metadata, passages=1, complete=True)
+        assert wholes([(stored_id, metadata)], "", 10) == [alone]
 
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("abcdefghij"), st.integers(0, 2))), st.integers(1, 4))
 def test_pages_of_a_list_are_together_the_list(pieces: list[tuple[str, int]], limit: int) -> None:
     held = [
-        (f"{name}#{number}", {"document": name, "passage": number, "passages": 3})
+        (f"{name}#passage-{number}", {"document": name, "passage": number, "passages": 3})
         for name, number in dict.fromkeys(pieces)
     ]
     everything = wholes(held, "", 100)

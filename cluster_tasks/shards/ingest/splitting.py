@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -19,11 +20,15 @@ if TYPE_CHECKING:
 MIN_SIZE, MAX_SIZE = 16, 100_000
 TOKENIZER = "text-embedding-3-small"
 """Whose tokens are counted. Its vocabulary comes with the splitter; other models count a little differently."""
-MAX_WHOLE_ID = 500
+MAX_WHOLE_ID = 490
 """Characters of the id of a document that is split: its passages' ids are a little longer."""
+PASSAGE = "#passage-"
+"""Between the id of a document and the number of a passage, in the id of that."""
 WHOLE = "document"
 """The metadata of a passage that holds the id of its document."""
-PASSAGE_KEYS = (WHOLE, "passage", "passages", "start", "heading", "page")
+ADDED_BY = "added_by"
+"""The metadata of a passage that holds the id of the job that added it: all of one version have the same."""
+PASSAGE_KEYS = (WHOLE, "passage", "passages", "start", "heading", "page", ADDED_BY)
 """The metadata that a passage has by itself, beside those of its document."""
 
 
@@ -53,7 +58,12 @@ class Split(BaseModel):
 
 def passage_id(document_id: object, number: object) -> str:
     """Return the id of a passage of a document."""
-    return f"{document_id}#{number}"
+    return f"{document_id}{PASSAGE}{number}"
+
+
+def names_passage(stored_id: str) -> bool:
+    """Whether this is such an id, of whatever document."""
+    return re.search(rf"{PASSAGE}\d+\Z", stored_id, re.ASCII) is not None
 
 
 def document_of(stored_id: str, metadata: Mapping[str, Any]) -> str | None:
@@ -61,25 +71,30 @@ def document_of(stored_id: str, metadata: Mapping[str, Any]) -> str | None:
 
     Others may use the same metadata in their own way: the id tells.
     """
-    document_id = metadata.get(WHOLE)
-    return document_id if stored_id == passage_id(document_id, metadata.get("passage")) else None
+    document_id, number, count = (metadata.get(key) for key in (WHOLE, "passage", "passages"))
+    # A truth value is a number, too.
+    if (type(document_id), type(number), type(count)) != (str, int, int):
+        return None
+    return document_id if stored_id == passage_id(document_id, number) else None
 
 
-def split(document: Document, how: Split) -> list[Document]:
+def split(document: Document, how: Split, added_by: str) -> list[Document]:
     """Return the passages of a document, in their order; none, if it is blank. Equal arguments give equal passages.
 
-    A passage has the id of its document with ``#`` and its number behind it, and the metadata of its document with
-    ``document`` (the id of that), ``passage`` (its number, from 0), ``passages`` (how many there are), ``start`` (its
-    first character's place in the text, from 0) and, as far as known, ``heading`` and ``page`` (from 1, in a text with
-    form feeds). Together they hold all of the text but white space. Raises ConfigurationError if the splitter is not
-    installed.
+    A passage has the id of its document with ``#passage-`` and its number behind it, and the metadata of its document
+    with ``document`` (the id of that), ``passage`` (its number, from 0), ``passages`` (how many there are), ``start``
+    (its first character's place in the text, from 0), ``added_by`` and, as far as known, ``heading`` and ``page`` (from
+    1, in a text with form feeds). Together they hold all of the text but white space. Raises ConfigurationError if the
+    splitter is not installed.
     """
     cut = _splitter(how).chunk_indices(document.text)
     headings = Headings(document.text, how.format)
     page_ends = _page_ends(document.text) if how.format == "text" else []
     passages = []
     for number, (offset, text) in enumerate(cut):
-        own: dict[str, Any] = {WHOLE: document.id, "passage": number, "passages": len(cut), "start": offset}
+        own: dict[str, Any] = {
+            WHOLE: document.id, "passage": number, "passages": len(cut), "start": offset, ADDED_BY: added_by,
+        }  # fmt: skip
         if heading := headings.at(offset):
             own["heading"] = heading
         if page_ends:

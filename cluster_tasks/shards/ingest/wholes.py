@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from cluster_tasks.shards.ingest.splitting import PASSAGE_KEYS, document_of
+from cluster_tasks.shards.ingest.splitting import ADDED_BY, PASSAGE_KEYS, document_of
 
 
 class Whole(BaseModel):
@@ -28,12 +28,14 @@ class Whole(BaseModel):
 class _Pieces:
     metadata: dict[str, Any]
     expected: int
+    added_by: Any
     found: int = 0
     alike: bool = True
 
-    def add(self, metadata: dict[str, Any], number: int, expected: int) -> None:
+    def add(self, metadata: dict[str, Any], number: int, expected: int, added_by: Any) -> None:
         self.found += 1
-        self.alike &= (metadata, expected) == (self.metadata, self.expected) and number < expected
+        same = (metadata, expected, added_by) == (self.metadata, self.expected, self.added_by)
+        self.alike &= same and number < expected
 
 
 def wholes(stored: Iterable[tuple[str, Mapping[str, Any]]], after: str, limit: int) -> list[Whole]:
@@ -48,9 +50,10 @@ def wholes(stored: Iterable[tuple[str, Mapping[str, Any]]], after: str, limit: i
         document_id = stored_id if document is None else document
         if document_id <= after or (ceiling is not None and document_id > ceiling):
             continue
-        number, expected = (0, 1) if document is None else (metadata["passage"], metadata.get("passages", 1))
+        number, expected = (0, 1) if document is None else (metadata["passage"], metadata["passages"])
+        added_by = None if document is None else metadata.get(ADDED_BY)
         common = {key: value for key, value in metadata.items() if document is None or key not in PASSAGE_KEYS}
-        documents.setdefault(document_id, _Pieces(common, expected)).add(common, number, expected)
+        documents.setdefault(document_id, _Pieces(common, expected, added_by)).add(common, number, expected, added_by)
         if len(documents) > 2 * limit:
             # So a page of a large collection takes no more memory than one of a small collection.
             documents = {each: documents[each] for each in sorted(documents)[:limit]}

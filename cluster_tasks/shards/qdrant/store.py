@@ -28,6 +28,7 @@ from cluster_tasks.shards.qdrant.connection import Connection
 from cluster_tasks.shards.qdrant.filters import METADATA, field, filter_of, read_metadata, stored_metadata
 from cluster_tasks.shards.qdrant.words import document_vector, query_vector
 from cluster_tasks.shards.query import Query
+from cluster_tasks.shards.vector_store import Check
 from cluster_tasks.shards.vectors import Vectors, similarity, unit_rows
 
 NAMESPACE = UUID("8a5b1f0e-6d2c-5a57-9c1e-2f6f0d7c3b91")
@@ -50,6 +51,8 @@ class QdrantStore:
 
     def __init__(self, address: QdrantUrl) -> None:
         self._connection = Connection(address)
+        self._indexed: set[str] = set()
+        """The collections whose passages are indexed by their documents."""
 
     def collections(self) -> list[str]:
         """Return the names of all collections, sorted."""
@@ -58,8 +61,12 @@ class QdrantStore:
         ours = (each.name.removeprefix(prefix) for each in found if each.name.startswith(prefix))
         return sorted(filter(COLLECTION.fullmatch, ours))
 
+    def ready(self, collection: str) -> None:
+        """Nothing: Qdrant takes writes at any time."""
+
     def upsert(
-        self, collection: str, documents: Sequence[Document], vectors: Vectors, embedding_model: str
+        self, collection: str, documents: Sequence[Document], vectors: Vectors, embedding_model: str, *,
+        check: Check | None = None,
     ) -> int:  # fmt: skip
         """See ``VectorStore.upsert``. Some 64 documents at a time are there as soon as they are written."""
         check_collection(collection)
@@ -70,10 +77,15 @@ class QdrantStore:
         last = list({document.id: row for row, document in enumerate(documents)}.values())
         for start in range(0, len(last), WRITTEN_AT_ONCE):
             rows = last[start : start + WRITTEN_AT_ONCE]
+            if check is not None:
+                check()
             self._ask(collection, partial(_write, [_point(documents[row], units[row]) for row in rows]))
         return len(last)
 
-    def delete(self, collection: str, ids: Iterable[str] | None = None, where: Where | None = None) -> int:
+    def delete(
+        self, collection: str, ids: Iterable[str] | None = None, where: Where | None = None, *,
+        check: Check | None = None,
+    ) -> int:  # fmt: skip
         """See ``VectorStore.delete``. Qdrant does not say how many it deletes: they are counted just before."""
         if ids is None and not where:
             raise InvalidArguments("delete needs ids or a filter; drop() removes a whole collection")
@@ -83,6 +95,8 @@ class QdrantStore:
         def delete(client: QdrantClient, name: str) -> int:
             found = client.count(name, count_filter=chosen, exact=True).count
             if found:
+                if check is not None:
+                    check()
                 client.delete(name, models.FilterSelector(filter=chosen), wait=True)
             return found
 
@@ -133,6 +147,7 @@ class QdrantStore:
 
     def drop(self, collection: str) -> None:
         """See ``VectorStore.drop``."""
+        self._indexed.discard(collection)
         if not self._ask(collection, lambda client, name: client.delete_collection(name)):
             raise self._not_found(collection)
 
@@ -172,10 +187,14 @@ class QdrantStore:
     def _made(self, collection: str, embedding_model: str, dimensions: int) -> tuple[str, int]:
         """Make a collection unless it exists; return what it holds. Of several makers at once one wins."""
         try:
-            return self._held(collection)
+            held = self._held(collection)
         except CollectionNotFound:
             self._ask(collection, lambda client, name: self._make(client, name, embedding_model, dimensions))
-        return self._held(collection)
+            held = self._held(collection)
+        if collection not in self._indexed:
+            self._ask(collection, self._index)
+            self._indexed.add(collection)
+        return held
 
     def _make(self, client: QdrantClient, name: str, embedding_model: str, dimensions: int) -> None:
         if client.collection_exists(name):
@@ -191,8 +210,11 @@ class QdrantStore:
             # Another was quicker.
             if exc.status_code != 409:
                 raise
+
+    def _index(self, client: QdrantClient, name: str) -> None:
+        # Whoever made the collection may have died before it had this index, which is made once however often asked
+        # for: by it the passages of a document are found whenever that is added again.
         if not self._connection.address.folder:
-            # By it the passages of a document are found whenever that is added again.
             client.create_payload_index(name, field(WHOLE, ""), models.PayloadSchemaType.KEYWORD, wait=True)
 
 
