@@ -277,20 +277,6 @@ def test_a_split_document_is_replaced_listed_and_deleted_as_one(run: Run, docs: 
     assert {passage["id"] for passage in run("retrieval.search", docs, "cat", k=9)["passages"]} == {"hen", "kit", "sky"}
 
 
-def test_two_jobs_that_replace_a_document_at_once_leave_one_version_of_it(run: Run, app: Celery, docs: str) -> None:
-    add = app.tasks["retrieval.add_documents"]
-    how = {"size": 16, "overlap": 0}
-    texts = [
-        " ".join(f"{word}{number:02} and so on." for number in range(count)) for word, count in (("a", 4), ("b", 12))
-    ]
-    for _ in range(12):
-        sent = [add.delay(docs, [{"id": "both", "text": text}], split=how) for text in texts]
-        passages = [each.get(timeout=WITHIN_S)["passages"] for each in sent]
-        (found,) = [each for each in run("retrieval.list_documents", docs)["documents"] if each["id"] == "both"]
-        assert found["complete"], found
-        assert found["passages"] in passages
-
-
 def test_an_id_of_a_passage_is_no_id_of_a_document(run: Run, docs: str) -> None:
     how = {"size": 16, "overlap": 0}
     run("retrieval.add_documents", docs, [{"id": "a", "text": "One thing. Another thing."}], split=how)
