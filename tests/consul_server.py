@@ -15,8 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from tests.servers import missing
-from workers.redis_server import HOST, free_port
+from tests.servers import free_ports, missing
+from workers.redis_server import HOST
 from workers.tether import tethered, tethering
 
 START_TIMEOUT_S = 30.0
@@ -92,7 +92,7 @@ class ConsulServer:
         had_ports = bool(self._ports)
         for attempt in range(PORT_ATTEMPTS):
             if not self._ports:
-                self._ports = {name: free_port() for name in PORTS}
+                self._ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
             self._launch(binary)
             if not wait:
                 return

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import requests
 
-from tests.servers import missing
+from tests.servers import free_ports, missing
 from tests.waiting import wait_until
 from workers.redis_server import HOST, free_port
 from workers.tether import tethered, tethering
@@ -243,7 +243,7 @@ class EtcdServer:
 @contextmanager
 def etcd_cluster(directory: Path, size: int = 3) -> Iterator[list[EtcdServer]]:
     """Run several servers that are one etcd."""
-    peers = {f"m{number}": free_port() for number in range(size)}
+    peers = {f"m{number}": port for number, port in enumerate(free_ports(size))}
     servers = [EtcdServer(directory / name, name, peers) for name in peers]
     with ExitStack() as stack:
         for server in servers:

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from workers.redis_server import RedisServer
+from workers.redis_server import RedisServer, free_port
 
 
 def missing(what: str) -> NoReturn:
@@ -20,6 +20,14 @@ def missing(what: str) -> NoReturn:
     if os.environ.get("CI"):
         pytest.fail(what)
     pytest.skip(what)
+
+
+def free_ports(count: int) -> list[int]:
+    """Return so many different ports of the loopback that nobody listens on now."""
+    ports: set[int] = set()
+    while len(ports) < count:
+        ports.add(free_port())
+    return list(ports)
 
 
 @contextmanager

@@ -66,6 +66,10 @@ def shards(cluster: Cluster, as_json: bool) -> None:
     if as_json:
         print_json([asdict(row) for row in found])
         return
+    if not found:
+        click.echo(
+            "No shards are assigned to nodes. Those with the role cache hold them: CLUSTER_ROLES=worker,cache", err=True
+        )
     cells = [
         (row.collection, str(row.shard), row.holders, row.ready, "" if row.rows is None else str(row.rows))
         for row in found

@@ -12,9 +12,9 @@ from pathlib import Path
 import redis
 
 from tests.process.accounts import END_S
-from tests.servers import redis_for_results
+from tests.servers import free_ports, redis_for_results
 from tests.waiting import wait_until
-from workers.redis_server import RedisServer, find_redis_server, free_port
+from workers.redis_server import RedisServer, find_redis_server
 from workers.tether import tethered, tethering
 
 MASTER = "mymaster"
@@ -65,7 +65,7 @@ def replicated(directory: Path, *options: str) -> Iterator[Replicated]:
         second = stack.enter_context(redis_for_results(directory / "second", appendonly=True, extra=lines))
         with redis.Redis(port=second.port) as client:
             wait_until(lambda: client.role()[3] == b"connected", END_S, "the replica follows")
-        ports = [free_port() for _ in range(SENTINELS)]
+        ports = free_ports(SENTINELS)
         for port in ports:
             stack.enter_context(_sentinel(directory / f"sentinel{port}", port, first.port))
         for port in ports:

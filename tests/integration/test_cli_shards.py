@@ -80,6 +80,22 @@ def test_a_store_that_cannot_be_read_from_here_hides_the_rows_only(app: Celery, 
     assert [row["rows"] for row in told(app)] == [None, None, None]
 
 
+def test_where_no_node_holds_shards_it_is_said_which_would(redis_url: str, tmp_path: Path) -> None:
+    with Celery("bare", set_as_current=False, broker=redis_url) as bare:
+        bare.conf.update(cluster_data_dir=str(tmp_path))
+        Cluster(bare)
+        assert "CLUSTER_ROLES=worker,cache" in ask(bare).stderr
+
+
+def test_a_store_that_cannot_be_used_is_named_and_not_redis(redis_url: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with Celery("lost", set_as_current=False, broker=redis_url) as lost:
+        lost.conf.update(cluster_data_dir=str(tmp_path / "file" / "data"))
+        Cluster(lost)
+        complained = ask(lost, "split", "docs", "3").stderr
+    assert f"(the collections are in {tmp_path / 'file' / 'data'}, from CLUSTER_DATA_DIR)" in complained
+
+
 def test_a_shard_is_moved_to_a_node_by_its_name(app: Celery) -> None:
     plan(app)
     first, second = told(app)[1]["holders"]
