@@ -20,8 +20,9 @@ import redis
 from celery import Celery, states
 from celery.backends.redis import RedisBackend
 from celery.exceptions import TimeoutError as CeleryTimeout
-from celery.result import AsyncResult, EagerResult, ResultSet
+from celery.result import AsyncResult, EagerResult, ResultBase, ResultSet
 
+from cluster_tasks.errors import InvalidArguments
 from cluster_tasks.redis_store import connect_async
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,8 @@ class Awaiting:
                     wait.cancel()
                 # Nobody else looks at what the others raise.
                 await asyncio.gather(*waits, return_exceptions=True)
+        if not isinstance(result, ResultBase):
+            raise InvalidArguments(f"result: expected what delay() returns, or a group's result, not {result!r}")
         if not isinstance(result, EagerResult) and not result.ignored and result._cache is None:
             let_go(result)
             await self._wait_for_end(result, _family(result) if propagate else [], timeout_s)

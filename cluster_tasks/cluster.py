@@ -24,6 +24,7 @@ from cluster_tasks.breaker import BreakerPolicy
 from cluster_tasks.broker.amqp import ClusterAMQP, ClusterQueues
 from cluster_tasks.broker.delays import DelayedJob, delayed_jobs
 from cluster_tasks.broker.epochs import EpochTable, Lists
+from cluster_tasks.broker.placement import Placer
 from cluster_tasks.broker.revocations import ClusterControl, Revocations
 from cluster_tasks.cache import Cache, Caches, create_caches
 from cluster_tasks.clock import SystemClock
@@ -140,6 +141,10 @@ class Cluster:
             raise self._settings
         assert self._settings is not None
         return self._settings
+
+    @cached_property
+    def _placer(self) -> Placer:
+        return Placer(self.client, self.keys)
 
     @cached_property
     def keys(self) -> Keys:
@@ -532,6 +537,9 @@ class Cluster:
 
     def _check_health(self) -> None:
         self.health.act(self.health.observe())
+        with foreign_errors(BrokerUnavailable, "placing the jobs whose time has come"):
+            # A node does that when it fetches: none may be there, or all be busy, and scaling counts what waits.
+            self._placer.promote()
         # Counted when it is done: checks that fail must not keep the agents from acting.
         with foreign_errors(BrokerUnavailable, "counting a check"):
             self.client.incr(self.keys.checks)

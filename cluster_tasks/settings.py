@@ -76,6 +76,9 @@ def _urls(value: object) -> object:
     pairs = [part.partition("=") for part in re.split(r",\s*(?=[^,=]*=[a-z+]+://)", value.strip()) if part]
     if any(not re.match(r"[a-z+]+://", url) for _, _, url in pairs):
         raise ValueError("expected NAME=URL pairs separated by commas, as west=consul://127.0.0.1:8500/west")
+    names = [name.strip() for name, _, _ in pairs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"the name {twice[0]!r} is given twice")
     return {name.strip(): url.strip() for name, _, url in pairs}
 
 

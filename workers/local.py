@@ -243,8 +243,12 @@ def last_words(directory: Path, name: str) -> str:
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / "up.lock").open("w") as lock:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock_file = (directory / "up.lock").open("w")
+    except OSError as exc:
+        raise ConfigurationError(f"--data-dir {directory} cannot be used ({exc.strerror}): choose another") from exc
+    with lock_file as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -48,6 +48,9 @@ def let_go_arguments(keys: Keys, done: Mapping[str, str]) -> list[str]:
     ]
 
 
+PROMOTED_AT_ONCE = 1000
+
+
 class Why(StrEnum):
     """Why jobs are moved that had a place: what they are counted under."""
 
@@ -108,6 +111,7 @@ class Placer:
         self._move_newest = RememberedScript(client, placing_script("move_newest"))
         self._split = RememberedScript(client, placing_script("split"))
         self._unquarantine = RememberedScript(client, placing_script("unquarantine"))
+        self._promote = RememberedScript(client, placing_script("promote"))
         self._let_go, self._set_aside = (
             RememberedScript(client, "\n".join(script_source(_PACKAGE, part) for part in ("letting_go", name)))
             for name in ("let_go", "set_aside")
@@ -120,6 +124,10 @@ class Placer:
         """Put messages on their lists, all in one step; return the list that each went to."""
         arguments = [part for placement in placements for part in placement.arguments()]
         return [text(target) for target in self._place(self.index, [self._keys.bell_prefix, *arguments])]
+
+    def promote(self, most: int = PROMOTED_AT_ONCE) -> None:
+        """Put up to so many jobs whose time has come on their lists, as every node does that fetches."""
+        self._promote([*self.index, self._keys.delayed], [self._keys.bell_prefix, most])
 
     def publish(
         self, placement: Placement, publish: Publish, due: float | None, longest_wait_s: float,

@@ -326,6 +326,7 @@ def resume(cluster: Cluster, node: str, as_json: bool) -> None:
     Example: celery -A cluster_tasks cluster resume gpu1@host
     """
     node_id = node_id_of(cluster, node)
+    cluster.refuse_coordinator(node_id)
     cluster.resume(node_id)
     if as_json:
         print_json({"node": node_id, "status": NodeStatus.ONLINE})

@@ -11,6 +11,7 @@ from functools import wraps
 from typing import Any, Concatenate, ParamSpec
 
 import click
+import redis
 from celery.app.utils import find_app
 from celery.platforms import EX_UNAVAILABLE
 from celery.utils.nodenames import gethostname
@@ -80,6 +81,8 @@ def _remedy(cluster: Cluster, exc: UnavailableError) -> str:
         return f"(is the registry up at {settings.registry_url}? CLUSTER_REGISTRY_URL names another)"
     if isinstance(exc, CacheUnavailable):
         return f"(is the cache up at {settings.cache_url}? CLUSTER_CACHE_URL names another)"
+    if isinstance(exc.__cause__, redis.exceptions.AuthenticationError):
+        return f"(CLUSTER_BROKER_URL, {settings.broker_url}, names user and password)"
     return f"(is Redis up at {settings.broker_url}? CLUSTER_BROKER_URL names another)"
 
 

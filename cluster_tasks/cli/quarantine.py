@@ -66,9 +66,9 @@ def show(cluster: Cluster, job_id: str, as_json: bool) -> None:
     if as_json:
         print_json({**_facts(job), "message": job.message})
         return
-    click.echo(f"{job.id} {job.task}: {job.reason}")
+    click.echo(printable(f"{job.id} {job.task}: {job.reason}"))
     if job.retry_of:
-        click.echo(f"It was in quarantine before as {job.retry_of}.")
+        click.echo(printable(f"It was in quarantine before as {job.retry_of}."))
     print_rows(CRASH_COLUMNS, [(moment(crash.at), crash.node, crash.epoch, crash.reason) for crash in job.crashes])
     if job.traceback:
         click.echo("\n" + "\n".join(map(printable, job.traceback.splitlines())))

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, NoReturn
 
 import redis
 
@@ -20,6 +19,8 @@ from cluster_tasks.redis_store import foreign_errors, load_script, text
 logger = logging.getLogger(__name__)
 
 FORGOTTEN_S = 30
+LATEST_S = 1e11
+"""Seconds since 1970 that no clock shows."""
 UNREADABLE = "unreadable entry"
 """The kind of an entry of the stream that is no event."""
 
@@ -103,10 +104,14 @@ def decode_event(entry_id: bytes, fields: dict[bytes, bytes]) -> ClusterEvent:
     """Read an entry of the stream. One that somebody else wrote there, and is no event, is told as UNREADABLE."""
     position = text(entry_id)
     try:
-        facts = json.loads(fields[b"facts"])
+        facts = json.loads(fields[b"facts"], parse_constant=_refuse)
         kind, timestamp = text(fields[b"kind"]), float(fields[b"timestamp"])
-        if isinstance(facts, dict) and math.isfinite(timestamp):
+        if isinstance(facts, dict) and 0 <= timestamp < LATEST_S:
             return ClusterEvent(position, kind, timestamp, facts)
     except (LookupError, ValueError, RecursionError) as exc:
         logger.debug("the entry %s of the event stream is no event: %r", position, exc)
     return ClusterEvent(position, UNREADABLE, int(position.partition("-")[0]) / 1000, {})
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no JSON")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import chain
 from typing import Any
 
@@ -13,10 +14,10 @@ import redis
 from kombu.utils.uuid import uuid
 
 from cluster_tasks.broker.epochs import MAX_EVENTS
-from cluster_tasks.broker.message import INTERRUPTED, place_message
+from cluster_tasks.broker.message import INTERRUPTED, check_payload, place_message
 from cluster_tasks.broker.placement import Crash, Placer
 from cluster_tasks.clock import Clock
-from cluster_tasks.errors import BrokerUnavailable, JobNotFound
+from cluster_tasks.errors import BrokerUnavailable, ClusterError, JobNotFound
 from cluster_tasks.failover.events import EventLog
 from cluster_tasks.keys import Keys
 from cluster_tasks.redis_store import foreign_errors, load_script, text
@@ -43,6 +44,8 @@ class Quarantined:
     @property
     def reason(self) -> str:
         """Why it is not run any more, in words."""
+        if not self.crashes:
+            return "its record cannot be read"
         last = self.crashes[-1]
         return f"{len(self.crashes)} processes died while it ran, the last on {last.node}: {last.reason}"
 
@@ -54,7 +57,9 @@ class Quarantined:
     @property
     def retry_of(self) -> str:
         """The id under which the job was in quarantine before, if it was."""
-        return str(json.loads(self.message)["headers"].get(RETRY_OF) or "")
+        with suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            return str(json.loads(self.message)["headers"].get(RETRY_OF) or "")
+        return ""
 
 
 class Quarantine:
@@ -99,7 +104,7 @@ class Quarantine:
         for job_id in self.ids():
             with foreign_errors(BrokerUnavailable, "reading the quarantine"):
                 record: Any = self._client.hget(self._keys.quarantine, job_id)
-            if record is not None and (kept := _read(record)) and task in ("", kept.task):
+            if record is not None and (kept := _read(job_id, record)) and task in ("", kept.task):
                 yield kept
 
     def ids(self) -> list[str]:
@@ -120,15 +125,19 @@ class Quarantine:
             record: Any = self._client.hget(self._keys.quarantine, job_id)
         if record is None:
             raise JobNotFound(job_id, self.ids())
-        return _read(record)
+        return _read(job_id, record)
 
     def retry(self, job_id: str) -> str:
         """Send a job again, as a new one whose id is returned and whose header ``retry_of`` names the old.
 
         It bears no crash, and is not part of the group or chord of the old one, which has counted that as failed.
-        Raises JobNotFound.
+        Raises JobNotFound, and ClusterError if what is kept of it cannot be read.
         """
-        payload = json.loads(self.get(job_id).message)
+        kept = self.get(job_id)
+        try:
+            payload = check_payload(json.loads(kept.message))
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as exc:
+            raise ClusterError(f"job {job_id} cannot be sent again, for its record cannot be read: drop it") from exc
         new_id, headers, properties = uuid(), payload["headers"], payload["properties"]
         for header in ("group", "group_index"):
             headers.pop(header, None)
@@ -153,6 +162,18 @@ class Quarantine:
                 raise JobNotFound(job_id, self.ids())
 
 
-def _read(record: bytes) -> Quarantined:
-    fields = json.loads(record)
-    return Quarantined(**{**fields, "crashes": [Crash(**crash) for crash in fields["crashes"]]})
+def _read(job_id: str, record: bytes) -> Quarantined:
+    """Return what is kept of a job, or what is left of that. Fields of newer nodes are left out."""
+    try:
+        kept = json.loads(record)
+        crashes = [Crash(**_fields(Crash, crash)) for crash in kept["crashes"]]
+        job = Quarantined(**{**_fields(Quarantined, kept), "id": job_id, "crashes": crashes})
+        moment = float(job.quarantined_at)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as exc:
+        logger.warning("the record of job %s in quarantine cannot be read: %r", job_id, exc)
+        return Quarantined(job_id, "", "", [], 0.0, "")
+    return replace(job, task=str(job.task), quarantined_at=moment, message=str(job.message))
+
+
+def _fields(kind: type[Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    return {one.name: given[one.name] for one in fields(kind) if one.name in given}

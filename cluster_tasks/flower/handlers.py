@@ -143,6 +143,7 @@ class NodeHandler(_ActionHandler):
         return {"node": node_id, "handed_over": self.cluster.drain(node_id).listed}
 
     def _resume(self, node_id: str) -> dict[str, Any]:
+        self.cluster.refuse_coordinator(node_id)
         self.cluster.resume(node_id)
         return {"node": node_id}
 

@@ -21,6 +21,7 @@ from kombu.exceptions import DecodeError
 
 from cluster_tasks import Cluster, ClusterTask
 from cluster_tasks.awaiting import Awaiting
+from cluster_tasks.errors import InvalidArguments
 from cluster_tasks.redis_store import connect
 from tests.waiting import wait_until
 from workers.redis_server import RedisServer
@@ -125,6 +126,15 @@ def test_it_raises_what_get_raises(jobs: Jobs) -> None:
             await jobs.cluster.wait(revoked)
         with pytest.raises(CeleryTimeout):
             await jobs.cluster.wait(unknown, 0.1)
+
+    run(main)
+
+
+def test_what_is_no_result_is_refused(jobs: Jobs) -> None:
+    async def main() -> None:
+        for wrong in ("an id", None):
+            with pytest.raises(InvalidArguments, match=f"not {wrong!r}"):
+                await jobs.cluster.wait(wrong)
 
     run(main)
 

@@ -275,6 +275,22 @@ def test_jobs_that_no_node_serves_degrade_the_cluster(jobs: Jobs) -> None:
     assert told(done)["problems"] == ["jobs wait in waiting.llm, and no node that is online serves them"]
 
 
+def test_a_check_lists_jobs_whose_time_has_come_though_no_node_fetches(jobs: Jobs) -> None:
+    client, keys = jobs.cluster.client, jobs.cluster.keys
+    join(jobs, node_of("busy"))
+    sent = [jobs.work.apply_async(countdown=0.2) for _ in range(3)]
+    jobs.work.apply_async(countdown=3600)
+    # Whoever fetches it sets it aside.
+    client.zadd(keys.delayed, {"no job": 1})
+
+    def are_listed() -> bool:
+        jobs.app.tasks["cluster.check_health"]()
+        return sum(jobs.cluster.epochs.lengths().values()) == len(sent)
+
+    wait_until(are_listed, message="the jobs are on lists")
+    assert client.zcard(keys.delayed) == 2
+
+
 def test_jobs_that_are_bound_to_a_coordinator_degrade_the_cluster(jobs: Jobs) -> None:
     joined, chief = join(jobs, node_of("a")), join(jobs, Node(id="chief@host", roles=MASTER))
     jobs.work.apply_async(queue="node.chief@host.bound")
@@ -363,11 +379,12 @@ def test_the_nearest_name_is_told_for_an_unknown_node(command: str, jobs: Jobs) 
     assert done.stderr == "Error: no node 'gpu2' is registered; did you mean 'gpu1'?\n"
 
 
-def test_a_coordinator_is_not_drained(jobs: Jobs) -> None:
+def test_a_coordinator_is_not_drained_nor_resumed(jobs: Jobs) -> None:
     join(jobs, Node(id="master@host", roles=MASTER))
-    done = ask(jobs.app, "drain", "master@host")
-    assert done.exit_code == 1
-    assert "master@host is a coordinator and runs no jobs" in done.output
+    for command in ("drain", "resume"):
+        done = ask(jobs.app, command, "master@host")
+        assert done.exit_code == 1
+        assert "master@host is a coordinator and runs no jobs" in done.output
     assert not jobs.cluster.epochs.lists().draining
 
 

@@ -152,7 +152,9 @@ def test_what_the_cluster_says_reaches_the_page_as_data_only(app: Celery, site: 
     "entry",
     [{"strange": "entry"}, {"kind": "node lost", "timestamp": "soon", "facts": "{}"},
      {"kind": "node lost", "timestamp": "nan", "facts": "{}"}, {"kind": "node lost", "timestamp": "1", "facts": "[1]"},
-     {"kind": b"\xff", "timestamp": "1", "facts": "{}"},
+     {"kind": b"\xff", "timestamp": "1", "facts": "{}"}, {"kind": "node lost", "timestamp": "1", "facts": '{"a": NaN}'},
+     {"kind": "node lost", "timestamp": "1e300", "facts": "{}"},
+     {"kind": "node lost", "timestamp": "1", "facts": "null"},
      {"kind": "node lost", "timestamp": "1", "facts": "[" * 100_000}],
 )  # fmt: skip
 def test_an_entry_that_is_no_event_is_shown_as_one_and_hides_no_other(
@@ -241,6 +243,7 @@ def test_a_job_in_quarantine_is_sent_again_or_dropped(app: Celery, site: Site) -
         ("/cluster/nodes/aa@x/drain", 404, "did you mean 'a@x'"),
         ("/cluster/nodes/aa@x/resume", 404, "did you mean 'a@x'"),
         ("/cluster/nodes/boss@x/drain", 409, "boss@x is a coordinator"),
+        ("/cluster/nodes/boss@x/resume", 409, "boss@x is a coordinator"),
         ("/cluster/nodes/a%20%2F/drain", 400, "node id"),
         ("/cluster/quarantine/k/retry", 404, "'k'"),
         ("/cluster/quarantine/k/drop", 404, "'k'"),

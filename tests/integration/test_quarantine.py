@@ -9,7 +9,7 @@ import pytest
 
 from cluster_tasks.broker.placement import Crash
 from cluster_tasks.clock import SystemClock
-from cluster_tasks.errors import JobNotFound
+from cluster_tasks.errors import ClusterError, JobNotFound
 from cluster_tasks.failover.events import EventLog
 from cluster_tasks.failover.quarantine import Quarantine
 from tests.broker import Broker, make_message
@@ -48,6 +48,45 @@ def test_a_record_holds_reason_traceback_and_the_history_of_nodes(new_quarantine
     assert kept.traceback == "Traceback: …"
     assert list(kept.crashes) == CRASHES
     assert kept.retry_of == ""
+
+
+@pytest.mark.parametrize(
+    "record",
+    ["no JSON", "[]", "{}", '{"crashes": []}', '{"crashes": 3}', '{"crashes": [{}]}', "[" * 100_000],
+)  # fmt: skip
+def test_a_record_that_cannot_be_read_hides_no_other(
+    record: str, broker: Broker, new_quarantine: NewQuarantine
+) -> None:
+    quarantine = new_quarantine()
+    put(quarantine, "one", "two")
+    broker.client.hset(broker.keys.quarantine, "one", record)
+    assert {job.id: job.reason for job in quarantine.jobs()}.keys() == {"one", "two"}
+    assert (quarantine.get("one").reason, quarantine.get("one").retry_of) == ("its record cannot be read", "")
+    with pytest.raises(ClusterError, match="job one cannot be sent again, for its record cannot be read: drop it"):
+        quarantine.retry("one")
+    quarantine.drop("one")
+    assert quarantine.retry("two")
+
+
+def test_what_newer_nodes_say_besides_is_left_out(broker: Broker, new_quarantine: NewQuarantine) -> None:
+    quarantine = new_quarantine()
+    put(quarantine, "one")
+    record = json.loads(broker.client.hget(broker.keys.quarantine, "one") or "")
+    for part in (record, record["crashes"][0]):
+        part["of later"] = 1
+    before = quarantine.get("one")
+    broker.client.hset(broker.keys.quarantine, "one", json.dumps(record))
+    assert quarantine.get("one") == before
+
+
+def test_a_message_that_is_none_can_only_be_dropped(broker: Broker, new_quarantine: NewQuarantine) -> None:
+    quarantine = new_quarantine()
+    put(quarantine, "one")
+    record = json.loads(broker.client.hget(broker.keys.quarantine, "one") or "")
+    broker.client.hset(broker.keys.quarantine, "one", json.dumps({**record, "message": "[1]"}))
+    assert quarantine.jobs()[0].retry_of == ""
+    with pytest.raises(ClusterError, match="drop it"):
+        quarantine.retry("one")
 
 
 def test_beyond_its_size_the_oldest_go(new_quarantine: NewQuarantine) -> None:

@@ -68,6 +68,15 @@ def test_a_job_whose_node_could_not_note_its_end_any_more_is_not_waited_for(redi
     assert b"8 passages are indexed" in done.stdout, done.stderr.decode()
 
 
+@pytest.mark.parametrize("folder", ["/proc/nowhere", __file__])
+def test_a_folder_that_cannot_hold_a_cluster_is_named(folder: str, redis_binary: str) -> None:
+    command = [sys.executable, "-m", "cluster_tasks.cli.main", "up", "--no-flower", "--data-dir", folder]
+    done = subprocess.run(command, capture_output=True, timeout=START_S, text=True)
+    assert done.returncode == 1
+    assert f"--data-dir {folder} cannot be used" in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+
+
 @contextmanager
 def up(directory: Path, *options: str, nodes: int | None = 2) -> Iterator[subprocess.Popen[bytes]]:
     """``cluster-tasks up`` with so many nodes, without Flower if nothing is said of it, started and ready."""

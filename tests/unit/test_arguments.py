@@ -112,7 +112,7 @@ def test_every_app_knows_the_jobs_and_their_request_types(app: Celery) -> None:
         (
             "retrieval.add_documents",
             {"collection": "a", "documents": [{"text": "x", "id": "a" * 501}], "split": {}},
-            "documents.0: with split, an id has at most 500 characters",
+            "documents.0: with split, an id has at most 490 characters",
         ),
         ("retrieval.list_documents", {"collection": "a", "limit": 0}, "limit: Input should be greater"),
         ("retrieval.search", {"collection": "a"}, "expected either query or vector"),

@@ -115,6 +115,7 @@ def test_registries_are_joined_by_pairs_in_a_variable_and_a_mapping_in_the_confi
         ("west=memory://", "west: expected redis://, rediss://"),
         ("west=zookeeper://h", "west: expected redis://, rediss://"),
         ("west=consul://:8500", "west: consul:// URL: it has no host"),
+        ("a=redis://h/1,a=redis://h/2", "the name 'a' is given twice"),
     ],
 )
 def test_what_cannot_be_joined_is_refused(monkeypatch: pytest.MonkeyPatch, value: str, said: str) -> None:

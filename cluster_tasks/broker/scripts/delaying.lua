@@ -8,14 +8,14 @@ local function now_s()
 end
 
 -- Place up to `most` jobs whose time has come. What is no such member goes to the list `own` as it is: the node that
--- fetches it there sets it aside.
+-- fetches it there sets it aside. Without `own` it stays.
 local function promote(keys, delayed, most, own)
   for _, entry in ipairs(redis.call('ZRANGEBYSCORE', delayed, '-inf', now_s(), 'LIMIT', 0, most)) do
-    redis.call('ZREM', delayed, entry)
     local queue, waiting, kind, suffix, message = string.match(entry, '^(.-)\n(.-)\n(.-)\n(.-)\n(.*)$')
+    if message or own then redis.call('ZREM', delayed, entry) end
     if message then
       place(keys, queue, waiting, kind, suffix, message, 'LPUSH')
-    else
+    elseif own then
       place(keys, own, own, '', '', entry, 'LPUSH')
     end
   end
