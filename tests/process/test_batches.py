@@ -197,7 +197,7 @@ def test_jobs_of_a_batch_are_told_as_any_others(jobs: Batches, new_worker: NewWo
     worker = new_worker("a")
     with running(worker):
         ends(sent)
-        log = worker.read_log()
-    for result in sent:
-        assert f"batches.triple[{result.id}] received" in log
-        assert f"batches.triple[{result.id}] succeeded" in log
+        for what in ("received", "succeeded"):
+            lines = [f"batches.triple[{result.id}] {what}" for result in sent]
+            # A result is there a moment before the node says so.
+            wait_until(lambda lines=lines: all(line in worker.read_log() for line in lines), message=what)
