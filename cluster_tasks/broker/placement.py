@@ -48,9 +48,6 @@ def let_go_arguments(keys: Keys, done: Mapping[str, str]) -> list[str]:
     ]
 
 
-PROMOTED_AT_ONCE = 1000
-
-
 class Why(StrEnum):
     """Why jobs are moved that had a place: what they are counted under."""
 
@@ -125,9 +122,9 @@ class Placer:
         arguments = [part for placement in placements for part in placement.arguments()]
         return [text(target) for target in self._place(self.index, [self._keys.bell_prefix, *arguments])]
 
-    def promote(self, most: int = PROMOTED_AT_ONCE) -> None:
-        """Put up to so many jobs whose time has come on their lists, as every node does that fetches."""
-        self._promote([*self.index, self._keys.delayed], [self._keys.bell_prefix, most])
+    def promote(self) -> None:
+        """Put jobs whose time has come on their lists, the first hundred, as every node does that fetches."""
+        self._promote([*self.index, self._keys.delayed], [self._keys.bell_prefix])
 
     def publish(
         self, placement: Placement, publish: Publish, due: float | None, longest_wait_s: float,

@@ -150,7 +150,7 @@ class AlertQueue:
         return _read(streams[0][1][0]) if streams else None
 
 
-def _read(entry: tuple[bytes, dict[bytes, bytes]]) -> tuple[str, ClusterEvent | None]:
+def _read(entry: tuple[bytes, dict[bytes, bytes]]) -> tuple[str, ClusterEvent]:
     event = decode_event(*entry)
     return event.id, event
 

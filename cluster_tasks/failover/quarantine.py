@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 RETRY_OF = "retry_of"
 """The header of a job that was released from quarantine: the id under which it had failed."""
 
+UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
+"""What reading a record or a message raises that somebody else wrote."""
+
 
 @dataclass(frozen=True, slots=True)
 class Quarantined:
@@ -57,7 +60,7 @@ class Quarantined:
     @property
     def retry_of(self) -> str:
         """The id under which the job was in quarantine before, if it was."""
-        with suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        with suppress(*UNREADABLE):
             return str(json.loads(self.message)["headers"].get(RETRY_OF) or "")
         return ""
 
@@ -136,7 +139,7 @@ class Quarantine:
         kept = self.get(job_id)
         try:
             payload = check_payload(json.loads(kept.message))
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as exc:
+        except UNREADABLE as exc:
             raise ClusterError(f"job {job_id} cannot be sent again, for its record cannot be read: drop it") from exc
         new_id, headers, properties = uuid(), payload["headers"], payload["properties"]
         for header in ("group", "group_index"):
@@ -169,7 +172,7 @@ def _read(job_id: str, record: bytes) -> Quarantined:
         crashes = [Crash(**_fields(Crash, crash)) for crash in kept["crashes"]]
         job = Quarantined(**{**_fields(Quarantined, kept), "id": job_id, "crashes": crashes})
         moment = float(job.quarantined_at)
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as exc:
+    except UNREADABLE as exc:
         logger.warning("the record of job %s in quarantine cannot be read: %r", job_id, exc)
         return Quarantined(job_id, "", "", [], 0.0, "")
     return replace(job, task=str(job.task), quarantined_at=moment, message=str(job.message))

@@ -8,7 +8,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +19,6 @@ from threading import Lock, Thread
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cluster_tasks.errors import ClusterError, ConfigurationError, StoreUnavailable
-from cluster_tasks.shards.documents import Document
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -29,8 +28,8 @@ if TYPE_CHECKING:
 KEPT_VERSIONS = timedelta(minutes=10)
 """Old versions live so long, far longer than an operation reads one."""
 VERSIONS_PER_COMPACTION = 50
-TEXT_PER_COMPACTION = 2_000_000
-"""Characters written at once. A search for words reads the texts of rows that no index has yet, 25 ns a character."""
+CHARACTERS_PER_COMPACTION = 2_000_000
+"""Written at once. A search for words reads the texts of rows that no index has yet, 25 ns a character."""
 METADATA_CACHE_BYTES = 64 << 20
 """Of each process. LanceDB's own limit is 1 GiB, and old versions fill it."""
 INDEX_CACHE_BYTES = 1 << 30
@@ -175,15 +174,14 @@ class Database:
         return True
 
     def compact_if_due(
-        self, name: str, version: int, written: Sequence[Document] = (),
-        compact: Callable[[Database, str], bool] | None = None,
-    ) -> None:  # fmt: skip
-        """Optimize a table, by ``compact`` if it is given, if a write that made ``version`` makes it due.
+        self, name: str, version: int, characters: int = 0, compact: Callable[[Database, str], bool] | None = None
+    ) -> None:
+        """Optimize a table, by ``compact`` if it is given, if a write of so many that made ``version`` makes it due.
 
         Raises nothing: the write is done, and to fail it now would only make its caller repeat it.
         """
         # Versions are unique, so of all writers one alone meets each multiple.
-        if version % VERSIONS_PER_COMPACTION and sum(len(each.text) for each in written) < TEXT_PER_COMPACTION:
+        if version % VERSIONS_PER_COMPACTION and characters < CHARACTERS_PER_COMPACTION:
             return
         try:
             (compact or Database.optimize)(self, name)

@@ -107,7 +107,7 @@ class CollectionStore:
                     return tables.merge(table, rows, token)
 
                 version = self._writers.commit(name, merge, check)
-                self._database.compact_if_due(name, version, some, optimize)
+                self._database.compact_if_due(name, version, sum(len(document.text) for document in some), optimize)
                 return len(numbers)
 
             return sum(self._database.map(put, layout.divide(last, shards).items()))
@@ -136,7 +136,7 @@ class CollectionStore:
                 deleted, version = self._writers.commit(
                     name, lambda table, token: tables.delete(table, condition, token), check
                 )
-                self._database.compact_if_due(name, version, (), optimize)
+                self._database.compact_if_due(name, version, compact=optimize)
                 return deleted
 
             return sum(self._database.map(remove, conditions.items()))

@@ -143,9 +143,8 @@ class AddArguments(_Arguments):
         for number, document in enumerate(self.documents):
             if names_passage(document.id) and document_of(document.id, document.metadata) is None:
                 raise ValueError(f"documents.{number}: {document.id!r} is an id as passages of split documents have")
-        if self.split is None:
-            return self
-        for number, document in enumerate(self.documents):
+            if self.split is None:
+                continue
             if taken := sorted(document.metadata.keys() & set(PASSAGE_KEYS)):
                 raise ValueError(f"documents.{number}: split passages have a metadata {taken[0]!r} of their own")
             if len(document.id) > MAX_WHOLE_ID:

@@ -175,16 +175,16 @@ def embed_in_batches(
 
     results: list[EmbeddingResult] = []
     usages: list[Usage] = []
-    changes: list[str] = []
+    changes = 0
     while len(results) * BATCH < len(texts):
         start = len(results) * BATCH
         try:
             result = provider.embed(EmbeddingRequest(texts=tuple(texts[start : start + BATCH]), model=model))
             usages.append(result.usage)
             if results and _source(result) != _source(results[0]):
-                changes.append(f"{_source(results[0])}, then {_source(result)}")
-                if len(changes) > MODEL_CHANGES:
-                    raise ProviderUnavailable(f"texts of one job were embedded by {changes[-1]}: they cannot be mixed")
+                if (changes := changes + 1) > MODEL_CHANGES:
+                    both = f"{_source(results[0])}, then by {_source(result)}"
+                    raise ProviderUnavailable(f"texts of one job were embedded by {both}: they cannot be mixed")
                 results = []
                 continue
             results.append(result)

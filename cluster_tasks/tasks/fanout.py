@@ -141,6 +141,7 @@ def jobs_of(
     """Return the jobs of a search over nodes, until ``deadline`` in seconds since 1970."""
     part, options = app.tasks[SEARCH_SHARDS], {} if priority is None else {"priority": priority}
     limit = cluster_of(app).settings.max_message_bytes
+    # All parts together, and what JSON and Base64 add, are to fit into the message of the merge.
     asked = {**asked, "room": min(ROOM, limit // (3 * len(shares.of_nodes))) if limit else ROOM}
     hedges = _hedges(app, shares, asked["collection"], deadline)
     header = [
@@ -284,13 +285,13 @@ def _combined(app: Celery, asked: Asked, found: Sequence[Candidates]) -> dict[st
     # No document is without text.
     if bare := [passage.id for passage in passages if not passage.text]:
         stored = {each.id: each for each in backends_of(app).sharded.get(asked["collection"], bare)}
-        passages = [
-            passage.model_copy(update={"text": stored[passage.id].text, "metadata": dict(stored[passage.id].metadata)})
-            if passage.id in stored else passage
-            for passage in passages
-        ]  # fmt: skip
         # What was deleted meanwhile is not found any more.
-        passages = [passage for passage in passages if passage.text]
+        kept = [passage for passage in passages if passage.text or passage.id in stored]
+        passages = [
+            passage.model_copy(update=stored[passage.id].model_dump(include={"text", "metadata"}))
+            if not passage.text else passage
+            for passage in kept
+        ]  # fmt: skip
     return {"collection": asked["collection"], "passages": [passage.model_dump(mode="json") for passage in passages]}
 
 

@@ -430,6 +430,14 @@ def test_what_an_event_holds_cannot_steer_the_terminal(jobs: Jobs) -> None:
     assert r"\u001b[2J[red]\tx" in run_on_a_terminal(100, "events")
 
 
+def test_what_a_job_in_quarantine_is_called_cannot_steer_the_terminal(jobs: Jobs) -> None:
+    crashes = [Crash("a@x", "1-a", "r\x1b[2J", 1.0)]
+    jobs.cluster.quarantine.put("odd", "t\x1b]0;pwned\x07", make_message("odd", "llm"), crashes)
+    shown = ask(jobs.app, "quarantine", "show", "odd").output
+    assert r"t\x1b]0;pwned\x07" in shown
+    assert not {"\x1b", "\x07"} & set(shown)
+
+
 def test_events_are_followed_until_interrupted(jobs: Jobs) -> None:
     jobs.cluster.events.add("node lost", node="a@host")
     with started("events", "--follow", "--json") as process:
@@ -493,6 +501,14 @@ def test_a_redis_that_is_down_is_told_in_one_line(words: list[str]) -> None:
     (line,) = done.stderr.splitlines()
     assert f"redis://:**@127.0.0.1:{port}/0" in line
     assert "CLUSTER_BROKER_URL" in line
+
+
+def test_a_wrong_password_is_told_as_one(jobs: Jobs) -> None:
+    done = run("nodes", CLUSTER_BROKER_URL=jobs.app.conf.broker_url.replace("://", "://nobody:wrong@"))
+    assert done.returncode == 69
+    assert "names user and password)" in done.stderr
+    assert "wrong" not in done.stderr
+    assert "is Redis up" not in done.stderr
 
 
 def test_a_registry_that_is_down_is_told_by_its_own_url(jobs: Jobs) -> None:

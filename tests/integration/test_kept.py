@@ -21,7 +21,7 @@ from cluster_tasks import Cluster
 from cluster_tasks.cli.cache import JOBS_AT_ONCE
 from cluster_tasks.cli.cluster import cluster as cluster_commands
 from cluster_tasks.cluster import cluster_of
-from cluster_tasks.errors import InvalidArguments, ProviderUnavailable
+from cluster_tasks.errors import InvalidArguments, ProviderError, ProviderUnavailable
 from cluster_tasks.keys import Keys
 from cluster_tasks.tasks import embedding, llm, rag, retrieval
 from cluster_tasks.tasks.kept import kept_of
@@ -239,6 +239,11 @@ def test_a_search_is_known_until_its_collection_changes(site: Site) -> None:
         assert find(k=9)["cached"] is True
     site.get("retrieval.delete_documents", "birds", ids=["hen"])
     assert "hen" not in ids(find(k=9))
+    assert find(k=9)["cached"] is True
+    site.provider.fail(400)
+    with pytest.raises(ProviderError):
+        site.call("retrieval.add_documents", "birds", ["A goose."])
+    assert find(k=9)["cached"] is False, "what has failed may have changed something"
 
 
 def test_searches_that_could_not_be_made_void_are_as_soon_as_the_cache_is_back(site: Site) -> None:
