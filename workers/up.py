@@ -10,6 +10,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from cluster_tasks.cli.group import Seconds
 from cluster_tasks.errors import ClusterError
 from workers.local import FLOWER_PORT, FLOWER_USER, POOLS, REDIS_PORT, LocalCluster, Plan
 from workers.redis_server import HOST
@@ -28,7 +29,7 @@ def _bounds(_: click.Context, __: click.Parameter, value: str | None) -> tuple[i
 @click.option("--nodes", type=click.IntRange(min=1), default=3, show_default=True, help="How many nodes.")
 @click.option("--autoscale", metavar="MIN,MAX", callback=_bounds,
               help="Instead of --nodes: MIN, and up to MAX while jobs wait.")  # fmt: skip
-@click.option("--scale-down-after", "scale_down_after_s", type=click.FloatRange(min=0), default=60, show_default=True,
+@click.option("--scale-down-after", "scale_down_after_s", type=Seconds(min=0), default=60, show_default=True,
               metavar="SECONDS", help="When fewer of these were enough for so long, one drains and ends.")  # fmt: skip
 @click.option("--concurrency", type=click.IntRange(min=1), default=2, show_default=True, help="Jobs at a time on each.")
 @click.option("--pool", type=click.Choice(POOLS), default=POOLS[0], show_default=True, help="How a node runs jobs.")

@@ -22,7 +22,7 @@ from cluster_tasks.cli.cache import cache
 from cluster_tasks.cli.completing import node_names, request_types
 from cluster_tasks.cli.doctor.command import about, diagnose, tell
 from cluster_tasks.cli.events import events, tell_changes
-from cluster_tasks.cli.group import ClusterGroup, json_option, node_id_of, pass_cluster
+from cluster_tasks.cli.group import ClusterGroup, Seconds, json_option, node_id_of, pass_cluster
 from cluster_tasks.cli.live import View, show, watch_option
 from cluster_tasks.cli.quarantine import quarantine
 from cluster_tasks.cli.queues import Kind, queue_rows
@@ -282,7 +282,7 @@ def _counts(counts: Mapping[str, int]) -> str:
 @cluster.command()
 @click.argument("node", shell_complete=node_names)
 @click.option("--wait", is_flag=True, help="Wait until it holds nothing any more.")
-@click.option("--timeout", type=click.FloatRange(min=0), metavar="SECONDS",
+@click.option("--timeout", type=Seconds(min=0), metavar="SECONDS",
               help="Wait so long; then others run what it still runs.")  # fmt: skip
 @json_option
 @pass_cluster
@@ -356,7 +356,7 @@ def rebalance(cluster: Cluster, as_json: bool) -> None:
 @click.option("--rolling", is_flag=True, required=True, help="One after the other; there is no other way.")
 @click.option("--data-dir", default="cluster-data", show_default=True, envvar="CLUSTER_DATA_DIR", show_envvar=True,
               help="That of cluster-tasks up.")  # fmt: skip
-@click.option("--timeout", type=click.FloatRange(min=0), metavar="SECONDS",
+@click.option("--timeout", type=Seconds(min=0), metavar="SECONDS",
               help="How long running jobs of a node may take; else cluster_drain_timeout_s.")  # fmt: skip
 @json_option
 @pass_cluster

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from math import isfinite
 from typing import Any, Concatenate, ParamSpec
 
 import click
@@ -34,6 +35,17 @@ LISTS: dict[type[ClusterError], str] = {
     NodeNotFound: "nodes", JobNotFound: "quarantine list", CollectionNotFound: "shards", ShardNotFound: "shards",
 }  # fmt: skip
 """Which command lists what was not found."""
+
+
+class Seconds(click.FloatRange):
+    """A time in seconds, which is a number and comes to an end."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """As of any range. Raises BadParameter also for nan, which is in every range, and for inf."""
+        seconds = super().convert(value, param, ctx)
+        if not isfinite(seconds):
+            self.fail(f"{value!r} is no number of seconds such as 2.5", param, ctx)
+        return seconds
 
 
 class ServiceUnavailable(click.ClickException):

@@ -16,6 +16,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
+from cluster_tasks.cli.group import Seconds
 from cluster_tasks.cli.tables import WIDE, Cell, Column, console, moment, print_json, print_rows, table
 from cluster_tasks.errors import UnavailableError
 
@@ -25,7 +26,7 @@ SHORTEST_S = 0.2
 FRAME = 4
 """Lines that are no rows: the title, the head of the table, its rule, and what was left out."""
 watch_option = click.option(
-    "--watch", is_flag=False, flag_value=EVERY_S, type=click.FloatRange(min=SHORTEST_S), metavar="[SECONDS]",
+    "--watch", is_flag=False, flag_value=EVERY_S, type=Seconds(min=SHORTEST_S), metavar="[SECONDS]",
     help=f"Look again every so many seconds, {EVERY_S:g} without a number, until Ctrl-C.",
 )  # fmt: skip
 

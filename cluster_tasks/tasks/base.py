@@ -168,8 +168,9 @@ class ClusterTask(Task):  # type: ignore[misc]
         return None if signature is None else _alone(signature.apply_async(task_id=task_id or uuid()))
 
     def _given(self, bound: inspect.BoundArguments) -> dict[str, Any]:
-        given = {name: value for name, value in bound.arguments.items() if name != self._rest_of_arguments}
-        return {**given, **bound.arguments.get(self._rest_of_arguments, {})}
+        given = dict(bound.arguments)
+        rest = given.pop(self._rest_of_arguments, {})
+        return {**given, **rest}
 
     @cached_property
     def _rest_of_arguments(self) -> str:
@@ -254,8 +255,8 @@ class ClusterTask(Task):  # type: ignore[misc]
         except TypeError as exc:
             raise InvalidArguments(f"{self.name}: {exc}") from None
         if self.arguments is not None:
-            parsed = dict(validate_arguments(self.name, self.arguments, bound.arguments))
-            bound.arguments.update({name: parsed[name] for name in bound.arguments if name in parsed})
+            given, parsed = bound.arguments, vars(validate_arguments(self.name, self.arguments, bound.arguments))
+            given.update({name: parsed[name] for name in given.keys() & parsed.keys()})
         return bound
 
     def _parsing(self, run: Callable[..., Any]) -> Callable[..., Any]:

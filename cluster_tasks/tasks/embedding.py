@@ -80,18 +80,20 @@ def _shares(result: EmbeddingResult, made: Set[str], texts: Sequence[Sequence[st
         iter(result.vectors.tolist()),
         [sum(len(text.split()) for text in own if text in made) for own in texts],
     )
-    usages = zip(*(_apportioned(count, words) for count in result.usage.model_dump().values()), strict=True)
+    total, dimension = result.usage.model_dump(), result.vectors.shape[1]
+    usages = zip(*(_apportioned(count, words) for count in total.values()), strict=True)
     for own, usage in zip(texts, usages, strict=True):
         yield {
             "vectors": list(islice(rows, len(own))), "model": result.model,
-            "usage": dict(zip(type(result.usage).model_fields, usage, strict=True)),
-            "provider": result.provider, "cached": made.isdisjoint(own), "dimension": result.vectors.shape[1],
+            "usage": dict(zip(total, usage, strict=True)),
+            "provider": result.provider, "cached": made.isdisjoint(own), "dimension": dimension,
         }  # fmt: skip
 
 
 def _apportioned(total: int, weights: Sequence[int]) -> list[int]:
     """Whole numbers in about this ratio, whose sum is ``total``."""
-    bounds = [total * reached // (sum(weights) or 1) for reached in accumulate(weights)]
+    whole = sum(weights) or 1
+    bounds = [total * reached // whole for reached in accumulate(weights)]
     return [bound - before for before, bound in pairwise([0, *bounds[:-1], total])]
 
 

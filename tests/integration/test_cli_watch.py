@@ -209,6 +209,8 @@ def test_queues_are_listed_once_without_watch(jobs: Jobs) -> None:
     [
         (["nodes", "--watch", "0"], "0.2"),
         (["queues", "--watch", "often"], "often"),
+        (["queues", "--watch", "nan"], "no number of seconds"),
+        (["nodes", "--watch", "inf"], "no number of seconds"),
         (["nodes", "--watch", "--follow"], "give one of them"),
     ],
     ids=" ".join,

@@ -155,6 +155,8 @@ def test_a_session_asks_with_all_that_was_said_and_ends() -> None:
     session.ask()
     assert [message["role"] for message in session.messages] == ["system", "user", "assistant", "user"]
     assert session.hear("well") is None
+    # Of 201 tokens that all begin with and 601 of the first question; then of those 802. The answer was never read.
+    assert (session.repeated, session.prompts) == (192 + 800, 802 + 802 + 1 + 61)
     # The same person asks the same, whoever answers.
     other = Session.begin(1, 2, "two")
     other.ask()
