@@ -16,7 +16,7 @@ from benchmarks.peers import job
 from cluster_tasks.broker import channel, placement
 from cluster_tasks.redis_store import script_source
 
-BELL_WAIT_S = channel.BELL_WAIT_S
+IDLE_WAIT_S = channel.IDLE_WAIT_S
 UNFENCED, UNRUNG = "without the fenced commit", "without the doorbell"
 LOOK_EVERY_S = 0.01
 RING = "  if listener then ring(keys, listener) end\n"
@@ -26,7 +26,7 @@ def make_app(variant: str, url: str, results: bool = True) -> Celery:
     """Return the app of a variant. The doorbell is that of the last app made in this process."""
     unrung = variant == UNRUNG
     placement.script_source = _without_ring if unrung else script_source
-    channel.BELL_WAIT_S = LOOK_EVERY_S if unrung else BELL_WAIT_S
+    channel.IDLE_WAIT_S = LOOK_EVERY_S if unrung else IDLE_WAIT_S
     app = make_whole(CLUSTER, url, results)
     if variant == UNFENCED:
         assert app.conf.result_backend == url  # It is configured by now.

@@ -246,7 +246,7 @@ class Keys:
 
     @property
     def revoked(self) -> str:
-        """Sorted set of revoked job ids, by the second since 1970, which never goes back."""
+        """Sorted set of revoked job ids, by the second since 1970; who is revoked later has a later one."""
         return f"{self.name}:revoked"
 
     @property

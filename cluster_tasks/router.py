@@ -139,6 +139,9 @@ class ClusterRouter:
             raise ConfigurationError(f"the header {STRATEGY_HEADER} is the name of a strategy, not {strategy!r}")
         queue = self.place(request, strategy, preferred)
         route = {"queue": self._queue(queue), REQUEST_TYPE_PROPERTY: request_type, SENT_AT_PROPERTY: self._clock.time()}
+        if not options.get("queue") and not options.get("exchange"):
+            # Of a queue that is to be declared Kombu makes copies at every publish, and there is nothing to declare.
+            route["declare"] = []
         if batch := task.batch_of(options):
             route[BATCH_PROPERTY] = batch
         return {**route, STRATEGY_PROPERTY: strategy} if tracing.is_on() else route

@@ -11,7 +11,7 @@ from contextlib import suppress
 from celery.worker import state
 
 from cluster_tasks.broker.deliveries import Deliveries
-from cluster_tasks.broker.epochs import Beat, Predecessor, Standing
+from cluster_tasks.broker.epochs import Beat, Predecessor, Pulse, Standing
 from cluster_tasks.broker.placement import Crash
 from cluster_tasks.cluster import Cluster
 from cluster_tasks.errors import BrokerUnavailable, NodeNameTaken, NodeNotFound
@@ -31,6 +31,8 @@ SURE_SHARE = 0.8
 UNCOORDINATED_S = 10.0
 """After so long it is worth an alert: a restart of the coordinator is none."""
 RESYNC_S = 10.0
+ASK_EVERY_S = 10.0
+"""So often a node asks for a seat among those who observe although all are taken: their clocks may be wrong."""
 RELEARN_EVERY_S = 3600.0
 """So often it reads all revocations, and not the new ones only."""
 PRUNE_EVERY_S = 60.0
@@ -70,7 +72,9 @@ class NodeAgent:
         self._abandoned: set[str] = set()
         """What runs here and others have been given."""
         self._checks = (-1, 0.0)
-        self._looked_s = 0.0
+        self._looked_s = float("-inf")
+        self._pulse, self._known_revoked = Pulse(Standing.OK), ""
+        self._observes = False
         self._wants_its_share = False
         self._registered = ""
         """The epoch under which the registry was told of this node."""
@@ -97,7 +101,8 @@ class NodeAgent:
             self._duties.append(Periodic("counts", self._settings.heartbeat_s, self._tell_counts))
         if deliveries is not None:
             outcomes.alarm = self._alarm
-            self._duties.append(Periodic("revocations", self._settings.heartbeat_s, self._learn_revocations))
+            self._revocations = Periodic("revocations", RELEARN_EVERY_S, self._learn_revocations)
+            self._duties.append(self._revocations)
             if self._settings.auto_rebalance:
                 self._duties.append(Periodic("rebalance", self._settings.heartbeat_s, self._rebalance))
 
@@ -249,12 +254,14 @@ class NodeAgent:
         was_draining = self._standing is Standing.DRAINING
         # Stamp before the call: a slow reply must shorten the time that is sure, never stretch it.
         sent_at_s = self._cluster.clock.monotonic()
+        at_bell = self._deliveries is not None and self._deliveries.at_bell
         try:
-            self._standing = self._cluster.epochs.beat(self._node.id, self._node.epoch)
+            self._pulse = self._cluster.epochs.beat(self._node.id, self._node.epoch, at_bell=at_bell)
         except BrokerUnavailable:
             # A Redis that can be read and not written stops all beats, and no node is dead.
             self._cluster.health.interrupted()
             raise
+        self._standing = self._pulse.standing
         if self._standing is not Standing.OK:
             self._stop_taken(kill=self._kills)
         if self._standing is Standing.FENCED:
@@ -271,6 +278,8 @@ class NodeAgent:
             self._helper.revive(self._node.epoch)
         if self._deliveries is not None:
             self._deliveries.flush()
+            if self._pulse.revoked != self._known_revoked:
+                self._revocations.hurry()
 
     def _resync(self, now_s: float) -> None:
         assert self._deliveries is not None
@@ -300,12 +309,14 @@ class NodeAgent:
 
     def _learn_revocations(self) -> None:
         # Broadcasts are lost on a node that joins or reconnects just then, and Celery forgets them after three hours.
+        seen = self._pulse.revoked
         if (now_s := self._cluster.clock.monotonic()) >= self._relearn_s:
             self._revoked_since_s, self._relearn_s = 0.0, now_s + RELEARN_EVERY_S
         ids, stamps = self._cluster.revocations.since(self._revoked_since_s)
         state.merge_revoked([job_id for job_id in ids if job_id not in state.revoked])
         state.revoked_stamps.update(stamps)
         self._revoked_since_s = max(ids.values(), default=self._revoked_since_s)
+        self._known_revoked = seen
 
     def _report(self) -> None:
         try:
@@ -355,13 +366,16 @@ class NodeAgent:
 
     def _watch(self) -> None:
         # Of the registry nothing is asked here: while it is silent, who waits for it observes nobody.
-        health = self._cluster.health
+        health, now_s = self._cluster.health, self._cluster.clock.monotonic()
+        is_full = self._pulse.observers >= self._cluster.watchers.seats
+        if is_full and not self._observes and now_s - self._looked_s < ASK_EVERY_S:
+            return
         try:
-            has_seat, checks = self._cluster.watchers.take_seat(self._node.id)
+            self._observes, checks = self._cluster.watchers.take_seat(self._node.id)
         except BrokerUnavailable:
             health.interrupted()
             raise
-        silent = health.observe() if has_seat else []
+        silent = health.observe() if self._observes else []
         now_s = self._cluster.clock.monotonic()
         if checks != self._checks[0]:
             self._uncoordinated.is_over()
@@ -369,7 +383,7 @@ class NodeAgent:
         if checks != self._checks[0] or now_s - self._looked_s > 2 * self._settings.health_check_s + UNCHECKED_S:
             self._checks = (checks, now_s)
         self._looked_s = now_s
-        if has_seat and self._is_unchecked():
+        if self._is_unchecked():
             health.act(silent)
         if self._is_unchecked(UNCOORDINATED_S):
             self._uncoordinated.holds()
@@ -379,8 +393,8 @@ class NodeAgent:
             self._cluster.eject_outliers()
 
     def _is_unchecked(self, for_s: float = UNCHECKED_S) -> bool:
-        """Whether no coordinator is at work, as far as this process has looked."""
-        return self._cluster.clock.monotonic() - self._checks[1] >= for_s
+        """Whether no coordinator is at work, as far as this process has looked: one of the few that observe."""
+        return self._observes and self._cluster.clock.monotonic() - self._checks[1] >= for_s
 
     def _plan_shards(self) -> None:
         if self._deliveries is None or self._is_unchecked():

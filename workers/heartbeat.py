@@ -126,11 +126,11 @@ def main() -> None:
             if is_stopped(parent) or os.getppid() != parent:
                 continue
             try:
-                standing = epochs.beat(orders["node_id"], orders["epoch"])
+                pulse = epochs.beat(orders["node_id"], orders["epoch"])
             except BrokerUnavailable:
                 # The agent in the parent notices the same and says so.
                 continue
-            if standing is Standing.FENCED:
+            if pulse.standing is Standing.FENCED:
                 break
         client.close()
         orders = _read_orders()

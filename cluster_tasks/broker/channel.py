@@ -44,8 +44,11 @@ from cluster_tasks.redis_store import load_script, refusals_as_outages, script_s
 logger = logging.getLogger(__name__)
 
 BELL_WAIT_S = 1.0
+"""Of one command: after little more, a connection that gives no answer is taken for broken."""
+IDLE_WAIT_S = 5.0
+"""At the doorbell, of a node that idles. It is rung for what it could do, and by its own heartbeat if that was lost."""
 LIMITED_WAIT_S = 0.1
-"""At the doorbell, of a node that is not given all it could run."""
+"""The same of a node that is not given all it could run."""
 SHORTEST_WAIT_S = 0.01
 """Redis 6.2 takes a millisecond for endless."""
 GLANCE_EVERY_S = 0.02
@@ -118,7 +121,8 @@ class ClusterChannel(stock.Channel):
         self._asked = 0
         """How many jobs it asks for."""
         self._glanced_s = 0.0
-        self._bell_wait_s, self._bell_until_s = BELL_WAIT_S, 0.0
+        self._bell_until_s = 0.0
+        """When it is to fetch at the latest."""
         self._fetch_by_text = False
         super().__init__(*args, **kwargs)
 
@@ -172,7 +176,7 @@ class ClusterChannel(stock.Channel):
                 self._follow(placement, due, Sequel(*way[FOLLOWS_PROPERTY]))
             elif batch is None or due is not None or hedge is not None:
                 publish = way[PUBLISH_PROPERTY] = way.get(PUBLISH_PROPERTY) or begin_publish()
-                self._placer.publish(placement, publish, due, BELL_WAIT_S, hedge)
+                self._placer.publish(placement, publish, due, IDLE_WAIT_S, hedge)
                 end_publish(way.pop(PUBLISH_PROPERTY))
             else:
                 arguments = [self.keys.bell_prefix, *placement.arguments()]
@@ -210,7 +214,7 @@ class ClusterChannel(stock.Channel):
             raise PayloadTooLarge(f"unpacked it would have more than {self.cluster_max_message_bytes} bytes")
 
     def _follow(self, placement: Placement, due: float | None, sequel: Sequel) -> None:
-        if not self._placer.follow(placement, sequel, due, BELL_WAIT_S):
+        if not self._placer.follow(placement, sequel, due, IDLE_WAIT_S):
             raise StaleCommit(f"{sequel.node_id} must not publish what follows its job: the delivery was taken away")
 
     def _put_control(self, queue: str, message: dict[str, Any]) -> None:
@@ -257,8 +261,9 @@ class ClusterChannel(stock.Channel):
             if command == "fetch":
                 self._fetch(node)
             elif command == "bell":
-                node.at_bell, self._bell_until_s = True, stock.monotonic() + self._bell_wait_s
-                self._send("BRPOP", node.bell, *self._lists_of_others(node), self._bell_wait_s)
+                node.at_bell = True
+                wait_s = min(max(self._bell_until_s - stock.monotonic(), SHORTEST_WAIT_S), BELL_WAIT_S)
+                self._send("BRPOP", node.bell, *self._lists_of_others(node), wait_s)
             else:
                 lists = self._lists_of_others(node)
                 self._send("EVAL", _GLANCE, len(lists), *lists)
@@ -292,7 +297,7 @@ class ClusterChannel(stock.Channel):
 
     def _brpop_read(self, **options: Any) -> Any:
         command, self._under_way = self._under_way, None
-        return self._read_fetch() if command == "fetch" else self._read_others()
+        return self._read_fetch() if command == "fetch" else self._read_others(at_bell=command == "bell")
 
     def _reply(self, command: str) -> Any:
         connection = self.client.connection
@@ -311,13 +316,17 @@ class ClusterChannel(stock.Channel):
         finally:
             self._in_poll = False
 
-    def _read_others(self) -> bool:
+    def _read_others(self, *, at_bell: bool) -> bool:
         if (node := deliveries.current()) is not None:
             node.at_bell = False
         reply = self._reply("BRPOP")
         if reply is None or text(reply[0]).startswith(self.keys.bell_prefix):
             if node is not None and reply is not None and reply[1].startswith(WITHIN):
-                self._wait_anew(node, float(reply[1].removeprefix(WITHIN)))
+                due_s = stock.monotonic() + float(reply[1].removeprefix(WITHIN))
+                self._bell_until_s = min(self._bell_until_s, due_s)
+                self._wait_on(node)
+            elif at_bell and node is not None and reply is None and not self._is_to_fetch():
+                self._wait_on(node)
             raise Empty
         queue = text(reply[0]).rsplit(self.sep, 1)[0]
         self._queue_cycle.rotate(queue)
@@ -331,9 +340,11 @@ class ClusterChannel(stock.Channel):
         self.connection._deliver(payload, queue)
         return True
 
-    def _wait_anew(self, node: Deliveries, within_s: float) -> None:
-        """Wait at the doorbell again, no longer than that: then something is due."""
-        self._bell_wait_s = max(min(self._bell_until_s - stock.monotonic(), within_s), SHORTEST_WAIT_S)
+    def _is_to_fetch(self) -> bool:
+        return self._bell_until_s - stock.monotonic() <= SHORTEST_WAIT_S
+
+    def _wait_on(self, node: Deliveries) -> None:
+        """Go on waiting at the doorbell, without a fetch."""
         self._next, node.at_bell = "bell", True
         # What was acknowledged just now has waited for a fetch.
         node.flush()
@@ -354,10 +365,9 @@ class ClusterChannel(stock.Channel):
     def _read_fetch(self) -> bool:
         status, due_ms, *items = self._reply("EVALSHA")
         self._fetch_by_text = False
-        self._bell_wait_s = min(max(int(due_ms) / 1000, SHORTEST_WAIT_S), BELL_WAIT_S) if due_ms else BELL_WAIT_S
-        if text(status).startswith("limited "):
-            # It may be given more as soon as a job ends, and nobody rings it for that.
-            self._bell_wait_s = min(self._bell_wait_s, LIMITED_WAIT_S)
+        # It may be given more as soon as a job ends, and nobody rings it for that.
+        wait_s = LIMITED_WAIT_S if text(status).startswith("limited ") else IDLE_WAIT_S
+        self._bell_until_s = stock.monotonic() + (min(int(due_ms) / 1000, wait_s) if due_ms else wait_s)
         tags = list(map(text, items[::2]))
         given = [(tag.lstrip("+"), message) for tag, message in zip(tags, items[1::2], strict=True)]
         beside = {tag[1:] for tag in tags if tag.startswith("+")}

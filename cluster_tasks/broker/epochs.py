@@ -50,6 +50,16 @@ class Beat:
     counter: int
 
 
+class Pulse(NamedTuple):
+    """What a node learns when it beats."""
+
+    standing: Standing
+    observers: int = 0
+    """How many observe all nodes now."""
+    revoked: str = ""
+    """Another word as soon as jobs are revoked."""
+
+
 @dataclass(frozen=True, slots=True)
 class Predecessor:
     """An epoch that stands under the name that a node wants to take."""
@@ -160,14 +170,17 @@ class EpochTable:
             return text(epoch)
         return Predecessor(Beat(text(epoch), int(counter[0])))
 
-    def beat(self, node_id: str, epoch: str) -> Standing:
-        """Raise the beat counter; tells how the epoch stands."""
+    def beat(self, node_id: str, epoch: str, *, at_bell: bool = False) -> Pulse:
+        """Raise the beat counter; tells how the epoch stands.
+
+        One that waits ``at_bell`` is rung if it may have been missed.
+        """
         keys = self._keys
+        names = [keys.epochs, keys.beats, keys.draining, keys.slot_limits, keys.idle, keys.backlog, keys.watchers]
+        names += [keys.revoked, keys.revoked_stamps, keys.delayed, keys.bell(node_id)]
         with foreign_errors(BrokerUnavailable, f"heartbeat of {node_id}"):
-            reply = self._beat(
-                [keys.epochs, keys.beats, keys.draining, keys.slot_limits], [keys.node_queue(node_id), epoch]
-            )
-        return Standing(text(reply))
+            standing, observers, revoked = self._beat(names, [keys.node_queue(node_id), epoch, int(at_bell)])
+        return Pulse(Standing(text(standing)), int(observers), text(revoked))
 
     def beats(self) -> dict[str, Beat]:
         """Return epoch and beat counter of every node that may work, by node id, in one round trip."""

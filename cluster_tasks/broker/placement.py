@@ -15,7 +15,7 @@ from cluster_tasks.broker.message import Placement, job_of
 from cluster_tasks.broker.publishing import REMEMBERED_S, Publish
 from cluster_tasks.broker.sequels import Sequel
 from cluster_tasks.keys import Keys
-from cluster_tasks.redis_store import RememberedScript, load_script, script_source, text
+from cluster_tasks.redis_store import RememberedScript, load_script, run_script, script_source, text
 
 _PACKAGE = "cluster_tasks.broker"
 MOVED = "moved_"
@@ -141,7 +141,7 @@ class Placer:
         if hedge is not None and due is None and placement.job_id:
             names += [keys.hedges(hedge.node_id), keys.hedged(hedge.node_id)]
             arguments += [keys.node_queue(hedge.node_id), hedge.after_s, placement.job_id]
-        return bool(self._publish(names, arguments))
+        return bool(run_script(self.client, self._publish, names, arguments))
 
     def follow(self, placement: Placement, sequel: Sequel, due: float | None, longest_wait_s: float) -> bool:
         """Place a sequel, ``due`` or (None) now, unless it was placed before; False if the delivery does not stand."""

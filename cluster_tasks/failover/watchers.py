@@ -19,7 +19,7 @@ class Watchers:
     """
 
     def __init__(self, client: redis.Redis, keys: Keys, lease_s: float, seats: int = SEATS) -> None:
-        self._client, self._keys, self._seats = client, keys, seats
+        self._client, self._keys, self.seats = client, keys, seats
         self._kept_ms = int(lease_s * 1000)
         self._watch = load_script(client, "cluster_tasks.broker", "watch")
 
@@ -27,5 +27,5 @@ class Watchers:
         """Return whether the node observes now, and how many checks coordinators have run. Raises BrokerUnavailable."""
         keys = self._keys
         with foreign_errors(BrokerUnavailable, f"asking whether {node_id} observes"):
-            seated, checks = self._watch([keys.watchers, keys.checks], [node_id, self._seats, self._kept_ms])
+            seated, checks = self._watch([keys.watchers, keys.checks], [node_id, self.seats, self._kept_ms])
         return bool(seated), int(checks)

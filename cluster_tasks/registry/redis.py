@@ -52,6 +52,8 @@ class RedisRegistry:
         self._client = connect(store) if isinstance(store, str) else store
         self._keys, self._clock, self._events_kept = keys, clock, events_kept
         self._unreadable: set[str] = set()
+        self._known: dict[Any, tuple[Any, Any, Node]] = {}
+        """Record, state and node of the last snapshot, by key: it is read more often than nodes beat."""
         self._scripts = {
             name: load_script(self._client, "cluster_tasks.registry", name)
             for name in ("register", "beat", "deregister", "set_status")
@@ -139,8 +141,17 @@ class RedisRegistry:
             pipe.hgetall(self._keys.loads)
             pipe.xrevrange(self._keys.node_events, count=1)
             records, states, last = pipe.execute()
-        read = (self._read(text(key), record, states[key]) for key, record in records.items() if key in states)
-        return {node.id: node for node in read if node}, text(last[0][0]) if last else None
+        known, read = self._known, {}
+        for key, record in records.items():
+            if (state := states.get(key)) is None:
+                continue
+            before = known.get(key)
+            is_same = before is not None and before[:2] == (record, state)
+            node = before[2] if before is not None and is_same else self._read(text(key), record, state)
+            if node is not None:
+                read[key] = record, state, node
+        self._known = read
+        return {node.id: node for _, _, node in read.values()}, text(last[0][0]) if last else None
 
     def _events_after(self, cursor: str) -> tuple[str, Sequence[NodeEvent]] | None:
         """Wait up to a second for events after the id ``cursor``; return the last id read and the events.

@@ -153,7 +153,7 @@ class World:
         standing = self.standing()
         for member in members:
             stands = standing.get(member.node_id) == member.epoch
-            assert (self.broker.epochs.beat(member.node_id, member.epoch) is not Standing.FENCED) == stands
+            assert (self.broker.epochs.beat(member.node_id, member.epoch).standing is not Standing.FENCED) == stands
             if stands:
                 member.beaten_s = self.clock.monotonic()
 

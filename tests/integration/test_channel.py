@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import takewhile
 from queue import Empty
 from typing import Any
 
 import pytest
 from celery import Celery
-from kombu import Consumer
+from kombu import Consumer, Queue
 
 from cluster_tasks import Cluster
+from cluster_tasks.broker import channel as channel_module
 from cluster_tasks.broker import deliveries
-from cluster_tasks.broker.channel import BELL_WAIT_S
+from cluster_tasks.broker.channel import IDLE_WAIT_S
 from cluster_tasks.broker.deliveries import Deliveries
 from cluster_tasks.broker.hedging import Hedge
 from cluster_tasks.broker.message import place_message
@@ -77,13 +79,45 @@ def test_a_node_that_is_to_do_a_job_later_as_well_waits_until_then_and_does_not_
     broker.fetch("b", broker.open("b"))
     message = make_message("job")
     placement = place_message(json.loads(message), message, broker.keys, "node.b")
-    assert broker.placer.publish(placement, Publish("producer", 1), None, BELL_WAIT_S, Hedge("a", 0.05, "tests"))
+    assert broker.placer.publish(placement, Publish("producer", 1), None, IDLE_WAIT_S, Hedge("a", 0.05, "tests"))
     assert broker.rings("a") == broker.rings("b") == 1
     assert turn(channel) == turn(channel) == "bell"
     assert broker.listed("node.b") == ["job"]
     # Its time has come, and nobody has taken it.
     assert turn(channel) == "fetch"
     assert broker.held("a", node.epoch) == ["job"]
+
+
+def test_an_idle_node_waits_on_at_its_doorbell_and_fetches_now_and_then(
+    broker: Broker, node: Deliveries, consumer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(channel_module, "BELL_WAIT_S", 0.05)
+    monkeypatch.setattr(channel_module, "IDLE_WAIT_S", 0.5)
+    channel = consumer.channel
+    assert turn(channel) == "fetch"
+    waits = takewhile(lambda command: command == "bell", iter(lambda: turn(channel), ""))
+    assert sum(1 for _ in waits) > 1
+    # That one fetched: the next job rings.
+    assert broker.idle() == ["node.a"]
+    broker.publish("job", "a")
+    assert (turn(channel), turn(channel)) == ("bell", "fetch")
+    assert broker.held("a", node.epoch) == ["job"]
+
+
+def test_a_busy_node_that_glances_at_other_queues_fetches_on(
+    broker: Broker, node: Deliveries, consumer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(channel_module, "GLANCE_EVERY_S", 0)
+    consumer.add_queue(Queue("others"))
+    consumer.consume()
+    for number in range(8):
+        broker.publish(f"job{number}", "a")
+    channel = consumer.channel
+    assert turn(channel) == "fetch"
+    for tag in node.delivered():
+        node.ack(tag)
+    assert (turn(channel), turn(channel)) == ("glance", "fetch")
+    assert len(broker.held("a", node.epoch)) == 4
 
 
 def turn(channel: Any) -> str:

@@ -373,14 +373,14 @@ def test_an_epoch_is_opened_once(broker: Broker) -> None:
 
 def test_a_beat_tells_how_the_epoch_stands(broker: Broker) -> None:
     epoch = broker.open("a", "llm")
-    assert broker.epochs.beat("a", epoch) is Standing.OK
+    assert broker.epochs.beat("a", epoch).standing is Standing.OK
     broker.epochs.set_draining("a", True)
-    assert broker.epochs.beat("a", epoch) is Standing.DRAINING
+    assert broker.epochs.beat("a", epoch).standing is Standing.DRAINING
     assert broker.epochs.beats() == {"a": Beat(epoch, 2)}
-    assert broker.epochs.beat("a", "another") is Standing.FENCED
+    assert broker.epochs.beat("a", "another").standing is Standing.FENCED
     assert broker.epochs.beats() == {"a": Beat(epoch, 2)}
     broker.epochs.fence("a", Beat(epoch, 2))
-    assert broker.epochs.beat("a", epoch) is Standing.FENCED
+    assert broker.epochs.beat("a", epoch).standing is Standing.FENCED
     assert broker.epochs.beats() == {}
 
 
@@ -462,13 +462,13 @@ def test_draining_asks_for_an_epoch_that_stands(broker: Broker) -> None:
         broker.epochs.set_draining("b", True)
     with pytest.raises(LookupError):
         broker.epochs.set_draining("a", True, "earlier")
-    assert broker.epochs.beat("a", epoch) is Standing.OK
+    assert broker.epochs.beat("a", epoch).standing is Standing.OK
     broker.epochs.set_draining("a", True, epoch)
-    assert broker.epochs.beat("a", epoch) is Standing.DRAINING
+    assert broker.epochs.beat("a", epoch).standing is Standing.DRAINING
     with pytest.raises(LookupError):
         broker.epochs.set_draining("a", False, "earlier")
     broker.epochs.set_draining("a", False, epoch)
-    assert broker.epochs.beat("a", epoch) is Standing.OK
+    assert broker.epochs.beat("a", epoch).standing is Standing.OK
 
 
 # move_held, move_listed, set_aside

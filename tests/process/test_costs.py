@@ -6,11 +6,14 @@ A figure that falls is changed here as well; one that rises has a reason that is
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 
 import pytest
 
+from cluster_tasks.broker.channel import BELL_WAIT_S, IDLE_WAIT_S
+from cluster_tasks.failover.watchers import SEATS
 from cluster_tasks.model import Capacity, Node
 from tests.monitored import Command, Monitor, monitored
 from tests.process.batching import make_batches
@@ -18,6 +21,7 @@ from tests.process.conftest import NewWorker
 from tests.process.jobs import Jobs
 from tests.process.nodes import running
 from tests.waiting import wait_until
+from workers.agent import ASK_EVERY_S
 from workers.redis_server import RedisServer
 
 NODE = "n1@test"
@@ -40,6 +44,7 @@ OTHERS_PER_S = 60
 """What a node and a producer send by the clock, and not for a job, is less of each command."""
 BY_THE_CLOCK = ("broker.let_go", "MGET")
 """Lets go of what no fetch has yet; looks whether others were given what is held."""
+IDLE_BEATS, IDLE_ASKS_PER_S = 12, 5
 BUSY = {"CLUSTER_LEASE_S": "60"}
 """On a machine that does other work: a node whose beats are late lets its jobs lie, and has them delivered again."""
 
@@ -144,6 +149,35 @@ def test_of_a_job_two_keys_are_left_that_expire_and_to_read_its_result_is_one_co
     left = sorted(key.decode() for key in client.scan_iter(f"*{result.id}*"))
     assert left == [f"celery-task-meta-{result.id}", f"cluster:terminal:{result.id}"]
     assert all(client.ttl(key) > 0 for key in left)
+
+
+def test_an_idle_node_beats_and_asks_for_nothing_else_that_it_is_not_told(
+    jobs: Jobs, monitor: Monitor, new_worker: NewWorker
+) -> None:
+    keys, client = jobs.cluster.keys, jobs.cluster.client
+    # Others observe.
+    client.zadd(keys.watchers, {f"other{number}": (time.time() + 50) * 1000 for number in range(SEATS)})
+    with running(new_worker("n1", pool="prefork", slots=1, environ=BUSY)):
+        wait_until(lambda: client.zscore(keys.idle, f"node.{NODE}") is not None, END_S, "it idles")
+        seen = list[Command]()
+
+        def have_come(number: int) -> bool:
+            seen.extend(monitor.commands())
+            return names(seen)["broker.beat"] >= number
+
+        # What it does once, when it has joined, is over by then.
+        wait_until(lambda: have_come(3), END_S, "it beats")
+        seen.clear()
+        wait_until(lambda: have_come(IDLE_BEATS), END_S, "it beats on")
+    own, lasted_s = names(seen), seen[-1].at_s - seen[0].at_s
+    assert own["broker.beat"] <= 1 + lasted_s
+    assert own["broker.fetch"] <= 2 + lasted_s / IDLE_WAIT_S
+    assert own["BRPOP"] <= 2 + lasted_s / BELL_WAIT_S + own["broker.fetch"]
+    assert own["registry.beat"] <= 2 + lasted_s
+    assert own["broker.watch"] <= 1 + lasted_s / ASK_EVERY_S
+    assert own["SMEMBERS"] <= 1
+    asks = own.total() - own["PING"]
+    assert asks <= IDLE_ASKS_PER_S * lasted_s + 20, own
 
 
 def test_256_jobs_that_are_submitted_together_are_published_in_one_script_and_ended_in_two(
