@@ -119,7 +119,7 @@ def _kill_now_and_then(
 
 
 benchmark = Benchmark("availability", __doc__)
-benchmark.option("--lasts-s", short=30.0, full=600.0, help="seconds of load")
+benchmark.option("--lasts-s", short=20.0, full=600.0, help="seconds of load")
 benchmark.option("--every-s", short=10.0, full=20.0, help="seconds from kill to kill")
 benchmark.option("--workers", short=8, full=8, help="of each of the two")
 benchmark.option("--slots", short=2, full=2, help="of each worker")

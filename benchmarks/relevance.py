@@ -92,7 +92,7 @@ def found(options: argparse.Namespace) -> Iterator[Row]:
 
 def main() -> int:
     benchmark = Benchmark("relevance", __doc__)
-    benchmark.option("--every", short=10, full=1, help="ask every N-th query only")
+    benchmark.option("--every", short=20, full=1, help="ask every N-th query only")
     return benchmark.run(found)
 
 
