@@ -102,12 +102,13 @@ def test_jobs_keep_the_workers_as_busy_as_asked_and_are_the_same_again() -> None
 
 
 def test_the_marks_of_balance_are_held_against_one_queue() -> None:
-    shared = balance.Outcome(1.0, 20.0, 0.4)
+    shared, static = balance.Outcome(1.0, 20.0, 0.4), balance.Outcome(2.0, 90.0, 0.7)
     assert balance.row(balance.MARKED, 0.9, balance.Outcome(1.0, 20.0, 0.6), shared).met is True
     assert balance.row(balance.MARKED, 0.9, balance.Outcome(1.0, 20.1, 0.6), shared).met is False
     assert balance.row("round_robin", 0.9, balance.Outcome(1.0, 99.0, 0.6), shared).met is None
-    assert balance.warm_row(0.9, balance.Outcome(1.0, 20.0, 0.61), shared).met is True
-    assert balance.warm_row(0.9, balance.Outcome(1.0, 20.0, 0.59), shared).met is False
+    assert balance.warm_row(0.9, balance.Outcome(1.0, 20.0, 0.61), shared, static).met is True
+    assert balance.warm_row(0.9, balance.Outcome(1.0, 20.0, 0.59), shared, static).met is False
+    assert "1.75 times at 4.5 times" in balance.warm_row(0.9, shared, shared, static).reason
 
 
 def test_a_server_reads_only_what_it_does_not_keep() -> None:
