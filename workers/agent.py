@@ -327,7 +327,9 @@ class NodeAgent:
         if self._alarmed.is_set():
             self._alarmed.clear()
             self._cluster.eject_outliers(at_once=True)
-        if (now_s := self._cluster.clock.monotonic()) - self._reaped_s > REAP_EVERY_S:
+        # Each who looks reads all nodes: all of them would read n².
+        may_reap = self._deliveries is None or self._observes
+        if may_reap and (now_s := self._cluster.clock.monotonic()) - self._reaped_s > REAP_EVERY_S:
             self._reaped_s = now_s
             self._cluster.health.reap()
 

@@ -151,6 +151,23 @@ def test_who_has_no_seat_observes_nobody_until_one_is_free(new_agent: NewAgent, 
     wait_until(lambda: "dead" not in broker.epochs.beats(), END_S, "the others are silent: it is fenced")
 
 
+def test_who_has_no_seat_does_not_look_who_is_to_be_forgotten(
+    new_agent: NewAgent, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.agent.REAP_EVERY_S", 0.0)
+    monkeypatch.setenv("CLUSTER_LEASE_S", "600")
+    seats, registry = Watchers(broker.client, broker.keys, 600.0), Asked()
+    assert all(seats.take_seat(f"other{number}")[0] for number in range(SEATS))
+    registry.register(Node(id="gone", name="gone", epoch="of before"))
+    agent = new_agent("a", registry)
+    agent.start()
+    first = agent.beats
+    wait_until(lambda: agent.beats > first + 8, END_S, "it has reported its load again and again")
+    assert registry.knows("gone", "of before")
+    broker.client.delete(broker.keys.watchers)
+    wait_until(lambda: not registry.knows("gone", "of before"), END_S, "it has a seat and looks")
+
+
 def test_neither_beating_nor_joining_nor_watching_waits_for_the_registry(new_agent: NewAgent, broker: Broker) -> None:
     registry = Asked()
     agent = new_agent("a", registry)
