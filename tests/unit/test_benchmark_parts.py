@@ -66,7 +66,7 @@ def test_a_cost_that_grows_with_the_square_misses_its_mark_and_others_do_not() -
     costs = {n: {"beat": Cost(n, 10.0), "read": Cost(n, 0.01 * n)} for n in (100, 1_000, 10_000)}
     assert total(costs[1_000]).share == pytest.approx(0.02)
     assert scale.exponents(costs) == {"beat": pytest.approx(1.0), "read": pytest.approx(2.0)}
-    real = scale.Idle(100, 1.0, 1.0, total(costs[100]).share, 0.0, 0.0, 0.0, 0.0)
+    real = scale.Idle(100, 1.0, 1.0, total(costs[100]).share, 0.0, 0.0, 0.0, 0.0, 2.0)
     rows = {row.name: row for row in scale.simulated_rows(costs, real)}
     assert rows["100 simulated nodes, idle"].ratio == pytest.approx(1.0)
     assert rows["1,000 simulated nodes, idle"].met is True
@@ -99,6 +99,14 @@ def test_jobs_keep_the_workers_as_busy_as_asked_and_are_the_same_again() -> None
     jobs = balance.requests(random.Random(1), 16, 0.9, 1_000)
     assert sum(job.seconds for job in jobs) / 1_000 / 16 == pytest.approx(0.9, rel=0.03)
     assert jobs == balance.requests(random.Random(1), 16, 0.9, 1_000)
+
+
+def test_what_a_busy_machine_said_is_not_recorded() -> None:
+    def looked(size: int, checks_per_s: float) -> tuple[scale.Idle, Recording]:
+        return scale.Idle(size, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, checks_per_s), Recording([], [], 10.0)
+
+    kept_up = scale.those_that_kept_up([looked(25, 2.0), looked(50, 1.9), looked(100, 1.5), looked(120, 1.7)])
+    assert [cost.size for cost, _ in kept_up] == [25, 50, 120]
 
 
 def test_the_marks_of_balance_are_held_against_one_queue() -> None:
