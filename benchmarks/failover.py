@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import psutil
@@ -57,7 +58,7 @@ class Failover:
     reowned_s: float
     closed_s: float
     again_s: float | None
-    """None: it had held nothing."""
+    """None: it had held nothing, or only what met another kill."""
 
     @property
     def crash_only_s(self) -> float:
@@ -111,7 +112,7 @@ class Bench:
                 time.sleep(self._rng.uniform(SETTLED_S, 2 * SETTLED_S))
         wait_until(lambda: self._client.ended(load.jobs) == len(load.jobs), OVER_S)
         begun = {job.sent.job_id: job.begun for job in self._client.done(load.jobs)}
-        return [self._came_of(kill, closed[kill.epoch], begun) for kill in done]
+        return [self._came_of(kill, closed[kill.epoch], again_s(kill, done, begun)) for kill in done]
 
     def close(self) -> None:
         """Give up all connections."""
@@ -154,14 +155,23 @@ class Bench:
         events = self._cluster.events.latest(10_000)
         return {event.facts["epoch"]: event.timestamp for event in events if event.kind == kind}
 
-    def _came_of(self, kill: Kill, closed_s: float, begun: Mapping[str, float]) -> Failover:
-        again = [begun[job] - kill.at for job in kill.held if begun[job] > kill.at]
+    def _came_of(self, kill: Kill, closed_s: float, again: float | None) -> Failover:
         return Failover(
             self._when("node lost")[kill.epoch] - kill.at,
             self._when("jobs moved")[kill.epoch] - kill.at,
             closed_s,
-            max(again, default=None),
+            again,
         )
+
+
+def again_s(kill: Kill, kills: Sequence[Kill], begun: Mapping[str, float]) -> float | None:
+    """Return after how many seconds the last job of a killed node began anew.
+
+    ``begun`` says when each began for the last time: of one that met a later kill it does not say what this one cost.
+    """
+    struck_again = frozenset(chain.from_iterable(later.held for later in kills if later.at > kill.at))
+    began_anew = (begun[job] - kill.at for job in kill.held - struck_again)
+    return max((seconds for seconds in began_anew if seconds > 0), default=None)
 
 
 def _ports(pid: int, redis_port: int) -> frozenset[str]:

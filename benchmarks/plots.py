@@ -47,7 +47,7 @@ def draw_scale(result: Result, axes: Any) -> None:
 
 def draw_failover(result: Result, axes: Any) -> None:
     """How soon the work of a killed node is in other hands, by the size of the cluster."""
-    for name, color in (("detected", GREY), ("re-owned", BLUE), ("at work again", RED)):
+    for name, color in (("detected", GREY), ("re-owned", BLUE)):
         for figure, style in (("p50, s", "o--"), ("p99, s", "o-")):
             values = numbers(result.rows, name, figure)
             axes.plot(list(values), list(values.values()), style, color=color, label=f"{name}, {figure[:3]}")

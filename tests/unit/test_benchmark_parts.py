@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import availability, balance, failover, llm, llm_server, scale
 from benchmarks.commands import Identity, Kinds, rates, said_by, words_of
-from benchmarks.failover import Failover
+from benchmarks.failover import Failover, Kill, again_s
 from benchmarks.fleet import Done, Sent
 from benchmarks.growth import Cost, Growth, Recording, script_names, total
 from benchmarks.llm import Session
@@ -99,6 +99,16 @@ def test_jobs_keep_the_workers_as_busy_as_asked_and_are_the_same_again() -> None
     jobs = balance.requests(random.Random(1), 16, 0.9, 1_000)
     assert sum(job.seconds for job in jobs) / 1_000 / 16 == pytest.approx(0.9, rel=0.03)
     assert jobs == balance.requests(random.Random(1), 16, 0.9, 1_000)
+
+
+def test_a_job_that_met_another_kill_does_not_tell_how_soon_the_first_was_mended() -> None:
+    def kill(at: float, *held: str) -> Kill:
+        return Kill("n1@fleet", f"{at:g}.ab", at, frozenset(held), frozenset())
+
+    kills = [kill(10.0, "a", "b", "c"), kill(20.0, "c")]
+    begun = {"a": 13.0, "b": 8.0, "c": 24.0}
+    assert [again_s(each, kills, begun) for each in kills] == [3.0, 4.0]
+    assert again_s(kill(10.0, "c"), kills, begun) is None
 
 
 def test_what_a_busy_machine_said_is_not_recorded() -> None:
