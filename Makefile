@@ -9,6 +9,9 @@ CHAOS_ARGS ?=
 BENCH_ARGS ?=
 CHAOS_SEED ?= $(shell python3 -c 'import random; print(random.randrange(10**9))')
 
+# What Python has compiled is kept: the tests start some thousand processes, each of which would compile the project anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 bin := $(VENV)/bin
 pip := $(bin)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
