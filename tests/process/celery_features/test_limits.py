@@ -53,7 +53,7 @@ def test_nodes_take_new_limits_of_a_task_by_remote_control(jobs: Jobs) -> None:
 def test_a_node_keeps_the_rate_of_a_task(jobs: Jobs) -> None:
     for result in [jobs.rare.delay("rate") for _ in range(5)]:
         result.get(timeout=END_S)
-    assert_apart(jobs.notes("rate"), 1.4)
+    assert_apart(jobs.notes("rate"), 1.5)
 
 
 def test_a_rate_can_be_set_by_remote_control(jobs: Jobs) -> None:
@@ -62,19 +62,22 @@ def test_a_rate_can_be_set_by_remote_control(jobs: Jobs) -> None:
         assert answers == {node: {"ok": "new rate limit set successfully"} for node in jobs.node_ids}
         for result in [jobs.rare.delay("new rate") for _ in range(5)]:
             result.get(timeout=END_S)
-        assert_apart(jobs.notes("new rate"), 0.9)
+        assert_apart(jobs.notes("new rate"), 1.0)
     finally:
         jobs.command("rate_limit", task_name="features.rare", rate_limit="0")
 
 
 def assert_apart(notes: list[tuple[str, float]], seconds: float) -> None:
-    """Assert that each node let so much time pass between one job and the next."""
+    """Assert that each node let about so much time pass between one job and the next.
+
+    One that a busy machine began late is nearer to the next. Without a rate they are milliseconds apart.
+    """
     by_node: dict[str, list[float]] = {}
     for node, started_s in notes:
         by_node.setdefault(node, []).append(started_s)
     gaps = [later - earlier for times in by_node.values() for earlier, later in pairwise(sorted(times))]
     assert gaps
-    assert min(gaps) >= seconds
+    assert min(gaps) >= seconds / 2
 
 
 def test_a_failure_that_is_not_acknowledged_is_stored_and_not_run_again(jobs: Jobs) -> None:
