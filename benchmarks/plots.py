@@ -56,13 +56,15 @@ def draw_failover(result: Result, axes: Any) -> None:
 
 
 def draw_balance(result: Result, axes: Any) -> None:
-    """Warmth against waiting, a point for each way and load."""
-    for row in result.rows:
-        if "slowdown p99" in row.figures:
-            x, y = float(row.figures["warm, %"]), float(row.figures["slowdown p99"])
-            axes.plot(x, y, "o", color=GREY if "Celery" in row.name else BLUE)
-            axes.annotate(row.name, (x, y), textcoords="offset points", xytext=(5, 3), fontsize=7)
-    axes.set(yscale="log", xlabel="warm jobs, %", ylabel="p99 slowdown")
+    """Warmth, and waiting beside it, of each way and load."""
+    rows = [row for row in reversed(result.rows) if "slowdown p99" in row.figures]
+    bars = axes.barh(
+        [row.name for row in rows], [row.figures["warm, %"] for row in rows],
+        color=[GREY if "Celery" in row.name else BLUE for row in rows],
+    )  # fmt: skip
+    told = [f"p99 slowdown {row.figures['slowdown p99']:,.0f}" for row in rows]
+    axes.bar_label(bars, told, padding=4, fontsize=8)
+    axes.set(xlabel="warm jobs, %", xlim=(0, 120))
 
 
 def draw_llm(result: Result, axes: Any) -> None:
