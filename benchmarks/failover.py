@@ -48,6 +48,8 @@ LOOK_EVERY_S = 0.005
 SETTLED_S = 1.0
 """Kills are at least so far apart, and at most twice."""
 OVER_S = 60.0
+UNLUCKY = {"CLUSTER_MAX_CRASH_DELIVERIES": "1000"}
+"""Among few nodes some job meets three kills, and is not to be taken for what kills them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +66,6 @@ class Failover:
     def crash_only_s(self) -> float:
         """When its work could be owned if the closed connection were acted on."""
         return self.closed_s + self.reowned_s - self.detected_s
-
-
-UNLUCKY = {"CLUSTER_MAX_CRASH_DELIVERIES": "1000"}
-"""Of few nodes that are killed again and again some job meets three, and is not to be taken for what kills them."""
 
 
 @dataclass(frozen=True, slots=True)

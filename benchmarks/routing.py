@@ -48,7 +48,7 @@ from cluster_tasks.settings import ClusterSettings
 MEMORY, REDIS, CONSUL = "memory", "redis", "consul"
 P50, P99, DELAY, ALLOCATED = "p50, µs", "p99, µs", "delay(), µs", "allocated, bytes"
 WHY_LATE = "the thread that reads and decodes the nodes, four times a second, holds the GIL meanwhile"
-"""Read from memory they cost no decoding, and nothing is late."""
+"""Read from memory they cost no decoding, and less is late."""
 WHY_DEARER = "the script that places a job takes several times what LPUSH takes in Redis, routing and its keys the rest"
 """Of ``INFO commandstats`` and the processor time of both callers."""
 ALLOCATED_CALLS = 200
@@ -136,17 +136,9 @@ def loop_us(as_long_us: float, calls: int, lasts_s: float) -> list[float]:
     """Return what each of many loops took, of which one takes so long at the median."""
     numbers = 1000
     for _ in range(3):
-        taken = timed_us(lambda _, numbers=numbers: sum_up(numbers), 100, 0.0)
+        taken = timed_us(lambda _, numbers=numbers: sum(range(numbers)), 100, 0.0)
         numbers = max(1, round(numbers * as_long_us / median(taken)))
-    return timed_us(lambda _: sum_up(numbers), calls, lasts_s)
-
-
-def sum_up(count: int) -> int:
-    """Add so many numbers."""
-    total = 0
-    for number in range(count):
-        total += number
-    return total
+    return timed_us(lambda _: sum(range(numbers)), calls, lasts_s)
 
 
 @contextmanager

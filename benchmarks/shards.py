@@ -101,13 +101,13 @@ def timed(local: LocalCluster, questions: Sequence[Mapping[str, Any]]) -> dict[s
     return taken
 
 
-def stored_alone(folder: Path, questions: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def store_alone(folder: Path, questions: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Return what a search takes of a processor by collection, in milliseconds, without any job."""
     store, taken = CollectionStore(str(folder)), dict.fromkeys((ONE, EIGHT), 0.0)
     for number, question in enumerate([*questions[:WARMING], *questions]):
         for collection in taken:
             began = time.process_time()
-            store.search(collection, k=K, **question)
+            store.search(collection, question.get("vector"), K, text=question.get("query"), mode=question.get("mode"))
             if number >= WARMING:
                 taken[collection] += (time.process_time() - began) * 1000 / len(questions)
     return taken
@@ -150,9 +150,8 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
             }
             taken = {way: timed(local, questions) for way, questions in ways.items()}
             held = memory(local) - before
-        ways["text"] = [{"text": text, "mode": "text"} for text in words]
         for way, questions in ways.items():
-            alone = stored_alone(folder, questions)
+            alone = store_alone(folder, questions)
             least = alone[EIGHT] / NODES / alone[ONE]
             yield _row(way, taken[way], least)
             figures = {f"{shards}, processor, ms": alone[name] for name, shards in NAMED}
