@@ -161,11 +161,17 @@ def test_an_idle_node_beats_and_asks_for_nothing_else_that_it_is_not_told(
         wait_until(lambda: client.zscore(keys.idle, f"node.{NODE}") is not None, END_S, "it idles")
         seen = list[Command]()
 
+        def has_asked_for_its_share() -> bool:
+            seen.extend(monitor.commands())
+            return any(command.name == "HGETALL" and command.mentions(keys.nodes) for command in seen)
+
         def have_come(number: int) -> bool:
             seen.extend(monitor.commands())
             return names(seen)["broker.beat"] >= number
 
-        # What it does once, when it has joined, is over by then.
+        # The last of what it does once, and not before the registry has it.
+        wait_until(has_asked_for_its_share, END_S, "it has asked for its share of what waits")
+        seen.clear()
         wait_until(lambda: have_come(3), END_S, "it beats")
         seen.clear()
         wait_until(lambda: have_come(IDLE_BEATS), END_S, "it beats on")
