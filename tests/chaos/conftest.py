@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Collection, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ Report = Callable[[Chaos, Collection[Kill]], list[tuple[float, float]]]
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out the scenarios of higher levels, and give the others time: nodes that start share the machine.
 
-    At the highest level those with most time come first: a run is as long as what begins last.
+    Tests with most time come first: a run is as long as what begins last.
     """
     for item in items:
         if item.get_closest_marker("chaos") and not item.get_closest_marker("timeout"):
@@ -33,6 +35,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item not in left_out]
     if config.option.chaos == LEVELS[-1]:
         items.sort(key=_given_s, reverse=True)
+    else:
+        items[:] = _dealt(items, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+
+
+def _dealt(items: list[pytest.Item], processes: int) -> list[pytest.Item]:
+    """Let each of the processes begin with what is long: ``--dist worksteal`` gives them even parts of the list."""
+    long = sorted(filter(_given_s, items), key=_given_s, reverse=True)
+    others = iter([item for item in items if not _given_s(item)])
+    dealt, left = list[pytest.Item](), len(items)
+    for number in range(processes):
+        size = left // (processes - number)
+        left -= size
+        first = long[number::processes]
+        dealt += [*first, *islice(others, max(size - len(first), 0))]
+    return [*dealt, *others]
 
 
 def _given_s(item: pytest.Item) -> float:
