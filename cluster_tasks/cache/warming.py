@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rich.progress import track
-
 from cluster_tasks.cache.leases import LEASE_S, EntryOf, compute_under, lasting
 from cluster_tasks.errors import CacheUnavailable
 
@@ -30,6 +28,9 @@ class Warmed:
 
 def warm(cache: Cache, loader: Loader, keys: Iterable[str], ttl_s: float, batch: int, progress: bool) -> Warmed:
     """As ``Cache.warm``."""
+    # Here, because every node and command imports this module, and few ever show a bar.
+    from rich.progress import track
+
     wanted = list(dict.fromkeys(keys))
     present = stored = 0
     for start in track(range(0, len(wanted), batch), "Warming the cache", disable=not progress):

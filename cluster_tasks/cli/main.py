@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from pkgutil import resolve_name
 
 import click
 from click.shell_completion import get_completion_class
-from kombu.utils.imports import symbol_by_name
 
 from cluster_tasks.errors import ConfigurationError
 from cluster_tasks.runtime import check_runtime
@@ -32,7 +32,7 @@ class Programs(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Return the command itself while words are completed, else what becomes its module."""
         if ctx.resilient_parsing and cmd_name in COMMANDS:
-            found: click.Command = symbol_by_name(COMMANDS[cmd_name])
+            found: click.Command = resolve_name(COMMANDS[cmd_name])
             return found
         return super().get_command(ctx, cmd_name)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -111,3 +113,9 @@ def test_the_script_for_a_shell_is_of_both_programs(shell: str) -> None:
     assert shown.exit_code == 0
     assert f"_CLUSTER_TASKS_COMPLETE={shell}_complete" in shown.output
     assert f"_CELERY_COMPLETE={shell}_complete" in shown.output
+
+
+def test_a_command_that_only_starts_another_program_imports_neither_celery_nor_redis() -> None:
+    script = "import sys; import cluster_tasks.cli.main; print({'celery', 'redis', 'pydantic'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
