@@ -41,6 +41,7 @@ SHARED, STATIC = "Celery, one queue", "Celery, static"
 MARKED = "consistent_hash"
 MARK_WARM = 1.5
 WHY = "a worker that has nothing to do takes what waits for another, wherever that is warm"
+WHY_SLOW = "jobs wait in a line for each worker, not in the order in which they came"
 OVER_S = 600.0
 SHARED_QUEUE = "shared"
 
@@ -89,6 +90,7 @@ def row(name: str, load: float, outcome: Outcome, shared: Outcome) -> Row:
         },
         ratio=outcome.p99 / shared.p99,
         mark=Mark(at_most=1.0) if name == MARKED else None,
+        reason=f"{WHY_SLOW}, and with {100 * outcome.warm:.0f} % that are warm little makes up for that",
     )
 
 

@@ -240,7 +240,7 @@ benchmark = Benchmark("llm", __doc__)
 benchmark.option("--workers", short=4, full=8, help="of each of the two, with a server for each")
 benchmark.option("--slots", short=4, full=4, help="of each worker")
 benchmark.option("--sessions", short=24, full=48, help="at once")
-benchmark.option("--turns", short=5, full=20, help="of each session")
+benchmark.option("--turns", short=4, full=20, help="of each session")
 benchmark.option("--seed", short=1, full=1, help="of what is left to chance")
 
 

@@ -79,7 +79,7 @@ def found(options: argparse.Namespace) -> Iterator[Row]:
 
 def main() -> int:
     benchmark = Benchmark("memory", __doc__)
-    benchmark.option("--rows", short=[10_000, 30_000], full=[100_000, 300_000], nargs=2, type=int, help="documents")
+    benchmark.option("--rows", short=[5_000, 15_000], full=[100_000, 300_000], nargs=2, type=int, help="documents")
     return benchmark.run(found)
 
 

@@ -174,7 +174,7 @@ def _row(way: str, taken: Mapping[str, Taken], least: float) -> Row:
 
 def main() -> int:
     benchmark = Benchmark("shards", __doc__)
-    benchmark.option("--rows", short=20_000, full=100_000, help="documents")
+    benchmark.option("--rows", short=10_000, full=100_000, help="documents")
     benchmark.parser.add_argument("--pool", choices=("threads", "prefork"), default="threads")
     return benchmark.run(measure)
 

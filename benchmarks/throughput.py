@@ -255,7 +255,8 @@ def main() -> int:
     benchmark.option("--rounds", short=1, full=3, help="rounds of each row")
     benchmark.option("--workers", short=[1], full=[1, 2], type=int, nargs="+", help="how many work together")
     benchmark.option("--results", short=[True], full=[True, False], type=_yes, nargs="+", help="yes, no or both")
-    benchmark.option("--pools", short=[*POOLS], full=[*POOLS], type=str, nargs="+", choices=POOLS, help="which ones")
+    some = [PREFORK, THREADS]
+    benchmark.option("--pools", short=some, full=[*POOLS], type=str, nargs="+", choices=POOLS, help="which ones")
     names = [peer.name for peer in PEERS]
     benchmark.option("--peers", short=names, full=names, type=str, nargs="*", choices=names, help="just these")
     benchmark.note("ratio: jobs/s of the cluster over those of the other, median of the rounds.")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 MAGIC, VERSION = b"ct", 1
 NOTHING = 1
@@ -46,7 +46,8 @@ class Entry:
 
     def after(self, passed_s: float) -> Entry:
         """The same entry so much later."""
-        return replace(self, left_s=self.left_s - passed_s)
+        # Every hit in the process comes here, and replace() takes more than twice as long.
+        return Entry(self.value, self.ttl_s, self.left_s - passed_s, self.kept_s, self.cost_s, self.generation)
 
 
 def as_bytes(key: str, value: object) -> bytes | None:
