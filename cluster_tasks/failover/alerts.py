@@ -109,7 +109,11 @@ class AlertQueue:
 
     def __init__(self, client: redis.Redis, keys: Keys, claim_after_s: float = CLAIM_AFTER_S) -> None:
         self._client, self._stream, self._claim_after_ms = client, keys.events, int(claim_after_s * 1000)
-        self._is_open = False
+
+    def open(self) -> None:
+        """Keep for the senders whatever is told from now on. Safe to repeat."""
+        with foreign_errors(BrokerUnavailable, "opening the queue of alerts"):
+            self._make_group("$")
 
     def next(self, wait_s: float) -> tuple[str, ClusterEvent | None] | None:
         """Return an event by its id, or an id whose event is no longer kept; None if none came within ``wait_s``."""
@@ -120,10 +124,7 @@ class AlertQueue:
                 if "NOGROUP" not in str(exc):
                     raise
                 # A Redis that has forgotten the group has forgotten the events that were told before, too.
-                start = "0" if self._is_open else "$"
-                with suppress(redis.exceptions.ResponseError):  # Another was first.
-                    self._client.xgroup_create(self._stream, GROUP, start, mkstream=True)
-                self._is_open = True
+                self._make_group("0")
                 return None
 
     def keep(self, event_id: str) -> None:
@@ -136,6 +137,10 @@ class AlertQueue:
         with foreign_errors(BrokerUnavailable, "letting go of an alert"):
             self._client.xack(self._stream, GROUP, event_id)
 
+    def _make_group(self, start: str) -> None:
+        with suppress(redis.exceptions.ResponseError):  # It is there.
+            self._client.xgroup_create(self._stream, GROUP, start, mkstream=True)
+
     def _next(self, wait_s: float) -> tuple[str, ClusterEvent | None] | None:
         found: Any = self._client.xautoclaim(
             self._stream, GROUP, SENDER, self._claim_after_ms, count=1, justid=True
@@ -146,7 +151,6 @@ class AlertQueue:
         streams: Any = self._client.xreadgroup(
             GROUP, SENDER, {self._stream: ">"}, count=1, block=max(int(wait_s * 1000), 1)
         )  # fmt: skip
-        self._is_open = True
         return _read(streams[0][1][0]) if streams else None
 
 
@@ -190,8 +194,13 @@ class AlertSender:
             self._thread.join(2 * LOOK_S)
 
     def _run(self) -> None:
+        is_open = False
         while not self._stopping.is_set():
             try:
+                if not is_open:
+                    # Before it may send: what is told until somebody may is not lost.
+                    self._queue.open()
+                    is_open = True
                 if not self._may_send():
                     self._stopping.wait(LOOK_S)
                 elif found := self._queue.next(LOOK_S):

@@ -49,16 +49,16 @@ def hook() -> Iterator[Hook]:
 
 @pytest.fixture
 def new_sender(client: redis.Redis, hook: Hook) -> Iterator[NewSender]:
-    """Make senders that run, and know of everything that is told from now on."""
+    """Make senders that run, and know of everything that is told from now on, those that may not send as well."""
     senders = []
 
     def new(url: str = "", timeout_s: float = 5.0, claim_after_s: float = 30.0, **options: object) -> AlertSender:
         queue = AlertQueue(client, Keys(), claim_after_s)
-        queue.next(0.001)
         webhook = Webhook(url or hook.url, SECRET, timeout_s)
         given: Any = {"clock": SystemClock(), "first_wait_s": 0.05, **options}
         senders.append(AlertSender(queue, webhook, "cluster", **given))
         senders[-1].start()
+        wait_until(lambda: client.exists(Keys().events) and client.xinfo_groups(Keys().events), message="it listens")
         return senders[-1]
 
     yield new
@@ -230,7 +230,7 @@ def test_what_a_killed_sender_was_at_is_sent_by_another(
         "queue = AlertQueue(connect(sys.argv[1]), Keys());"
         "AlertSender(queue, Webhook(sys.argv[2]), 'cluster', SystemClock()).start(); time.sleep(60)"
     )
-    AlertQueue(client, Keys()).next(0.001)
+    AlertQueue(client, Keys()).open()
     with subprocess.Popen([sys.executable, "-c", script, redis_url, hook.url]) as doomed:
         events.add("node lost", node="a")
         assert entered.wait(30)
@@ -279,7 +279,7 @@ def test_alerts_go_on_when_redis_has_forgotten_everything(
 def test_what_was_trimmed_or_is_no_event_holds_nobody_up(
     client: redis.Redis, events: EventLog, hook: Hook, new_sender: NewSender
 ) -> None:
-    AlertQueue(client, Keys()).next(0.001)
+    AlertQueue(client, Keys()).open()
     events.add("node lost", node="trimmed")
     client.xreadgroup("alerts", "alerts", {Keys().events: ">"})
     client.xtrim(Keys().events, 0)
