@@ -56,10 +56,10 @@ def test_a_zone_that_dies_spills_over_to_the_other_and_nothing_is_lost(
     jobs: Jobs, workers: tuple[WorkerProcess, ...]
 ) -> None:
     assert {node.id: node.zone for node in jobs.cluster.nodes()} == {each.id: zone_of(each.id) for each in workers}
-    # One after the other, none has to leave the caller's zone; but who looks for work may be sooner than who is rung.
+    # None has to leave the caller's zone. But of thirty in a row the caller may count some that have ended, and who
+    # looks for work may be sooner than who is rung: how many stay is not promised.
     assert {placed_in(jobs) for _ in range(4)} == {"west"}
-    alone = by_zone(finish_each(jobs, 30))
-    assert alone["west"] > alone["east"]
+    assert by_zone(finish_each(jobs, 30))["west"] > 0
 
     # A whole load of them keeps both zones at work.
     results = [jobs.work.delay(0.3, key=f"session {number}") for number in range(120)]
