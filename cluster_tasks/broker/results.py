@@ -358,7 +358,8 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
         names.append(keys.kept_end(task_id))
         arguments = [delivery.tag, encoded, lives_s, kept, same_end, SEQUELS_LIVE_S, state]
         if hedge is not None:
-            names += [keys.hedges(hedge.node_id), keys.hedged(hedge.node_id), keys.durations(hedge.kind)]
+            second = self._second(hedge, delivery, request)
+            names += [keys.hedges(second), keys.hedged(second), keys.durations(hedge.kind)]
             arguments += [task_id, hedge.after_s, hedging.REMEMBERED_S, hedging.DURATIONS, hedging.DURATIONS_LIVE_S]
         try:
             done = self.ensure(self._run, (self._commit_script, names, arguments))
@@ -368,6 +369,13 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
             reason = "its delivery was taken away" if done == 0 else "it had ended before"
             refused = _Outrun if hedge is not None and done == -1 else StaleCommit
             raise refused(f"result {state} of job {task_id} by {delivery.node_id} refused: {reason}")
+
+    def _second(self, hedge: Hedge, delivery: Delivery, request: Any) -> str:
+        """The node that is to do a job as well: the first one, if it was taken from its list by the one that was to."""
+        if hedge.node_id != delivery.node_id:
+            return hedge.node_id
+        queue = (request.properties.get("delivery_info") or {}).get("routing_key") or ""
+        return self._keys.node_of(queue) or hedge.node_id
 
     def _run(self, script: redis.commands.core.Script, names: Sequence[str], arguments: Sequence[Any]) -> Any:
         with refusals_as_outages(self.client):

@@ -97,7 +97,8 @@ class Nodes:
         assert [self.broker.held(node_id, self.epochs[node_id]) for node_id in "ab"] == [[], []]
         assert self.count("stale_commits") == 0
         client, keys = self.broker.client, self.broker.keys
-        assert not client.exists(keys.kept_end(job), keys.hedges("b"), keys.hedged("b"), keys.crashes(job))
+        hedges = [name for node_id in "ab" for name in (keys.hedges(node_id), keys.hedged(node_id))]
+        assert not client.exists(keys.kept_end(job), *hedges, keys.crashes(job))
         (done,) = client.keys("celery-taskset-meta-*")
         assert text(done).endswith(".c")
         # The result backend notes for a while what was counted.
@@ -171,6 +172,33 @@ def test_who_took_a_job_from_the_list_of_the_first_node_is_not_given_it_again(no
     nodes.end(taken)
     nodes.check_that_it_was_ended_once(job)
     assert nodes.count("hedges") == 0
+
+
+@pytest.mark.parametrize("first", ["who took it", "the first node"])
+def test_who_took_a_job_that_it_was_to_hedge_is_hedged_by_the_first_node(
+    first: str, nodes: Nodes, broker: Broker
+) -> None:
+    job = nodes.send()
+    (taken,) = nodes.fetch("b")
+    hedge = nodes.take("a")
+    assert taken.id == hedge.id == job
+    assert (nodes.count("hedges"), nodes.fetch("b", 5), nodes.fetch("c")) == (1, [], [])
+    winner, loser = (taken, hedge) if first == "who took it" else (hedge, taken)
+    nodes.end(winner)
+    nodes.end(loser)
+    nodes.check_that_it_was_ended_once(job)
+
+
+def test_who_took_a_job_that_it_was_to_hedge_and_ends_it_in_time_takes_the_hedge_back(
+    nodes: Nodes, broker: Broker
+) -> None:
+    job = nodes.send(LATER)
+    (taken,) = nodes.fetch("b")
+    assert broker.client.zcard(broker.keys.hedges("a")) == broker.client.hlen(broker.keys.hedged("a")) == 1
+    nodes.end(taken)
+    nodes.check_that_it_was_ended_once(job)
+    assert (nodes.count("hedges"), nodes.fetch("a")) == (0, [])
+    assert 0 < broker.client.ttl(broker.keys.terminal(job)) <= 300
 
 
 def test_the_end_of_a_node_that_dies_before_it_counts_its_part_is_counted_by_the_loser(nodes: Nodes) -> None:

@@ -231,10 +231,10 @@ def stopped_in_a_search(site: Site, nodes: dict[str, WorkerProcess]) -> tuple[Wo
     held = [(node, site.cluster.keys.unacked(node_id, beats[node_id].epoch)) for node_id, node in nodes.items()]
     while not result.ready():
         for node, unacked in held:
-            if holds_a_part(site, node.id, unacked):
+            if holds_a_part(site, unacked):
                 node.signal(signal.SIGSTOP)
                 wait_until(partial(has_stopped, node.pid), END_S)
-                if holds_a_part(site, node.id, unacked):
+                if holds_a_part(site, unacked):
                     return node, result
                 node.signal(signal.SIGCONT)
     return None
@@ -289,17 +289,11 @@ def test_what_waits_for_the_end_of_a_split_keeps_no_search_from_the_slots(site: 
         assert [each.get(timeout=END_S) for each in waiting][-1] == {"deleted": 1}
 
 
-def holds_a_part(site: Site, node_id: str, unacked: str) -> bool:
-    """Whether a part of a search is among these deliveries that has not ended, and none that this node is to hedge.
-
-    Who takes from another's list what it is to hedge itself is late with both: only its lease ends that.
-    """
-    client, keys = site.cluster.client, site.cluster.keys
-    held: Any = client.hvals(unacked)
+def holds_a_part(site: Site, unacked: str) -> bool:
+    """Whether a part of a search is among these deliveries that has not ended."""
+    held: Any = site.cluster.client.hvals(unacked)
     parts = [job_of(message) for message in held if PARTS.encode() in message]
-    if any(client.zscore(keys.hedges(node_id), job) is not None for job in parts):
-        return False
-    return any(not client.exists(keys.terminal(job)) for job in parts)
+    return any(not site.cluster.client.exists(site.cluster.keys.terminal(job)) for job in parts)
 
 
 def hedging_keys(site: Site) -> list[Any]:

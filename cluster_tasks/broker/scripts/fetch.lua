@@ -154,7 +154,7 @@ local types = redis.call('HGET', keys.serves, own)
 while given < want do
   local peer = types and longest_peer(types)
   if not peer then break end
-  take(peer, 1)
+  if take(peer, 1) == 1 then hand_over_hedge(keys, KEYS[11], KEYS[12], own, peer, reply[#reply]) end
 end
 -- What it could take is on no list any more: who is late with a hedged job holds it.
 if given < want and not probe then

@@ -17,8 +17,24 @@ local function keep_hedge(keys, due, messages, node, job, after_s, longest_wait,
   end
 end
 
+-- Let the node whose list is `first` hedge what was taken from it by the very node, with the list `own`, that was to: one
+-- that is late with a job is no help with it. It was rung for the job, so it will look.
+local function hand_over_hedge(keys, due, messages, own, first, message)
+  local kept, id = redis.call('HGETALL', messages), string.match(due, ':hedges:(.+)$')
+  local first_id = string.sub(first, #own - #id + 1)
+  for i = 1, #kept, 2 do
+    local at = kept[i + 1] == message and redis.call('ZSCORE', due, kept[i])
+    if at then
+      redis.call('ZREM', due, kept[i])
+      redis.call('HDEL', messages, kept[i])
+      local its_due, its_messages = string.sub(due, 1, -#id - 1) .. first_id, string.sub(messages, 1, -#id - 1) .. first_id
+      keep_hedge(keys, its_due, its_messages, first, kept[i], at - now_s(), 0, message)
+    end
+  end
+end
+
 -- Return up to `most` messages that are due, and forget them here. Jobs that the node holds in the hash `unacked` are not
--- among them: it took them from the first one.
+-- among them: they were moved to its list from that of the first one.
 local function due_hedges(due, messages, most, unacked)
   local jobs, found, held = redis.call('ZRANGEBYSCORE', due, '-inf', now_s(), 'LIMIT', 0, most), {}, {}
   if #jobs == 0 then return found end
