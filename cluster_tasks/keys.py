@@ -84,10 +84,13 @@ class Keys:
 
     @property
     def serves(self) -> str:
-        """Hash queue → request types, comma-separated and sorted, with a comma at both ends.
-
-        The zones of those that have one are in a hash with ``:zones`` behind its name."""
+        """Hash queue → request types, comma-separated and sorted, with a comma at both ends."""
         return f"{self.name}:serves"
+
+    @property
+    def zones(self) -> str:
+        """Hash queue → zone, of the nodes that have one. The scripts make its name from that of ``serves``."""
+        return f"{self.serves}:zones"
 
     @property
     def draining(self) -> str:
@@ -152,9 +155,15 @@ class Keys:
 
     @property
     def idle(self) -> str:
-        """Sorted set of node queues that wait at their doorbell, longest first. Those that were rung and have not come
-        yet are in one with ``:coming`` behind its name, by when that was."""
+        """Sorted set of node queues that wait at their doorbell, longest first."""
         return f"{self.name}:idle"
+
+    @property
+    def coming(self) -> str:
+        """Sorted set of node queues that were rung and have not come yet, by the second since 1970 when that was.
+
+        The scripts make its name from that of ``idle``."""
+        return f"{self.idle}:coming"
 
     @property
     def bell_prefix(self) -> str:

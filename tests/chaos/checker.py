@@ -10,8 +10,6 @@ I6  a cluster without jobs is quiet
 
 from __future__ import annotations
 
-import inspect
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
@@ -19,13 +17,13 @@ from typing import Any
 
 import redis
 
-from cluster_tasks.keys import Keys
 from cluster_tasks.redis_store import text
 from tests.chaos.census import take_census
 from tests.chaos.history import History
 from tests.chaos.jobs import ChaosJobs
 from tests.chaos.load import Load
 from tests.chaos.nodes import Kill
+from tests.known_keys import strange_keys
 from tests.process.accounts import held_key, left_over
 from tests.waiting import wait_until
 
@@ -33,8 +31,6 @@ STANDSTILL_S = 60.0
 """With no job ending for so long, those that have not ended never will."""
 IDLE_COMMANDS_PER_S = 100.0
 """Of one node without work: beats, reports, watching, and looking for work once a second."""
-CELERYS = r"_kombu\.binding.*|unacked(_index|_mutex)?|.*\.reply\.celery\.pidbox|celery-task(set)?-meta-.*|test:.*"
-"""Keys of Celery and Kombu, and of the tests."""
 
 
 class Breach(AssertionError):
@@ -131,10 +127,8 @@ class Checker:
             return not left
 
         self._wait(nothing_is_left, "I4: the lists and records of jobs are empty", left)
-        known = known_keys(self._keys)
-        strange = [name for key in self._client.scan_iter(count=1000) if not known.fullmatch(name := text(key))]
-        if strange:
-            raise Breach(f"I4: keys that nobody knows: {sorted(strange)[:20]}")
+        if strange := strange_keys(self._client, self._keys):
+            raise Breach(f"I4: keys that nobody knows: {strange[:20]}")
 
     def only_the_killed_are_lost(self, kills: Collection[Kill], also_lost: Collection[str] = ()) -> None:
         """I5: each once. A node that had no work when it died may be noticed after the last job: waits for that."""
@@ -237,13 +231,3 @@ class Checker:
             wait_until(condition, self._standstill_s)
         except AssertionError:
             raise Breach(f"{what}: not within {self._standstill_s:g} s: {sorted(seen)}") from None
-
-
-def known_keys(keys: Keys) -> re.Pattern[str]:
-    """Match every key that keys.py names, and those of Celery."""
-    made = [getattr(keys, name) for name, value in vars(Keys).items() if isinstance(value, property)]
-    for name, value in vars(Keys).items():
-        if inspect.isfunction(value) and not name.startswith("_"):
-            made.append(getattr(keys, name)(*["anything"] * (len(inspect.signature(value).parameters) - 1)))
-    names = [re.escape(name).replace("anything", ".*") for name in made if isinstance(name, str)]
-    return re.compile("|".join([*names, CELERYS]))

@@ -28,6 +28,7 @@ from cluster_tasks.broker.message import Placement, place_message, priority_suff
 from cluster_tasks.keys import ANY_TYPE
 from cluster_tasks.redis_store import load_script
 from tests.broker import SUFFIXES, Broker, job_of, make_members
+from tests.known_keys import strange_keys
 
 SERVES = {"a": {"llm"}, "b": {"llm"}, "c": {"llm", "embedding"}, "d": {"embedding"}}
 TYPES = ["llm", "embedding", "retrieval", ANY_TYPE]
@@ -400,6 +401,10 @@ class Conservation(RuleBasedStateMachine):
         assert self.broker.idle() == [f"node.{node}" for node in self.idle]
         assert set(self.idle) <= set(self.epochs)
         assert {node: rings for node in SERVES if (rings := self.broker.rings(node))} == dict(self.rings)
+
+    @invariant()
+    def every_key_is_one_that_has_a_name(self) -> None:
+        assert strange_keys(self.broker.client, self.broker.keys) == []
 
     @invariant()
     def the_limits_are_as_foretold(self) -> None:

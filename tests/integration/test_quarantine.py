@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
@@ -17,13 +17,6 @@ from tests.waiting import wait_until
 
 CRASHES = [Crash("a@test", "1-abc", "it was killed", 1.0, "Traceback: …"), Crash("b@test", "2-def", "it exited", 2.0)]
 NewQuarantine = Callable[..., Quarantine]
-
-
-@pytest.fixture
-def broker(redis_url: str) -> Iterator[Broker]:
-    broker = Broker(redis_url)
-    yield broker
-    broker.close()
 
 
 @pytest.fixture

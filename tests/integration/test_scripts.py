@@ -120,7 +120,7 @@ def test_a_job_for_a_node_that_drains_rings_a_node_of_its_zone(broker: Broker) -
 
 
 def test_the_zone_of_a_node_goes_with_its_epoch(broker: Broker) -> None:
-    zones = f"{broker.keys.serves}:zones"
+    zones = broker.keys.zones
     broker.epochs.close("a", broker.open("a", "llm", zone="west"))
     assert not broker.client.exists(zones)
     broker.open("a", "llm", zone="east")
