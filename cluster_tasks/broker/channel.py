@@ -430,6 +430,9 @@ class ClusterChannel(stock.Channel):
             raise
         if not is_there:
             raise Empty
+        if c.connection is not None:
+            # What is to be read shows that it lives. redis-py would ask once more for each answer to Kombu's PING.
+            c.connection.next_health_check = stock.monotonic() + c.connection.health_check_interval
         return super()._receive_one(c)
 
     def close(self) -> None:

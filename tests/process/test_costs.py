@@ -178,6 +178,8 @@ def test_an_idle_node_beats_and_asks_for_nothing_else_that_it_is_not_told(
         seen.clear()
         wait_until(lambda: have_come(IDLE_BEATS), END_S, "it beats on")
     own, lasted_s = names(seen), seen[-1].at_s - seen[0].at_s
+    listening = [command for command in seen if command.name == "PING" and command.mentions("redis-py-health-check")]
+    assert len(listening) <= 2 + lasted_s
     assert own["broker.beat"] <= 1 + lasted_s
     assert own["broker.fetch"] <= 2 + lasted_s / IDLE_WAIT_S
     assert own["BRPOP"] <= 2 + lasted_s / BELL_WAIT_S + own["broker.fetch"]
