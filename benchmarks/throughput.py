@@ -46,8 +46,8 @@ from cluster_tasks.redis_store import connect
 
 STOCK_MARK, PEER_MARK = 3.0, 1.0
 WHY_NOT_STOCK = (
-    "a job is two round trips, fetch and fenced commit: of its time sockets take three tenths, Celery and Kombu a "
-    "quarter, the cluster a sixth (benchmarks.profiling)"
+    "a job is two round trips, fetch and fenced commit: sockets take more of its time than any package does "
+    "(benchmarks.profiling)"
 )
 WHY_NOT_PEER = (
     "it does without Celery's machinery: the stock worker, which fetches ahead as well and promises less, is behind"
