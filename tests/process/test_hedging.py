@@ -20,14 +20,19 @@ pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated setex")
 NEVER_LOST = {"CLUSTER_LEASE_S": "120", "CLUSTER_HEARTBEAT_S": "1"}
 
 
-def send(jobs: Jobs, hedged: Any) -> tuple[Any, Any]:
-    """Send a chord of which a part goes to a and is hedged to b, the other to b.
+def send(jobs: Jobs, hedged: Any, other: str = "b@test") -> tuple[Any, Any, Any]:
+    """Send a chord of which a part goes to a and is hedged to b, the other to the node ``other``.
 
-    Returns that part and what the chord returns.
+    Returns both parts and what the chord returns.
     """
     part = hedged.set(queue="node.a@test", **{HEDGE_PROPERTY: Hedge("b@test", 0.1, "tests")})
-    result = chord([part, jobs.work.s().set(queue="node.b@test")], jobs.verbatim.s()).apply_async()
-    return result.parent.results[0], result
+    result = chord([part, jobs.work.s().set(queue=f"node.{other}")], jobs.verbatim.s()).apply_async()
+    return *result.parent.results, result
+
+
+def waits(jobs: Jobs, node_id: str) -> bool:
+    """Whether a node waits at its doorbell, with nothing to do."""
+    return jobs.cluster.client.zscore(jobs.cluster.keys.idle, f"node.{node_id}") is not None
 
 
 def hedges(jobs: Jobs) -> int:
@@ -44,26 +49,32 @@ def check_that_nothing_is_left(jobs: Jobs) -> None:
     assert all(client.ttl(key) > 0 for key in client.scan_iter("celery-taskset-meta-*"))
 
 
-@pytest.mark.parametrize("pool", ["prefork", "threads"])
-def test_a_job_of_a_stopped_node_is_done_by_the_second_before_any_failover(
-    pool: str, jobs: Jobs, new_worker: NewWorker
+@pytest.mark.parametrize(("late", "pool"), [("a", "prefork"), ("a", "threads"), ("b", "threads")])
+def test_a_job_of_a_stopped_node_is_done_by_the_other_before_any_failover(
+    late: str, pool: str, jobs: Jobs, new_worker: NewWorker
 ) -> None:
+    """What b is late with was sent to a: b took it from there, and a is to do it as well."""
     a, b = (new_worker(name, pool=pool, environ=NEVER_LOST) for name in "ab")
+    first, second = (a, b) if late == "a" else (b, a)
     with running(a, b):
-        epoch = jobs.cluster.epochs.beats()[a.id].epoch
+        epoch = jobs.cluster.epochs.beats()[first.id].epoch
+        # A node that fetches could take the job from the list of the other before that one gets to it.
+        wait_until(lambda: waits(jobs, second.id), END_S, f"{second.id} has nothing to do")
+        second.signal(signal.SIGSTOP)
         # The first to begin takes long.
-        part, result = send(jobs, jobs.stubborn.s(8.0))
+        part, other, result = send(jobs, jobs.stubborn.s(8.0), first.id)
         wait_until(lambda: starts_of(jobs, [part])[part.id] == 1, END_S, "it has begun")
-        a.signal(signal.SIGSTOP)
-        first, _ = result.get(timeout=END_S)
-        assert first == b.id
-        assert jobs.cluster.epochs.beats()[a.id].epoch == epoch
+        wait_until(other.ready, END_S, "all else is done")
+        first.signal(signal.SIGSTOP)
+        second.signal(signal.SIGCONT)
+        assert result.get(timeout=END_S)[0] == second.id
+        assert jobs.cluster.epochs.beats()[first.id].epoch == epoch
         assert hedges(jobs) == 1
-        a.signal(signal.SIGCONT)
+        first.signal(signal.SIGCONT)
         check_that_nothing_is_left(jobs)
         assert starts_of(jobs, [part])[part.id] == 2
-        assert "succeeded" in a.read_log()
-    log = a.read_log()
+        assert "succeeded" in first.read_log()
+    log = first.read_log()
     assert not any(word in log for word in ("ERROR", "Traceback", "refused", "raised outside")), log
 
 
@@ -71,7 +82,7 @@ def test_a_job_of_a_stopped_node_is_done_by_the_second_before_any_failover(
 def test_a_job_is_done_though_one_of_its_two_nodes_is_killed(victim: str, jobs: Jobs, new_worker: NewWorker) -> None:
     nodes = {name: new_worker(name, pool="threads") for name in "abc"}
     with running(*nodes.values()):
-        part, result = send(jobs, jobs.work.s(10.0))
+        part, _, result = send(jobs, jobs.work.s(10.0))
         wait_until(lambda: starts_of(jobs, [part])[part.id] == 2, END_S, "both have begun")
         nodes[victim].kill()
         assert (result.get(timeout=END_S)[0]) in {node.id for name, node in nodes.items() if name != victim}
