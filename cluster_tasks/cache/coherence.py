@@ -74,17 +74,17 @@ class Coherence:
         return state if fresh else None
 
     def learn(self, namespace: str, generation: bytes | str, change: bytes | str, asked_at_s: float) -> State:
-        """Take in a state that was read; return what is known now."""
+        """Take in a state that was read; return it: what was asked for with it is of its time."""
+        state = kept = State(text(generation), text(change), asked_at_s)
         with self._lock:
             before = self._states.get(namespace)
-            state = State(text(generation), text(change), asked_at_s)
             if before is None or before.change != state.change:
                 if before is not None and before.told_at_s > asked_at_s:
                     # A message that came meanwhile may tell of something later. The next one who reads asks again.
-                    state = replace(before, read_at_s=float("-inf"))
+                    kept = replace(before, read_at_s=float("-inf"))
                 # The first state, too: in a Redis Cluster it may be younger than a value that was asked for with it.
                 self._drop(namespace, None)
-            self._states[namespace] = state
+            self._states[namespace] = kept
         if self._drops and (self._listener is None or not self._listener.is_alive()):
             self._listen()
         return state
