@@ -115,6 +115,9 @@ class NodeAgent:
         """Join the cluster. Raises NodeNameTaken if a node of this name lives, BrokerUnavailable."""
         if self._helper is not None:
             self._helper.start()
+        if self._deliveries is not None:
+            # Before a job is fetched; of what is revoked from here on the first beat tells.
+            self._learn_revocations()
         self._begin(*self._open())
         for duty in self._duties:
             duty.start()

@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 from celery import Celery
+from celery.worker import state
 
 from cluster_tasks import Cluster
 from cluster_tasks.broker.deliveries import Deliveries
+from cluster_tasks.broker.epochs import EpochTable
+from cluster_tasks.broker.revocations import Revocations
 from cluster_tasks.clock import SystemClock
 from cluster_tasks.failover.watchers import SEATS, Watchers
 from cluster_tasks.model import Capacity, Load, Node, NodeStatus
@@ -111,6 +114,22 @@ def test_nodes_watch_each_other_while_the_registry_is_silent(new_agent: NewAgent
     broker.fetch("dead", epoch, 1, ["llm"])
     wait_until(lambda: "dead" not in broker.epochs.beats(), END_S, "it is fenced")
     wait_until(lambda: broker.listed(broker.keys.suspect_queue("llm")) == ["1"], END_S, "its job is moved")
+
+
+def test_what_was_revoked_is_known_before_a_node_can_be_given_a_job(
+    new_agent: NewAgent, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id, known = f"revoked-{time.time()}", list[bool]()
+    Revocations(broker.client, broker.keys).add([job_id])
+    open_epoch = EpochTable.open
+
+    def look_and_open(self: EpochTable, *args: Any, **options: Any) -> Any:
+        known.append(job_id in state.revoked)
+        return open_epoch(self, *args, **options)
+
+    monkeypatch.setattr(EpochTable, "open", look_and_open)
+    new_agent("a").start()
+    assert known == [True]
 
 
 def test_a_seat_is_kept_by_asking_and_free_when_its_holder_is_silent(broker: Broker) -> None:
