@@ -140,12 +140,18 @@ class Publisher:
             self._error = StaleCommit(f"the text of job {origin.job_id} is not published: its delivery was taken away")
         self._written(entry)
         self._learn(told, is_unwanted=is_unwanted is not None)
-        return BATCH_S if entry is not None else LOOK_S
+        if entry is not None:
+            return BATCH_S
+        # What waits for the reader is no reason to look again at once, what comes next is.
+        return LOOK_S if self._is_ahead() else 0.0
+
+    def _is_ahead(self) -> bool:
+        return self._number - self._read >= WINDOW
 
     def _next_entry(self, is_last: bool) -> Entry | None:
         with self._changed:
             if self._sending is None:
-                piece = "" if self._number - self._read >= WINDOW else "".join(self._pending)
+                piece = "" if self._is_ahead() else "".join(self._pending)
                 if not piece and not is_last:
                     return None
                 if piece:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -73,6 +74,26 @@ def test_what_is_written_goes_out_though_nothing_more_is_said(client: redis.Redi
         wait_until(lambda: texts(client) == ["a"])
         publisher.write("b")
         wait_until(lambda: texts(client) == ["a", "b"])
+
+
+def test_what_comes_after_a_look_at_nothing_waits_for_no_other_look(
+    client: redis.Redis, new: New, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publishing, "LOOK_S", 0.01)
+    publisher, looked = new(), threading.Event()
+    look = publisher._script
+
+    def look_and_wait_long(*arguments: Any) -> Any:
+        answer = look(*arguments)
+        monkeypatch.setattr(publishing, "LOOK_S", 600.0)
+        looked.set()
+        return answer
+
+    monkeypatch.setattr(publisher, "_script", look_and_wait_long)
+    with publisher:
+        assert looked.wait(10)
+        publisher.write("a")
+        wait_until(lambda: texts(client) == ["a"], message="it goes out")
 
 
 def test_a_delivery_that_was_taken_away_writes_nothing_more_and_is_told(client: redis.Redis, new: New) -> None:
