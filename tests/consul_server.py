@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from tests.servers import free_ports, missing
+from tests.waiting import wait_until
 from workers.redis_server import HOST
 from workers.tether import tethered, tethering
 
@@ -268,11 +269,14 @@ class ConsulCluster:
 
     @property
     def leader(self) -> ConsulServer:
-        """The server that leads. Fails if none does."""
-        addresses = {server.leader() for server in self.servers} - {""}
-        leading = [server for server in self.servers if f"{HOST}:{server.server_port}" in addresses]
-        assert len(leading) == 1, f"leaders are told at {addresses}"
-        return leading[0]
+        """The server that leads. Waits until one does."""
+
+        def leading() -> list[ConsulServer]:
+            addresses = {server.leader() for server in self.servers} - {""}
+            found = [server for server in self.servers if f"{HOST}:{server.server_port}" in addresses]
+            return found if len(found) == 1 else []
+
+        return wait_until(leading, START_TIMEOUT_S, "one of three leads")[0]
 
     def __enter__(self) -> Self:
         for number in range(3):

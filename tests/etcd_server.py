@@ -25,6 +25,8 @@ START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 10.0
 ANSWER_TIMEOUT_S = 5.0
 ROOT, ROOT_PASSWORD = "root", "root of the test"
+KEPT = "ttl=10m"
+"""What a URL ends with where no node beats, and none is to leave: a machine may be slow."""
 
 
 class EtcdServer:

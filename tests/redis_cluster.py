@@ -20,15 +20,17 @@ from workers.redis_server import HOST, RedisServer, free_port
 SLOTS = 16_384
 MASTERS = 3
 START_S = 60.0
-SETTINGS = ("cluster-enabled yes", "cluster-node-timeout 1000", "cluster-require-full-coverage no")
+SETTINGS = ("cluster-enabled yes", "cluster-require-full-coverage no")
 
 
 class RedisCluster:
     """Six servers that die with this process. Over stops and starts they keep their ports and what they know."""
 
-    def __init__(self, directory: Path, password: str = "", certificate: Certificate | None = None) -> None:
+    def __init__(
+        self, directory: Path, password: str = "", certificate: Certificate | None = None, node_timeout_ms: int = 1000
+    ) -> None:
         """With a ``certificate`` clients speak TLS, and servers to each other, too; this class itself does not."""
-        self._password, self._certificate = password, certificate
+        self._password, self._certificate, self._node_timeout_ms = password, certificate, node_timeout_ms
         self._tls_ports: dict[int, int] = {}
         self._met_at: dict[int, tuple[int, ...]] = {}
         self._new = [self._server(directory / f"server{number}") for number in range(2 * MASTERS)]
@@ -45,14 +47,17 @@ class RedisCluster:
         return f"rediss+cluster://{login}{hosts}?ssl_ca_certs={self._certificate.certificate}"
 
     def _server(self, directory: Path) -> RedisServer:
-        settings = [*SETTINGS, *([f"masterauth {json.dumps(self._password)}"] if self._password else [])]
+        # A bus at its usual place, 10,000 above, could be among the ports of connections.
+        port, bus_port = free_port(), free_port()
+        settings = [*SETTINGS, f"cluster-node-timeout {self._node_timeout_ms}", f"cluster-port {bus_port}"]
+        settings += [f"masterauth {json.dumps(self._password)}"] if self._password else []
+        self._met_at[port] = (port, bus_port)
         if self._certificate is None:
-            return RedisServer(directory, password=self._password or None, extra=settings)
-        certificate, key = self._certificate
-        port, tls_port, bus_port = free_port(), free_port(), free_port()
+            return RedisServer(directory, port, password=self._password or None, extra=settings)
+        (certificate, key), tls_port = self._certificate, free_port()
         self._tls_ports[port], self._met_at[port] = tls_port, (tls_port, bus_port)
         settings += [
-            f"tls-port {tls_port}", f"cluster-port {bus_port}", f"tls-cert-file {certificate}", f"tls-key-file {key}",
+            f"tls-port {tls_port}", f"tls-cert-file {certificate}", f"tls-key-file {key}",
             f"tls-ca-cert-file {certificate}", "tls-auth-clients no", "tls-cluster yes", "tls-replication yes",
         ]  # fmt: skip
         return RedisServer(directory, port, password=self._password or None, extra=settings)
@@ -69,7 +74,7 @@ class RedisCluster:
             self.ask(port, "CLUSTER ADDSLOTS", *slots)
             self.ask(port, "CLUSTER SET-CONFIG-EPOCH", number + 1)
         for port in ports[1:]:
-            self.ask(ports[0], "CLUSTER MEET", HOST, *self._met_at.get(port, (port,)))
+            self.ask(ports[0], "CLUSTER MEET", HOST, *self._met_at[port])
         wait_until(lambda: all(len(self._nodes(port)) == len(ports) for port in ports), START_S, "all have met")
         for master, replica in zip(masters, replicas, strict=True):
             self.ask(replica, "CLUSTER REPLICATE", self.ask(master, "CLUSTER MYID"))

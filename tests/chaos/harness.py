@@ -21,6 +21,8 @@ from tests.process.nodes import WorkerProcess
 APP = "tests.chaos.audited"
 QUICK = {"CLUSTER_HEARTBEAT_S": "0.3", "CLUSTER_LEASE_S": "1.2", "CLUSTER_HEALTH_CHECK_S": "0.25"}
 """Settings for scenarios that do not measure times."""
+PATIENT = QUICK | {"CLUSTER_LEASE_S": "5"}
+"""The same where nobody who lives may be taken for dead, on a machine that starts nodes meanwhile."""
 # Whoever is killed often takes jobs along that did nothing: where all must succeed, no crash convicts.
 FORGIVING = {"CLUSTER_MAX_CRASH_DELIVERIES": "1000"}
 POOLS = ("prefork", "threads", "solo")

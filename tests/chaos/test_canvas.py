@@ -7,7 +7,7 @@ import time
 import pytest
 
 from tests.chaos.conftest import ByLevel
-from tests.chaos.harness import FORGIVING, POOLS, QUICK, Chaos
+from tests.chaos.harness import FORGIVING, PATIENT, POOLS, Chaos
 from tests.process.accounts import END_S
 from tests.waiting import wait_until
 
@@ -16,7 +16,7 @@ from tests.waiting import wait_until
 @pytest.mark.timeout(1200)
 def test_chains_and_chords_come_to_their_ends_though_their_nodes_die(chaos: Chaos, by_level: ByLevel) -> None:
     kills = by_level(short=6, full=60)
-    with chaos.nodes(5, pools=POOLS, environ=QUICK | FORGIVING) as nodes:
+    with chaos.nodes(5, pools=POOLS, environ=PATIENT | FORGIVING) as nodes:
         nodes.wait_ready()
         kinds = ("chained", "chord", "chord", "retrying")
         with chaos.load(kinds=kinds, lengths_s=(0.0, 0.0, 0.02), pause_s=0.01) as load:

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from tests.chaos.conftest import ByLevel, Report
-from tests.chaos.harness import FORGIVING, QUICK, Chaos
+from tests.chaos.harness import FORGIVING, PATIENT, QUICK, Chaos
 from tests.process.accounts import END_S
 from tests.waiting import wait_until
 
@@ -19,7 +19,7 @@ MOST = 12
 @pytest.mark.timed
 @pytest.mark.timeout(900)
 def test_nodes_that_come_and_go_every_second_lose_and_double_nothing(chaos: Chaos, by_level: ByLevel) -> None:
-    with chaos.nodes(3, environ=QUICK | FORGIVING) as nodes:
+    with chaos.nodes(3, environ=PATIENT | FORGIVING) as nodes:
         nodes.wait_ready()
         with chaos.load() as load:
             until_s = time.monotonic() + by_level(short=15, full=120)
@@ -58,7 +58,7 @@ def test_a_third_of_all_nodes_may_die_at_once(chaos: Chaos, by_level: ByLevel, r
 def test_the_first_node_that_joins_does_the_work_of_the_last_that_died(chaos: Chaos) -> None:
     with chaos.nodes(1, pools=("prefork",), environ=QUICK | FORGIVING) as nodes:
         nodes.wait_ready()
-        with chaos.load() as load:
+        with chaos.load(most_open=1000) as load:
             wait_until(lambda: len(chaos.history.committed) >= 20, END_S, "it works")
             nodes.kill(*nodes.alive)
             accepted = len(load.expected)

@@ -13,6 +13,8 @@ from celery import states
 
 from tests.chaos.checker import Breach
 from tests.chaos.harness import FORGIVING, QUICK, Chaos, chaos_on
+from tests.chaos.load import Load
+from tests.chaos.nodes import Nodes
 from tests.process.accounts import END_S
 from tests.waiting import wait_until
 from workers.redis_server import RedisServer
@@ -58,12 +60,24 @@ def test_without_the_atomic_fetch_a_lost_job_is_reported(chaos: Chaos) -> None:
     with chaos.nodes(3, **mutant("fetch", **FORGIVING)) as nodes:
         nodes.wait_ready()
         with chaos.load(kinds=("plain",), lengths_s=(0.0,), pause_s=0.0) as load:
-            for _ in range(2):
-                # With jobs on every list, every node that is not at work fetches.
-                wait_until(lambda: len(load.open_jobs) >= 20, END_S, "jobs wait")
-                nodes.kill(*nodes.pick())
+            wait_until(lambda: stand_still_with_a_job_nowhere(chaos, nodes, load), END_S, "a node has fetched")
+            nodes.kill(*nodes.alive)
+            nodes.add()
             with pytest.raises(Breach, match=r"^I1: .* nowhere"):
                 chaos.checker.check(load, nodes.kills)
+
+
+def stand_still_with_a_job_nowhere(chaos: Chaos, nodes: Nodes, load: Load) -> bool:
+    """Stop all nodes. If no job is missing they go on."""
+    for node in nodes.alive:
+        node.signal(signal.SIGSTOP)
+    try:
+        chaos.checker.every_job_is_somewhere(load)
+    except Breach:
+        return True
+    for node in nodes.alive:
+        node.signal(signal.SIGCONT)
+    return False
 
 
 def test_without_the_count_of_crashes_a_job_that_never_ends_is_reported(chaos: Chaos) -> None:

@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import redis
 from celery import Celery
 
-from tests.chaos.harness import FORGIVING, QUICK, Chaos
+from tests.chaos.harness import FORGIVING, PATIENT, QUICK, Chaos
 from tests.process.accounts import END_S
 from tests.waiting import wait_until
 from workers.redis_server import RedisServer
@@ -34,9 +35,13 @@ def test_a_node_that_wakes_after_its_failover_commits_nothing(pool: str, chaos: 
             victim = nodes.pick()[0]
             epoch = chaos.checker.epoch_of(victim.id)
             wait_until(lambda: chaos.checker.runs_on(victim.id, load), END_S, "it works")
-            victim.signal(signal.SIGSTOP)
+            # The processes of a pool end their jobs by themselves, and must not do so before the fence.
+            children = psutil.Process(victim.pid).children() if pool == "prefork" else []
+            for process in (psutil.Process(victim.pid), *children):
+                process.suspend()
             chaos.checker.wait_fenced(epoch)
-            victim.signal(signal.SIGCONT)
+            for process in (*children, psutil.Process(victim.pid)):
+                process.resume()
             wait_until(lambda: chaos.checker.stale_commits(), END_S, "what it had at hand is refused and counted")
             chaos.checker.check(load, also_lost=[victim.id])
         # It has joined anew, and works.
@@ -48,7 +53,7 @@ def test_a_node_that_wakes_after_its_failover_commits_nothing(pool: str, chaos: 
 def test_nodes_that_stand_still_and_die_have_lost_nothing_and_a_stock_worker_has(
     chaos: Chaos, redis_server: RedisServer, tmp_path: Path
 ) -> None:
-    with chaos.nodes(4, environ=QUICK) as nodes:
+    with chaos.nodes(4, environ=PATIENT) as nodes:
         nodes.wait_ready()
         load = chaos.load()
         for victim in nodes.pick(3):

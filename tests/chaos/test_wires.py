@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.chaos.conftest import ByLevel
-from tests.chaos.harness import FORGIVING, POOLS, QUICK, chaos_on
+from tests.chaos.harness import FORGIVING, PATIENT, POOLS, chaos_on
 from tests.chaos.load import KINDS
 from tests.process.proxy import wire_to
 from workers.redis_server import RedisServer
@@ -26,7 +26,7 @@ from workers.redis_server import RedisServer
 def test_cut_connections_and_lost_replies_lose_and_double_nothing(
     kinds: tuple[str, ...], redis_server: RedisServer, tmp_path: Path, rng: random.Random, by_level: ByLevel
 ) -> None:
-    environ = {**QUICK, **FORGIVING, "CLUSTER_LEASE_S": "5"}
+    environ = PATIENT | FORGIVING
     with wire_to(redis_server.port) as wire, chaos_on(redis_server.url, tmp_path, rng, nodes_url=wire.url) as chaos:
         client = chaos.jobs.cluster.client
         with chaos.nodes(3, pools=POOLS, environ=environ) as nodes:

@@ -1,4 +1,7 @@
-"""A process whose threads all ask for one missing key: ``python -m tests.contract.askers URL THREADS SECONDS``."""
+"""A process whose threads all ask for one missing key: ``python -m tests.contract.askers URL THREADS FIRST_S SECONDS``.
+
+It takes the first of all processes that computes it so long, and the others so long.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +21,14 @@ from cluster_tasks.keys import Keys
 ASKED, COMPUTED, GO, GOT = "test:asked", "test:computed", "test:go", "test:got"
 
 
-def main(url: str, threads: int, seconds: float) -> None:
+def main(url: str, threads: int, first_s: float, seconds: float) -> None:
     """Wait for the sign, ask, and write down who computed and who got what."""
     notes, clock = redis.Redis.from_url(url), SystemClock()
-    shared = share(CacheConnection(url, clock), Keys(), clock)
+    shared = share(CacheConnection(url, clock, timeout_s=5.0), Keys(), clock)
     cache = TieredCache(Memory(clock, Counters()), RedisCache(shared, "test"))
 
     def compute() -> bytes:
-        notes.rpush(COMPUTED, os.getpid())
-        time.sleep(seconds)
+        time.sleep(first_s if notes.rpush(COMPUTED, os.getpid()) == 1 else seconds)
         return b"value"
 
     def ask() -> None:
@@ -44,4 +46,4 @@ def main(url: str, threads: int, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]))
+    main(sys.argv[1], int(sys.argv[2]), *map(float, sys.argv[3:]))

@@ -21,7 +21,7 @@ from cluster_tasks.shards.store import CollectionStore
 from cluster_tasks.shards.vector_store import VectorStore
 from tests.consul_server import ConsulServer
 from tests.contract.locking import ConsulStage, EtcdStage, OpenLocks, RedisStage, Stage
-from tests.etcd_server import EtcdServer
+from tests.etcd_server import KEPT, EtcdServer
 from tests.qdrant_server import QdrantServer
 from workers.redis_server import RedisServer
 
@@ -41,7 +41,7 @@ def redis(clock: Clock, request: pytest.FixtureRequest) -> OpenRegistry:
 
 def etcd(clock: Clock, request: pytest.FixtureRequest) -> OpenRegistry:
     server: EtcdServer = request.getfixturevalue("etcd_server")
-    return lambda: create_registry(server.url, broker_url="", keys=Keys("contract"), clock=clock)
+    return lambda: create_registry(f"{server.url}?{KEPT}", broker_url="", keys=Keys("contract"), clock=clock)
 
 
 def consul(clock: Clock, request: pytest.FixtureRequest) -> OpenRegistry:
@@ -153,7 +153,7 @@ def registry(open_registry: OpenRegistry) -> Registry:
 
 @pytest.fixture
 def in_etcd(etcd_server: EtcdServer) -> Iterator[EtcdRegistry]:
-    with closing(EtcdRegistry(etcd_server.url, Keys("contract"), SystemClock())) as registry:
+    with closing(EtcdRegistry(f"{etcd_server.url}?{KEPT}", Keys("contract"), SystemClock())) as registry:
         yield registry
 
 

@@ -143,9 +143,9 @@ def test_a_redis_cluster_may_move_its_slots_lose_a_master_and_go_away(cluster: R
 
 
 @contextmanager
-def asking(url: str, seconds: float) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Processes that all ask for a missing key at one moment, which takes so long to compute."""
-    command = [sys.executable, "-m", "tests.contract.askers", url, str(THREADS), str(seconds)]
+def asking(url: str, first_s: float, seconds: float) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Processes that all ask for a missing key at one moment; it takes the first so long to compute it, the others."""
+    command = [sys.executable, "-m", "tests.contract.askers", url, str(THREADS), str(first_s), str(seconds)]
     processes = [subprocess.Popen(command) for _ in range(PROCESSES)]
     try:
         with redis.Redis.from_url(url) as client:
@@ -159,14 +159,14 @@ def asking(url: str, seconds: float) -> Iterator[list[subprocess.Popen[bytes]]]:
 
 
 def test_what_is_missing_is_computed_once_for_all_processes(redis_url: str) -> None:
-    with redis.Redis.from_url(redis_url) as client, asking(redis_url, 0.5) as processes:
+    with redis.Redis.from_url(redis_url) as client, asking(redis_url, 0.5, 0.5) as processes:
         assert [process.wait(END_S) for process in processes] == [0] * PROCESSES
         assert client.llen(COMPUTED) == 1
         assert client.lrange(GOT, 0, -1) == [b"value"] * (PROCESSES * THREADS)
 
 
 def test_who_dies_while_he_computes_is_replaced_once(redis_url: str) -> None:
-    with redis.Redis.from_url(redis_url) as client, asking(redis_url, 1.0) as processes:
+    with redis.Redis.from_url(redis_url) as client, asking(redis_url, 600.0, 1.0) as processes:
         wait_until(lambda: client.llen(COMPUTED), END_S, "one computes")
         computing: Callable[[], list[bytes]] = lambda: client.lrange(COMPUTED, 0, -1)  # noqa: E731
         (victim,) = [process for process in processes if str(process.pid).encode() in computing()]

@@ -27,7 +27,7 @@ from tests.contract.test_registry import (
     take,
     watch_from_now,
 )
-from tests.etcd_server import EtcdServer, etcd_cluster
+from tests.etcd_server import KEPT, EtcdServer, etcd_cluster
 from tests.process.proxy import Cut, wire_to
 from tests.waiting import wait_until
 
@@ -66,7 +66,7 @@ def test_a_watch_goes_on_where_it_was_after_an_outage_and_warns_once_of_each(
 
 @pytest.mark.parametrize("writes", [0, 100], ids=["a younger history", "a longer history"])
 def test_a_watch_of_an_etcd_that_came_back_empty_tells_the_difference(own_etcd: EtcdServer, writes: int) -> None:
-    with closing(registry_at(own_etcd.url)) as registry:
+    with closing(registry_at(f"{own_etcd.url}?{KEPT}")) as registry:
         events = watch_from_now(registry)
         for each in (node("a"), node("b"), node("c"), RICH):
             registry.register(each)
@@ -87,7 +87,7 @@ def test_a_watch_of_an_etcd_that_came_back_empty_tells_the_difference(own_etcd: 
 
 
 def test_a_watch_whose_history_was_compacted_tells_the_difference(own_etcd: EtcdServer) -> None:
-    with closing(registry_at(own_etcd.url)) as registry:
+    with closing(registry_at(f"{own_etcd.url}?{KEPT}")) as registry:
         events = watch_from_now(registry)
         registry.register(node("a"))
         assert take(events, 1) == ["joined a/1"]
@@ -109,7 +109,7 @@ def test_a_watch_of_an_empty_etcd_misses_no_first_node_through_an_outage(own_etc
     with (
         wire_to(own_etcd.port) as wire,
         closing(registry_at(f"etcd://127.0.0.1:{wire.port}/test")) as far,
-        closing(registry_at(own_etcd.url)) as near,
+        closing(registry_at(f"{own_etcd.url}?{KEPT}")) as near,
         Watcher(far) as watcher,
     ):
         wait_until(lambda: watches_begun(own_etcd), WAIT_S, "the watch has begun")
@@ -127,7 +127,7 @@ def test_a_watch_of_an_etcd_without_nodes_notices_that_it_was_replaced(own_etcd:
     with (
         wire_to(own_etcd.port) as wire,
         closing(registry_at(f"etcd://127.0.0.1:{wire.port}/test")) as far,
-        closing(registry_at(own_etcd.url)) as near,
+        closing(registry_at(f"{own_etcd.url}?{KEPT}")) as near,
         Watcher(far) as watcher,
     ):
         wait_until(lambda: watches_begun(own_etcd), WAIT_S, "the watch has begun")
@@ -238,14 +238,18 @@ def test_an_etcd_that_is_full_says_what_to_do(tmp_path: Path) -> None:
 
 # Python 3.12 warns of what is tested here.
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
-def test_a_watch_that_a_fork_has_copied_ends_in_one_process(etcd_server: EtcdServer, in_etcd: EtcdRegistry) -> None:
+def test_a_watch_that_a_fork_has_copied_ends_in_one_process(
+    etcd_server: EtcdServer, in_etcd: EtcdRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Nobody takes from it until the child has ended.
+    monkeypatch.setattr("cluster_tasks.etcd_store.SILENCE_S", 600.0)
     events = watch_from_now(in_etcd)
     in_etcd.register(node("a"))
     assert take(events, 1) == ["joined a/1"]
     before = watches_begun(etcd_server)
     child = get_context("fork").Process(target=events.close)
     child.start()
-    child.join(WAIT_S)
+    child.join(PATIENCE_S)
     assert child.exitcode == 0
     assert rest(in_etcd, events) == []
     assert watches_begun(etcd_server) == before

@@ -41,15 +41,14 @@ from tests.waiting import wait_until
 
 
 def test_a_node_that_does_not_beat_leaves_with_its_lease_and_joins_again(etcd_server: EtcdServer) -> None:
-    with closing(registry_at(f"{etcd_server.url}?ttl=2s")) as registry:
+    with closing(registry_at(f"{etcd_server.url}?ttl=2s")) as registry, Watcher(registry) as watcher:
         registry.register(RICH)
-        with Watcher(registry) as watcher:
-            watcher.wait_for(f"left {RICH.id}/{RICH.epoch}")
-            assert registry.list() == []
-            with pytest.raises(NodeNotFound):
-                registry.beat(RICH.id, LOADED, NodeStatus.ONLINE)
-            registry.register(RICH)
-            wait_until(lambda: len(watcher.events) == 3, WAIT_S, "it joins again")
+        watcher.wait_for(f"left {RICH.id}/{RICH.epoch}")
+        assert registry.list() == []
+        with pytest.raises(NodeNotFound):
+            registry.beat(RICH.id, LOADED, NodeStatus.ONLINE)
+        registry.register(RICH)
+        wait_until(lambda: len(watcher.events) == 3, WAIT_S, "it joins again")
     assert [event.node for event in watcher.events] == [RICH] * 3
 
 
@@ -65,7 +64,7 @@ def test_beats_keep_a_node_for_longer_than_its_lease(etcd_server: EtcdServer) ->
 
 
 def test_a_status_set_by_another_process_leaves_the_node_under_its_lease(etcd_server: EtcdServer) -> None:
-    with closing(registry_at(f"{etcd_server.url}?ttl=2s")) as owner, closing(registry_at(etcd_server.url)) as other:
+    with closing(registry_at(f"{etcd_server.url}?ttl=6s")) as owner, closing(registry_at(etcd_server.url)) as other:
         events = watch_from_now(other)
         owner.register(node("a"))
         other.set_status("a", NodeStatus.DRAINING)

@@ -79,7 +79,8 @@ class ThreeOfConsul:
         return self._cluster.leader
 
     def rest(self) -> list[ConsulServer]:
-        return [server for server in self._cluster.servers if server is not self._cluster.leader]
+        leader = self.leader()
+        return [server for server in self._cluster.servers if server is not leader]
 
     def url(self) -> str:
         return self.rest()[0].url()
@@ -127,14 +128,15 @@ def test_a_lock_survives_the_loss_of_the_leader(three: Three, open_locks: Callab
     patiently(held.renew)
     with pytest.raises(LockTaken):
         patiently(lambda: second.acquire("name", ttl_s=60))
-    held.release()
+    patiently(held.release)
     assert patiently(lambda: second.acquire("name", ttl_s=60)).token > held.token
 
 
 def test_one_server_of_three_gives_no_locks(three: Three, open_locks: Callable[[], Locks]) -> None:
     locks = open_locks()
     held = patiently(lambda: locks.acquire("name", ttl_s=60))
-    for server in (three.rest()[-1], three.leader()):
+    leader = three.leader()
+    for server in (leader, next(each for each in three.rest() if each is not leader)):
         server.kill()
     for call in (lambda: locks.acquire("other", ttl_s=60, wait_s=3600), held.renew, held.release):
         with pytest.raises(LocksUnavailable):
@@ -271,8 +273,9 @@ def test_two_that_find_a_lock_free_in_consul_do_not_both_get_it(consul_server: C
 
 
 def test_who_was_silent_too_long_in_consul_is_followed_after_a_delay(
-    consul_server: ConsulServer, in_consul: Locks
+    consul_server: ConsulServer, in_consul: Locks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("cluster_tasks.locks.consul.LOCK_DELAY_S", 5)
     held = in_consul.acquire("delayed", ttl_s=60)
     ended = consul_server.api("GET", "/v1/kv/cluster-tasks/contract/locks/delayed")[0]["Session"]
     # Only silence ends it, not what the agent's neighbours think of the agent.

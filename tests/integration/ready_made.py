@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import pytest
 from celery import Celery
 
 from cluster_tasks import Cluster
+from cluster_tasks.breaker import BreakerState
+from cluster_tasks.cluster import cluster_of
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -74,3 +77,11 @@ def stop(worker: subprocess.Popen[bytes]) -> None:
 
 def sender(app: Celery) -> Run:
     return lambda job, *args, **kwargs: app.tasks[job].delay(*args, **kwargs).get(timeout=WITHIN_S)
+
+
+def end_timeout(app: Celery, provider: str) -> None:
+    """Let the breaker of a provider have opened long ago."""
+    cluster = cluster_of(app)
+    key = cluster.keys.breaker(provider)
+    state = BreakerState.from_json(cluster.client.get(key))
+    cluster.client.set(key, replace(state, opened_at_s=0).to_json())

@@ -98,7 +98,7 @@ def test_each_alert_is_sent_once_however_many_send_and_nothing_else_is(
         events.add("jobs moved", number=number)
         for kind in ALERTS:
             events.add(kind, number=number)
-    wait_until(lambda: len(hook.taken) >= 20 * len(ALERTS) and nothing_is_pending(client), message="all arrive")
+    wait_until(lambda: len(hook.taken) >= 20 * len(ALERTS) and nothing_is_pending(client), 60, "all arrive")
     told = [(event["kind"], event["facts"]["number"]) for event in hook.taken]
     assert sorted(told) == sorted((kind, number) for kind in ALERTS for number in range(20))
 

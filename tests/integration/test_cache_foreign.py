@@ -39,7 +39,8 @@ def make_caches(redis_server: RedisServer) -> Iterator[MakeCaches]:
     made: list[Caches] = []
 
     def make(**settings: Any) -> Caches:
-        made.append(create_caches(ClusterSettings(cache_url=redis_server.url, **settings), KEYS, SystemClock()))
+        given = {"cache_url": redis_server.url, "cache_timeout_s": 5, **settings}
+        made.append(create_caches(ClusterSettings(**given), KEYS, SystemClock()))
         return made[-1]
 
     yield make
@@ -177,7 +178,7 @@ def refusing(request: pytest.FixtureRequest, redis_binary: str, tmp_path: Path) 
     """The URL of a Redis that has a value under k of x, and refuses to write."""
     extra = ["maxmemory 4mb", "maxmemory-policy noeviction"]
     with RedisServer(tmp_path / "one", extra=extra) as server, connect(server.url) as client:
-        caches = create_caches(ClusterSettings(cache_url=server.url), KEYS, SystemClock())
+        caches = create_caches(ClusterSettings(cache_url=server.url, cache_timeout_s=5), KEYS, SystemClock())
         assert caches.namespace("x").set("k", b"v", 600)
         caches.close()
         if request.param == "without room":
@@ -198,7 +199,8 @@ def refusing(request: pytest.FixtureRequest, redis_binary: str, tmp_path: Path) 
 
 
 def test_a_redis_that_refuses_to_write_is_read(refusing: str, caplog: pytest.LogCaptureFixture) -> None:
-    caches = create_caches(ClusterSettings(cache_url=refusing, cache_staleness_s=0), KEYS, SystemClock())
+    settings = ClusterSettings(cache_url=refusing, cache_staleness_s=0, cache_timeout_s=5)
+    caches = create_caches(settings, KEYS, SystemClock())
     cache = caches.namespace("x")
     for number in range(5):
         assert cache.get_or_compute(f"none {number}", lambda: b"computed") == b"computed"

@@ -92,7 +92,7 @@ def test_an_idle_node_waits_on_at_its_doorbell_and_fetches_now_and_then(
     broker: Broker, node: Deliveries, consumer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(channel_module, "BELL_WAIT_S", 0.05)
-    monkeypatch.setattr(channel_module, "IDLE_WAIT_S", 0.5)
+    monkeypatch.setattr(channel_module, "IDLE_WAIT_S", 3.0)
     channel = consumer.channel
     assert turn(channel) == "fetch"
     waits = takewhile(lambda command: command == "bell", iter(lambda: turn(channel), ""))

@@ -34,6 +34,7 @@ def caches(redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> Iterat
     """Of the app; the commands of the test use the same."""
     monkeypatch.setenv("CLUSTER_BROKER_URL", redis_server.url)
     monkeypatch.setenv("CLUSTER_CACHE_URL", redis_server.url)
+    monkeypatch.setenv("CLUSTER_CACHE_TIMEOUT_S", "5")
     jobs = make_jobs()
     yield jobs.cluster.caches
     jobs.cluster.caches.close()

@@ -27,7 +27,7 @@ HEARTBEAT_S = 0.1
 
 @pytest.fixture(autouse=True)
 def _settings(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = {"BROKER_URL": redis_url, "HEARTBEAT_S": str(HEARTBEAT_S), "LEASE_S": "1.5", "HEALTH_CHECK_S": "0.1"}
+    own = {"BROKER_URL": redis_url, "HEARTBEAT_S": str(HEARTBEAT_S), "LEASE_S": "60", "HEALTH_CHECK_S": "0.1"}
     for name, value in own.items():
         monkeypatch.setenv(f"CLUSTER_{name}", value)
 
@@ -75,8 +75,9 @@ def test_a_node_that_drains_is_alive_and_not_ready(broker: Broker) -> None:
 
 @pytest.mark.parametrize("alive", [(), ("--alive",)])
 def test_a_node_that_does_not_beat_is_dead_whether_it_is_fenced_yet_or_not(
-    broker: Broker, alive: tuple[str, ...]
+    broker: Broker, alive: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("CLUSTER_LEASE_S", "1.5")
     epoch = broker.epochs.open("a@host", ["llm"])
     assert isinstance(epoch, str)
     done = asked("--node", "a@host", *alive)
@@ -110,6 +111,7 @@ def test_a_redis_that_takes_connections_and_never_answers_does_not_hold_a_probe_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(module, "BEYOND_LEASE_S", 0.0)
+    monkeypatch.setenv("CLUSTER_LEASE_S", "1.5")
     with closing(socket.socket()) as hole:
         hole.bind(("127.0.0.1", 0))
         hole.listen(100)

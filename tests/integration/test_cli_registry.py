@@ -16,7 +16,7 @@ import pytest
 from cluster_tasks import Node
 from cluster_tasks.model import NodeStatus
 from tests.consul_server import ConsulServer
-from tests.etcd_server import EtcdServer
+from tests.etcd_server import KEPT, EtcdServer
 from tests.process.jobs import Jobs, make_jobs
 from workers.redis_server import RedisServer, free_port
 
@@ -51,7 +51,7 @@ def registry_url(request: pytest.FixtureRequest, redis_url: str, tmp_path: Path)
             yield consul.url()
     else:
         with EtcdServer(tmp_path / "etcd") as etcd:
-            yield etcd.url
+            yield f"{etcd.url}?{KEPT}"
 
 
 def check() -> tuple[int, dict[str, dict[str, object]]]:

@@ -33,7 +33,7 @@ def test_a_script_runs_once_however_often_redis_forgets_it(redis_server: RedisSe
 def test_a_server_that_falls_silent_costs_one_time_out_and_not_one_for_each_idle_connection(
     redis_server: RedisServer,
 ) -> None:
-    with connect(redis_server.url, socket_timeout=0.2) as client:
+    with connect(redis_server.url, socket_timeout=2.0) as client:
         pool = client.connection_pool
         connections = [pool.get_connection() for _ in range(4)]
         for connection in connections:

@@ -34,7 +34,7 @@ from workers.redis_server import RedisServer
 # Celery's own way to store a result that expires.
 pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated setex")
 DECLARED = (embedding, llm, rag, retrieval)
-LIVES_S = 4.0
+LIVES_S = 10.0
 
 
 @dataclass
@@ -78,6 +78,7 @@ def _site(redis_binary: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
             "CLUSTER_LLM_BASE_URL": provider.base_url, "CLUSTER_LLM_MODEL": "fake-chat",
             "CLUSTER_EMBEDDING_BASE_URL": provider.base_url, "CLUSTER_EMBEDDING_MODEL": "fake-embedding",
             "CLUSTER_PROVIDER_MAX_RETRIES": "0", "CLUSTER_CACHE_URL": cache.url, "CLUSTER_CACHE_TTL_S": str(LIVES_S),
+            "CLUSTER_CACHE_TIMEOUT_S": "5",
         }  # fmt: skip
         with node(broker.url, "kept", directory, **settings) as app:
             site = Site(app, provider, cache)

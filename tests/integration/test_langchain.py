@@ -90,6 +90,7 @@ def app(
             server.url, "langchain", directory, CLUSTER_LLM_BASE_URL=provider.base_url, CLUSTER_LLM_MODEL=MODEL,
             CLUSTER_EMBEDDING_BASE_URL=provider.base_url, CLUSTER_EMBEDDING_MODEL="fake-embedding",
             CLUSTER_LLM_FALLBACKS=fallbacks, CLUSTER_CACHE_URL=server.url, CLUSTER_PROVIDER_MAX_RETRIES="0",
+            CLUSTER_CACHE_TIMEOUT_S="5",
         ) as made,
     ):  # fmt: skip
         yield made

@@ -259,6 +259,7 @@ def test_a_hanging_server_is_a_time_out(server: FakeOpenAI, connect: Callable[..
     server.hang(times=None)
     with pytest.raises(ProviderUnavailable, match="timed out"):
         connect(llm_timeout_s=0.2, provider_max_retries=1).chat(ask())
+    wait_until(lambda: len(server.requests) == 2, message="the server has read them")
     assert [request.headers["x-stainless-read-timeout"] for request in server.requests] == ["0.2", "0.2"]
 
 
@@ -491,7 +492,7 @@ def test_an_error_within_a_stream_says_whether_it_passes(
 
 
 def test_a_stream_that_falls_silent_is_a_time_out(server: FakeOpenAI, connect: Callable[..., ChatProvider]) -> None:
-    server.hang(events=2)
+    server.hang(times=None, events=2)
     with pytest.raises(ProviderUnavailable, match="timed out"):
         streamed(connect(llm_timeout_s=0.2), ask())
 

@@ -39,7 +39,7 @@ def provider(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeOpenAI]:
 def run(redis_url: str, tmp_path: Path, provider: FakeOpenAI, request: pytest.FixtureRequest) -> Iterator[Run]:
     """Runs a job, with a cache."""
     settings = {
-        "data_dir": str(tmp_path / "data"), "cache_url": redis_url.replace("/0", "/1"),
+        "data_dir": str(tmp_path / "data"), "cache_url": redis_url.replace("/0", "/1"), "cache_timeout_s": 5,
         "embedding_base_url": provider.base_url, "embedding_model": "fake-embedding",
         "llm_base_url": provider.base_url, "llm_model": "fake-chat",
         "rerank_base_url": provider.base_url, "rerank_model": "fake-rerank",

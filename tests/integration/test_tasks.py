@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from unittest.mock import ANY
@@ -17,7 +16,6 @@ import pytest
 from celery import Celery, chain, group
 from celery.exceptions import TaskRevokedError
 
-from cluster_tasks.breaker import BreakerState
 from cluster_tasks.cluster import cluster_of
 from cluster_tasks.errors import (
     CircuitOpen,
@@ -34,7 +32,7 @@ from cluster_tasks.shards.indexes import WORDS
 from cluster_tasks.tasks import embedding, llm, rag, retrieval
 from cluster_tasks.tasks.llm import FROM_PASSAGES
 from cluster_tasks.testing import CHAT_PATH, EMBEDDINGS_PATH, RERANK_PATH, FakeOpenAI
-from tests.integration.ready_made import ROOT, WITHIN_S, Run, log_of, node, sender
+from tests.integration.ready_made import ROOT, WITHIN_S, Run, end_timeout, log_of, node, sender
 from tests.servers import missing, redis_for_results
 from tests.waiting import wait_until
 
@@ -373,8 +371,8 @@ def test_an_answer_that_nobody_waits_for_any_more_is_not_paid_for(
         with pytest.raises(TaskRevokedError, match="expired"):
             remote(job, *arguments, deadline=time.time() - 1)
     provider.hang()
-    until_s = time.time() + 3
     late = app_of_remote.tasks["rag.answer"].apply_async(("Why is the sky blue?", "late"), expires=3)
+    until_s = time.time() + 3
     wait_until(lambda: time.time() > until_s, WITHIN_S)
     provider.release()
     with pytest.raises(TaskRevokedError, match="expired"):
@@ -423,14 +421,6 @@ def test_nodes_share_what_they_know_of_a_provider_and_its_limits(broker: str, di
             WITHIN_S,
             "the last step of an answer waits for room, too",
         )
-
-
-def end_timeout(app: Celery, provider: str) -> None:
-    """Let the breaker of a provider have opened long ago."""
-    cluster = cluster_of(app)
-    key = cluster.keys.breaker(provider)
-    state = BreakerState.from_json(cluster.client.get(key))
-    cluster.client.set(key, replace(state, opened_at_s=0).to_json())
 
 
 def answers(run: Run) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any, Protocol
 
+import redis
+
 from cluster_tasks import Cluster
 from cluster_tasks.redis_store import text
 from tests.waiting import wait_until
@@ -57,6 +59,28 @@ def started_by(jobs: Jobs, results: list[Any], node_id: str) -> int:
     """How many starts of these jobs a node has noted. (What it holds may not have begun.)"""
     nodes = (jobs.cluster.client.lrange(f"test:started:{result.id}", 0, -1) for result in results)
     return sum([text(node) for node in started].count(node_id) for started in nodes)
+
+
+def let_go(client: redis.Redis, *results: Any) -> None:
+    """Let ``jobs.patient`` come to their ends; ``client`` is that of the Redis for what tasks note."""
+    client.mset({f"test:go:{result.id}": 1 for result in results})
+
+
+def let_each_be_followed(jobs: Jobs, results: list[Any], nodes: list[str], slots: int) -> None:
+    """Wait until ``jobs.patient`` fill all slots, then let them go on one node after the other, as long as more wait.
+
+    Each must be followed by another on its node. In the end all go.
+    """
+    client, going = jobs.cluster.client, set[str]()
+    wait_until(lambda: all(started_by(jobs, results, node) == slots for node in nodes), END_S, "all slots are filled")
+    while len(going) + slots * len(nodes) < len(results):
+        node = nodes[len(going) % len(nodes)]
+        before = started_by(jobs, results, node)
+        leaving = next(each for each in results if each.id not in going and started_by(jobs, [each], node))
+        going.add(leaving.id)
+        let_go(client, leaving)
+        wait_until(lambda n=node, b=before: started_by(jobs, results, n) == b + 1, END_S, f"another begins on {node}")
+    let_go(client, *results)
 
 
 def held_key(jobs: Jobs, node_id: str) -> str:

@@ -23,6 +23,7 @@ class Jobs:
     app: Celery
     cluster: Cluster
     work: Any
+    patient: Any
     flaky: Any
     plain: Any
     hog: Any
@@ -49,6 +50,15 @@ def make_jobs() -> Jobs:
         """Take some time; return the node that did it. Every start is noted, so that tests can count them."""
         note(f"started:{self.request.id}", self.request.hostname)
         time.sleep(seconds)
+        return str(self.request.hostname)
+
+    @app.task(base=ClusterTask, bind=True, shared=False, name="jobs.patient", request_type="llm", affinity="key")
+    def patient(self: Any, key: str = "") -> str:
+        """Run until the test lets it go, see ``let_go``; return the node that did it."""
+        note(f"started:{self.request.id}", self.request.hostname)
+        with notes() as client:
+            while not client.exists(f"test:go:{self.request.id}"):
+                time.sleep(0.02)
         return str(self.request.hostname)
 
     @app.task(base=ClusterTask, bind=True, shared=False, name="jobs.flaky", request_type="llm", max_retries=3)
@@ -130,10 +140,9 @@ def make_jobs() -> Jobs:
         """Return what is given."""
         return value
 
-    def take_long_the_first_time(self: Any, seconds: float = 600.0) -> str:
+    def take_long_the_first_time(self: Any, seconds: float = 600.0, then: float = 0.0) -> str:
         """Whoever runs it first does not come to its end in time."""
-        if len(note(f"started:{self.request.id}", self.request.hostname)) == 1:
-            time.sleep(seconds)
+        time.sleep(seconds if len(note(f"started:{self.request.id}", self.request.hostname)) == 1 else then)
         return str(self.request.hostname)
 
     options: dict[str, Any] = {"base": ClusterTask, "bind": True, "shared": False, "request_type": "llm"}
@@ -141,15 +150,19 @@ def make_jobs() -> Jobs:
     stubborn_once = app.task(name="jobs.stubborn_once", rerun_on_crash=False, **options)(take_long_the_first_time)
 
     return Jobs(
-        app, cluster, work, flaky, plain, hog, fatal, once, silent, huge, limited, leave, frail, stubborn,
+        app, cluster, work, patient, flaky, plain, hog, fatal, once, silent, huge, limited, leave, frail, stubborn,
         stubborn_once, verbose, verbatim,
     )  # fmt: skip
 
 
+def notes() -> redis.Redis:
+    """The Redis of what tasks note, which they reach by a way of its own where a test breaks that of the node."""
+    return redis.Redis.from_url(os.environ.get("TEST_NOTES_URL") or os.environ["CLUSTER_BROKER_URL"])
+
+
 def note(key: str, value: str) -> list[str]:
     """Append to a list in Redis beside the cluster's keys; return all of it."""
-    # By a way of its own where a test breaks that of the node.
-    with redis.Redis.from_url(os.environ.get("TEST_NOTES_URL") or os.environ["CLUSTER_BROKER_URL"]) as client:
+    with notes() as client:
         client.rpush(f"test:{key}", value)
         listed: Any = client.lrange(f"test:{key}", 0, -1)
         return [item.decode() for item in listed]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -18,6 +19,16 @@ from tests.waiting import wait_until
 
 START_S = 120.0
 STOP_S = 120.0
+NEVER_LOST = {"CLUSTER_LEASE_S": "120"}
+"""Environment of nodes that nobody may take for dead, however late this machine is.
+
+One whose beats are late lets its jobs lie, too, and has them delivered again."""
+
+ONLY_WHEN_RUNG: dict[str, Any] = {
+    "app": "tests.process.rung",
+    "environ": {"CLUSTER_HEARTBEAT_S": "600", "CLUSTER_LEASE_S": "3000", "CLUSTER_AUTO_REBALANCE": "0"},
+}
+"""Options of nodes that do not look for work by themselves. A beat rings them, too, and lists would be evened out."""
 
 
 class WorkerProcess:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from celery import chain, chord
 from celery.exceptions import TaskRevokedError
@@ -14,7 +14,7 @@ from celery.exceptions import TaskRevokedError
 from cluster_tasks.errors import QuarantinedError
 from tests.process.accounts import END_S, starts_of, wait_until_nothing_is_left
 from tests.process.batching import BAD, POISON, Batches, make_batches
-from tests.process.nodes import WorkerProcess, running
+from tests.process.nodes import NEVER_LOST, WorkerProcess, running
 from tests.process.test_submit import NewWorker, told
 from tests.waiting import wait_until
 from workers.redis_server import RedisServer
@@ -33,7 +33,7 @@ def jobs(redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> Iterator
 @pytest.fixture
 def new_worker(redis_server: RedisServer, tmp_path: Path) -> NewWorker:
     return lambda name, **options: WorkerProcess(
-        name, redis_server.url, tmp_path, app="tests.process.batching", **{"slots": 1, **options}
+        name, redis_server.url, tmp_path, app="tests.process.batching", **{"slots": 1, "environ": NEVER_LOST, **options}
     )
 
 
@@ -158,11 +158,11 @@ def test_the_death_of_the_process_convicts_only_who_kills_it_again_alone(jobs: B
 @pytest.mark.parametrize("pool", ["prefork", "threads"])
 def test_the_death_of_the_node_loses_and_doubles_nothing(pool: str, jobs: Batches, new_worker: NewWorker) -> None:
     sent = [jobs.triple.apply_async((word,), {"seconds": 60.0}) for word in "abcd"]
-    a = new_worker("a", pool=pool)
+    a = new_worker("a", pool=pool, environ={})
     with running(a):
         wait_until(lambda: calls(jobs), END_S, "it has begun")
         a.kill()
-        with running(new_worker("b", pool=pool)):
+        with running(new_worker("b", pool=pool, environ={})):
             assert ends(sent) == ["aaa", "bbb", "ccc", "ddd"]
             # What was at work when a node died is done by itself.
             assert len(calls(jobs)) == 1
@@ -176,10 +176,14 @@ def test_a_batch_of_a_fenced_node_commits_nothing(jobs: Batches, new_worker: New
     a, b = (new_worker(name, environ=quick) for name in "ab")
     with running(a):
         wait_until(lambda: calls(jobs), END_S, "it has begun")
+        # Its child as well: it ends the call by itself, and must not do so before the fence.
+        family = [psutil.Process(a.pid), *psutil.Process(a.pid).children()]
+        for process in family:
+            process.suspend()
         with running(b):
-            a.signal(signal.SIGSTOP)
             assert ends(sent) == ["aaa", "bbb", "ccc", "ddd"]
-            a.signal(signal.SIGCONT)
+            for process in reversed(family):
+                process.resume()
             wait_until(lambda: jobs.cluster.stale_commits() >= 4, END_S, "all of them are refused")
             wait_until_nothing_is_left(jobs)
 

@@ -19,7 +19,7 @@ from tests.monitored import Command, Monitor, monitored
 from tests.process.batching import make_batches
 from tests.process.conftest import NewWorker
 from tests.process.jobs import Jobs
-from tests.process.nodes import running
+from tests.process.nodes import NEVER_LOST, running
 from tests.waiting import wait_until
 from workers.agent import ASK_EVERY_S
 from workers.redis_server import RedisServer
@@ -45,8 +45,6 @@ OTHERS_PER_S = 60
 BY_THE_CLOCK = ("broker.let_go", "MGET")
 """Lets go of what no fetch has yet; looks whether others were given what is held."""
 IDLE_BEATS, IDLE_ASKS_PER_S = 12, 5
-BUSY = {"CLUSTER_LEASE_S": "60"}
-"""On a machine that does other work: a node whose beats are late lets its jobs lie, and has them delivered again."""
 
 
 @pytest.fixture
@@ -106,7 +104,7 @@ def test_to_run_a_job_is_one_script_that_fetches_and_one_that_commits(
         seen.extend(monitor.commands())
         return names(seen)["broker.commit"] == JOBS
 
-    with running(new_worker("n1", pool=pool, slots=1, environ=BUSY)):
+    with running(new_worker("n1", pool=pool, slots=1, environ=NEVER_LOST)):
         wait_until(have_all_ended, END_S, "all jobs have ended")
     ends = [place for place, command in enumerate(seen) if command.name == "broker.commit"]
     # From the end of the first to that of the last nothing but these jobs is done here.
@@ -132,7 +130,7 @@ def test_to_run_a_job_is_one_script_that_fetches_and_one_that_commits(
 def test_of_a_job_two_keys_are_left_that_expire_and_to_read_its_result_is_one_command(
     jobs: Jobs, monitor: Monitor, new_worker: NewWorker
 ) -> None:
-    with running(new_worker("n1", pool="solo", slots=1, environ=BUSY)):
+    with running(new_worker("n1", pool="solo", slots=1, environ=NEVER_LOST)):
         assert jobs.verbatim.delay(0).get(timeout=END_S) == 0
         monitor.commands()
         result = jobs.verbatim.delay(1)
@@ -157,9 +155,12 @@ def test_an_idle_node_beats_and_asks_for_nothing_else_that_it_is_not_told(
     jobs: Jobs, monitor: Monitor, new_worker: NewWorker
 ) -> None:
     keys, client = jobs.cluster.keys, jobs.cluster.client
-    # Others observe.
-    client.zadd(keys.watchers, {f"other{number}": (time.time() + 50) * 1000 for number in range(SEATS)})
-    with running(new_worker("n1", pool="prefork", slots=1, environ=BUSY)):
+
+    def have_others_observe() -> None:
+        client.zadd(keys.watchers, {f"other{number}": (time.time() + 50) * 1000 for number in range(SEATS)})
+
+    have_others_observe()
+    with running(new_worker("n1", pool="prefork", slots=1, environ=NEVER_LOST)):
         wait_until(lambda: client.zscore(keys.idle, f"node.{NODE}") is not None, END_S, "it idles")
         seen = list[Command]()
 
@@ -175,6 +176,7 @@ def test_an_idle_node_beats_and_asks_for_nothing_else_that_it_is_not_told(
         wait_until(has_asked_for_its_share, END_S, "it has asked for its share of what waits")
         seen.clear()
         wait_until(lambda: have_come(3), END_S, "it beats")
+        have_others_observe()
         seen.clear()
         wait_until(lambda: have_come(IDLE_BEATS), END_S, "it beats on")
     own, lasted_s = names(seen), seen[-1].at_s - seen[0].at_s
@@ -195,7 +197,7 @@ def test_256_jobs_that_are_submitted_together_are_published_in_one_script_and_en
 ) -> None:
     monkeypatch.setenv("CLUSTER_BROKER_URL", redis_server.url)
     batches = make_batches()
-    with running(new_worker("n1", pool="solo", slots=1, app="tests.process.batching", environ=BUSY)):
+    with running(new_worker("n1", pool="solo", slots=1, app="tests.process.batching", environ=NEVER_LOST)):
         batches.cluster.submit(batches.double, [("x",)] * 2).get(timeout=END_S)
         monitor.commands()
         sent = batches.cluster.submit(batches.double, [("x",)] * 256)
@@ -221,7 +223,7 @@ def test_jobs_that_a_batch_brings_along_share_a_fetch(
     batches = make_batches()
     sent = [batches.triple.delay("x") for _ in range(64)]
     monitor.commands()
-    with running(new_worker("n1", pool="solo", slots=1, app="tests.process.batching", environ=BUSY)):
+    with running(new_worker("n1", pool="solo", slots=1, app="tests.process.batching", environ=NEVER_LOST)):
         assert {result.get(timeout=END_S) for result in sent} == {"xxx"}
         seen = monitor.commands()
     batches.app.close()

@@ -81,8 +81,8 @@ def standing(jobs: Jobs) -> dict[str, str]:
     return {node_id: beat.epoch for node_id, beat in jobs.cluster.epochs.beats().items()}
 
 
-def send(jobs: Jobs, number: int) -> list[object]:
-    return [jobs.work.delay(0.05, key=str(key)) for key in range(number)]
+def send(jobs: Jobs, number: int, seconds: float = 0.05) -> list[object]:
+    return [jobs.work.delay(seconds, key=str(key)) for key in range(number)]
 
 
 def test_a_node_that_discovery_does_not_know_works_and_is_known_again(
@@ -92,7 +92,7 @@ def test_a_node_that_discovery_does_not_know_works_and_is_known_again(
         epochs = standing(jobs)
         discovery.stop()
         with running(new_worker("joiner")):
-            by_node = finish(send(jobs, 40))
+            by_node = finish(send(jobs, 40, 0.5))
             assert by_node["joiner@test"], "it joined while discovery was away, and works"
             assert by_node["a@test"]
             assert standing(jobs).items() > epochs.items(), "nobody was taken for dead"
@@ -107,12 +107,12 @@ def test_a_discovery_that_is_silent_keeps_nobody_from_joining_and_from_being_not
 ) -> None:
     stays, dies, joins = (new_worker(name) for name in ("stays", "dies", "joins"))
     with running(stays, dies):
-        results = [jobs.work.delay(1.0, key=str(key)) for key in range(40)]
+        results = send(jobs, 40, 1.0)
         wait_until(lambda: jobs.cluster.client.hlen(held_key(jobs, dies.id)), END_S, "it works")
         with discovery.silent():
             dies.kill()
             with running(joins):
-                by_node = finish(results)
+                by_node = finish([*results, *send(jobs, 40, 0.5)])
                 assert by_node[joins.id], "it joined, and works"
                 lost = [event.facts["node"] for event in jobs.cluster.events.latest() if event.kind == "node lost"]
                 assert lost == [dies.id]
@@ -140,6 +140,7 @@ def test_who_drains_is_what_the_fence_says(jobs: Jobs, new_worker: NewWorker) ->
         return {node.id: node.status for node in jobs.cluster.nodes()}["a@test"] is status
 
     with running(new_worker("a"), new_worker("b")):
+        wait_until(lambda: known(jobs) == standing(jobs), END_S, "discovery knows them")
         jobs.cluster.drain("a@test")
         jobs.cluster.registry.set_status("a@test", NodeStatus.ONLINE)
         assert says(NodeStatus.DRAINING)

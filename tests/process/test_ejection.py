@@ -54,7 +54,7 @@ def test_a_node_that_fails_and_one_that_is_slow_are_ejected_probed_and_back(
         new_worker(name, pool="threads", environ={"CLUSTER_BREAKER_TIMEOUT_S": "1", "TEST_ILLNESS": str(file)})
         for name, file in illness.items()
     ]
-    ill = {"a@test": "fails", "b@test": "12"}
+    ill = {"a@test": "fails", "b@test": "24"}
     with running(*workers):
         with under_load(jobs) as results:
             wait_until(lambda: len(results) > 80, END_S, "all have a history")

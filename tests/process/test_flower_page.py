@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -83,11 +83,12 @@ def rows(page: Chrome) -> dict[str, dict[str, str]]:
     )
 
 
-def press(page: Chrome, label: str, answer: str) -> None:
+def press(page: Chrome, label: str, answer: str, meanwhile: Callable[[], object] = lambda: None) -> None:
     """Press a button by its name for screen readers, and answer the question that comes."""
     page.find_element(By.CSS_SELECTOR, f"[aria-label='{label}']").click()
     dialog = wait_until(lambda: shown(page, "dialog[open]"), END_S, "it asks")[0]
     assert label in dialog.text
+    meanwhile()
     next(button for button in dialog.find_elements(By.TAG_NAME, "button") if button.text == answer).click()
     wait_until(lambda: not shown(page, "dialog[open]"), END_S, "it has its answer")
 
@@ -141,7 +142,7 @@ def test_a_node_is_killed_and_the_page_shows_it_go_red_and_its_jobs_move(
         everybody = {worker.id for worker in (victim, *others)}
         wait_until(lambda: rows(page).keys() == everybody, END_S, "all are shown")
         assert not any(is_red(row["colour"]) for row in rows(page).values())
-        results = [jobs.work.delay(0.5, key=str(number)) for number in range(60)]
+        results = [jobs.work.delay(1.0, key=str(number)) for number in range(60)]
         wait_until(lambda: jobs.cluster.client.hlen(held_key(jobs, victim.id)), END_S, "the victim works")
         wait_until(lambda: rows(page)[victim.id]["Running"].startswith("2"), END_S, "that it works is shown")
         victim.kill()
@@ -168,7 +169,7 @@ def test_a_node_is_drained_and_resumed_by_its_button(app: Celery, site: Site, pa
         assert not cluster.epochs.lists().draining
         press(page, "Drain a@x", "Drain")
         wait_until(lambda: rows(page)["a@x"]["Status"] == "draining", END_S)
-        assert "handed over: 0" in text_of(page, "#cluster-said")
+        wait_until(lambda: "handed over: 0" in text_of(page, "#cluster-said"), END_S)
         press(page, "Resume a@x", "Resume")
         wait_until(lambda: rows(page)["a@x"]["Status"] == "online", END_S)
     assert not cluster.epochs.lists().draining
@@ -184,8 +185,7 @@ def test_a_job_in_quarantine_is_sent_again_or_dropped_by_its_buttons(app: Celery
     wait_until(lambda: text_of(page, "#metric-quarantine") == "1", END_S)
     assert cluster_of(app).epochs.lengths() == {"waiting.llm": 1}
     # Somebody else is faster.
-    quarantine.drop("second")
-    press(page, "Drop second", "Drop")
+    press(page, "Drop second", "Drop", meanwhile=lambda: quarantine.drop("second"))
     wait_until(lambda: "no job 'second' is in quarantine" in text_of(page, "#cluster-said"), END_S)
     wait_until(lambda: "No job is in quarantine." in text_of(page, "main"), END_S)
 

@@ -227,7 +227,7 @@ STAYS = {"stays": "yes"}
     ids=range(11),
 )  # fmt: skip
 def test_what_a_reader_would_notice_fails_a_session(session: Session, failure: str, directory: Path) -> None:
-    told = run(session, directory, patience_s=3)
+    told = run(session, directory, patience_s=3 if failure else PATIENCE_S)
     assert failure in told
     assert bool(told) == bool(failure), told
 

@@ -12,12 +12,11 @@ from cluster_tasks.broker.hedging import HEDGE_PROPERTY, Hedge
 from tests.process.accounts import END_S, left_over, starts_of, wait_until_nothing_is_left
 from tests.process.conftest import NewWorker
 from tests.process.jobs import Jobs
-from tests.process.nodes import running
+from tests.process.nodes import NEVER_LOST, running
 from tests.waiting import wait_until
 
 # Celery's own way to store a result that expires.
 pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated setex")
-NEVER_LOST = {"CLUSTER_LEASE_S": "120", "CLUSTER_HEARTBEAT_S": "1"}
 
 
 def send(jobs: Jobs, hedged: Any, other: str = "b@test") -> tuple[Any, Any, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.process.accounts import END_S, left_over, started_by, starts_of
+from tests.process.accounts import END_S, left_over, let_go, started_by, starts_of
 from tests.process.conftest import NewWorker
 from tests.process.jobs import Jobs, make_jobs
 from tests.process.nodes import running
@@ -30,9 +30,10 @@ def jobs(redis_url: str, redis_binary: str, tmp_path: Path, monkeypatch: pytest.
 def test_the_first_success_counts_and_a_node_says_so_at_start(jobs: Jobs, new_worker: NewWorker) -> None:
     with running(new_worker("a", pool="threads"), new_worker("b", pool="threads")) as (sleeper, other):
         assert "of two nodes that run a job" in sleeper.read_log()
-        results = [jobs.work.delay(4.0) for _ in range(4)]
+        results = [jobs.patient.delay() for _ in range(4)]
         wait_until(lambda: started_by(jobs, results, sleeper.id) == 2, END_S, "it works")
         sleeper.signal(signal.SIGSTOP)
+        let_go(jobs.cluster.client, *results)
         ended = {result.id: result.get(timeout=END_S) for result in results}
         assert set(ended.values()) == {other.id}
         sleeper.signal(signal.SIGCONT)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from celery import chord
 
-from tests.process.accounts import END_S, wait_until_nothing_is_left
+from tests.process.accounts import END_S, let_go, wait_until_nothing_is_left
 from tests.process.breaking_off import BREAK_OFF, DEATHS, make_breaking_off
 from tests.process.conftest import NewWorker
 from tests.process.jobs import Jobs
@@ -62,12 +62,13 @@ def test_a_sequel_comes_once_when_the_process_dies_that_publishes_it(
 def test_a_chord_learns_of_parts_that_are_revoked_while_they_run(jobs: Jobs, new_worker: NewWorker) -> None:
     work, again = jobs.work, jobs.app.tasks["jobs.again"]
     with running(new_worker("a", app="tests.process.breaking_off", slots=1)):
-        busy = work.delay(3.0)
+        busy = jobs.patient.delay()
         wait_until(lambda: jobs.cluster.client.llen(f"test:started:{busy.id}"), END_S)
         chords = [chord([part, work.s(0.0)], work.si(0.0)).delay() for part in (work.s(0.0), again.s(name="revoked"))]
         for result in chords:
             # What another node does when it is told to revoke a job that no node has said to be at work on.
             jobs.app.backend.mark_as_revoked(result.parent.results[0].id, "revoked")
+        let_go(jobs.cluster.client, busy)
         wait_until(lambda: [result.state for result in chords] == ["FAILURE", "FAILURE"], END_S, "both chords fail")
         assert jobs.cluster.client.llen("test:tried:revoked") == 1
         wait_until_nothing_is_left(jobs)

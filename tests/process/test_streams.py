@@ -42,14 +42,14 @@ def holder(jobs: Jobs, workers: tuple[WorkerProcess, ...]) -> WorkerProcess:
     return found
 
 
-def begin(jobs: Jobs) -> tuple[TextStream, Iterator[Any], str]:
-    """Send a job, and read the beginning of its text."""
+def begin(jobs: Jobs) -> tuple[TextStream, Iterator[Any], Chunk]:
+    """Send a job, and read the beginning of its text, which comes in one piece or in two."""
     tokens = stream(jobs.app.tasks["llm.generate"], prompt="Say something.", timeout_s=END_S)
     coming = tokens.events()
     first = next(coming)
     assert isinstance(first, Chunk)
     assert OLD.startswith(first.text)
-    return tokens, coming, first.text
+    return tokens, coming, first
 
 
 def after_restart(events: list[Any]) -> str:
@@ -65,9 +65,9 @@ def test_a_node_that_is_killed_while_it_says_something_is_followed_by_another_fr
     provider.reply(OLD)
     provider.reply(NEW)
     provider.hang(events=3)
-    tokens, coming, _ = begin(jobs)
+    tokens, coming, first = begin(jobs)
     holder(jobs, workers).kill()
-    events = list(coming)
+    events = [first, *coming]
     assert after_restart(events) == NEW
     assert isinstance(events[-1], Finished)
     assert events[-1].result == tokens.job.get(timeout=END_S)
@@ -82,11 +82,11 @@ def test_a_node_that_was_taken_for_dead_says_no_more_beside_the_one_that_took_ov
     provider.reply(OLD)
     provider.reply(NEW)
     provider.hang(times=2, events=3)
-    tokens, coming, _ = begin(jobs)
+    tokens, coming, first = begin(jobs)
     stale = holder(jobs, workers)
     # Its child goes on, and has the provider's connection.
     stale.signal(signal.SIGSTOP)
-    events = [next(coming), next(coming)]
+    events = [first, next(coming), next(coming)]
     while not isinstance(events[-2], Restarted):
         events.append(next(coming))
     provider.release()

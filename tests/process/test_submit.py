@@ -161,7 +161,7 @@ def test_no_job_is_convicted_for_a_crash_in_company(jobs: Batches, new_worker: N
 
 def test_what_a_node_had_ended_of_a_message_is_not_done_again_by_the_next(jobs: Batches, new_worker: NewWorker) -> None:
     doomed = new_worker("a", slots=1).start().wait_ready()
-    sent = jobs.cluster.submit(jobs.work, [("a",), ("b",), ("c", 3.0), ("d",), ("e",)])
+    sent = jobs.cluster.submit(jobs.work, [("a",), ("b",), ("c", 10.0), ("d",), ("e",)])
     wait_until(lambda: jobs.cluster.client.exists(f"test:started:{sent.ids[2]}"), END_S, "the third begins")
     doomed.kill()
     with running(new_worker("b")):

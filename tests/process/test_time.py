@@ -27,13 +27,13 @@ def test_no_job_runs_twice_because_it_is_long_or_late(jobs: Jobs, new_worker: Ne
         assert waiting.node == doomed.id
         with running(prefork):
             doomed.kill()
-            long = jobs.work.delay(20)
+            long = jobs.work.apply_async((20,), queue="node.a@test.bound")
             wait_until(lambda: starts_of(jobs, [long])[long.id], END_S, "it runs on the prefork node")
             with running(threads):
-                hog = jobs.hog.delay(13)
+                hog = jobs.hog.apply_async((13,), queue="node.b@test.bound")
                 wait_until(lambda: starts_of(jobs, [hog])[hog.id], END_S, "it runs on the node with threads")
                 with running(solo):
-                    alone = jobs.work.delay(12)
+                    alone = jobs.work.apply_async((12,), queue="node.c@test.bound")
                     results = [long, hog, alone, delayed]
                     assert [result.get(timeout=90) for result in results[:3]] == ["a@test", "b@test", "c@test"]
                     assert delayed.get(timeout=90) in ("a@test", "b@test", "c@test")
@@ -53,7 +53,7 @@ def test_delayed_jobs_wait_in_redis_and_take_no_slot(jobs: Jobs, new_worker: New
         assert jobs.work.delay().get(timeout=END_S) == soon.get(timeout=END_S) == worker.id
         assert jobs.cluster.client.hlen(held_key(jobs, worker.id)) == 0
         assert len(jobs.cluster.delayed()) == 20
-        shown = jobs.app.control.inspect().scheduled()
+        shown = jobs.app.control.inspect([worker.id], timeout=END_S, limit=1).scheduled()
         assert {entry["request"]["id"] for entry in shown[worker.id]} == {result.id for result in late}
         assert jobs.app.control.purge() == 20
         assert not jobs.cluster.delayed()

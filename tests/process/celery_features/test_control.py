@@ -165,4 +165,4 @@ def test_the_command_line_calls_jobs_and_shows_results(jobs: Jobs) -> None:
     job_id = celery(jobs, "call", "features.add", "-a", "[1, 2]").strip()
     assert jobs.app.AsyncResult(job_id).get(timeout=END_S) == 3
     assert celery(jobs, "result", job_id).strip() == "3"
-    assert "pong" in celery(jobs, "inspect", "ping", "-d", ",".join(jobs.node_ids))
+    assert "pong" in celery(jobs, "inspect", "ping", "-t", str(END_S), "-d", ",".join(jobs.node_ids))

@@ -63,7 +63,7 @@ def test_an_eta_that_is_past_is_now(jobs: Jobs) -> None:
 
 
 def test_jobs_whose_time_comes_sooner_run_sooner(jobs: Jobs) -> None:
-    last = jobs.note.apply_async(("last", "order"), countdown=2)
+    last = jobs.note.apply_async(("last", "order"), countdown=6)
     jobs.note.apply_async(("first", "order"), countdown=0.5)
     last.get(timeout=END_S)
     assert jobs.notes("order") == ["first", "last"]
@@ -96,7 +96,7 @@ def test_jobs_of_tomorrow_leave_their_slots_to_those_of_today(jobs: Jobs) -> Non
 def test_what_waits_for_its_time_outlives_its_node(jobs: Jobs) -> None:
     with running(jobs.new_node("victim")) as (victim,):
         with jobs.drained(*jobs.node_ids):
-            soon = [jobs.note.apply_async(("soon", "after a death"), countdown=6) for _ in range(3)]
+            soon = [jobs.note.apply_async(("soon", "after a death"), countdown=10) for _ in range(3)]
             ids, nodes = {result.id for result in soon}, (victim.id, *jobs.node_ids)
             wait_until(lambda: ids <= scheduled(jobs, *nodes), END_S, "they wait")
             victim.kill()
@@ -107,7 +107,7 @@ def test_what_waits_for_its_time_outlives_its_node(jobs: Jobs) -> None:
 def test_what_waits_for_its_time_outlives_a_cold_restart_of_all_nodes(jobs: Jobs) -> None:
     with jobs.drained(*jobs.node_ids):
         with running(jobs.new_node("first")) as (first,):
-            soon = jobs.note.apply_async(("soon", "after a restart"), countdown=4)
+            soon = jobs.note.apply_async(("soon", "after a restart"), countdown=8)
             wait_until(lambda: soon.id in scheduled(jobs, first.id, *jobs.node_ids), END_S, "it waits")
             first.signal(signal.SIGQUIT)
             wait_until(lambda: first.exit_code() is not None, END_S, "it ends")
@@ -117,7 +117,7 @@ def test_what_waits_for_its_time_outlives_a_cold_restart_of_all_nodes(jobs: Jobs
 
 
 def test_a_job_that_was_revoked_while_it_waited_for_its_time_does_not_run(jobs: Jobs) -> None:
-    result = jobs.note.apply_async(("it ran", "revoked while it waited"), countdown=2)
+    result = jobs.note.apply_async(("it ran", "revoked while it waited"), countdown=6)
     wait_until(lambda: result.id in scheduled(jobs), END_S, "it waits")
     jobs.command("revoke", task_id=result.id)
     with pytest.raises(TaskRevokedError):

@@ -13,17 +13,17 @@ from tests.waiting import wait_until
 
 
 def test_a_job_may_clean_up_at_its_soft_limit(jobs: Jobs) -> None:
-    result = jobs.overrun.apply_async((True,), soft_time_limit=0.5, time_limit=END_S)
+    result = jobs.overrun.apply_async((True,), soft_time_limit=3, time_limit=END_S)
     assert result.get(timeout=END_S) == "cleaned up"
 
 
 def test_a_job_that_does_not_mind_its_soft_limit_fails(jobs: Jobs) -> None:
     with pytest.raises(SoftTimeLimitExceeded):
-        jobs.overrun.apply_async(soft_time_limit=0.5, time_limit=END_S).get(timeout=END_S)
+        jobs.overrun.apply_async(soft_time_limit=3, time_limit=END_S).get(timeout=END_S)
 
 
 def test_a_job_ends_at_its_hard_limit_and_is_not_run_again(jobs: Jobs) -> None:
-    result = jobs.hold.apply_async(("nothing",), time_limit=1, link_error=jobs.new_errback.s(key="hard limit"))
+    result = jobs.hold.apply_async(("nothing",), time_limit=3, link_error=jobs.new_errback.s(key="hard limit"))
     with pytest.raises(TimeLimitExceeded):
         result.get(timeout=END_S)
     failed, error = jobs.wait_for_notes("hard limit")[0]
@@ -91,7 +91,7 @@ def test_a_failure_that_is_not_acknowledged_is_stored_and_not_run_again(jobs: Jo
 
 
 def test_a_time_out_that_is_not_acknowledged_has_one_result_all_the_same(jobs: Jobs) -> None:
-    result = jobs.fail_unacknowledged.apply_async((END_S,), time_limit=1)
+    result = jobs.fail_unacknowledged.apply_async((END_S,), time_limit=3)
     with pytest.raises(TimeLimitExceeded):
         result.get(timeout=END_S)
     wait_until(jobs.nothing_is_left, END_S, "nothing is left of it")

@@ -10,7 +10,7 @@ from tests.waiting import wait_until
 
 
 def test_a_job_that_waits_for_its_retry_says_so(jobs: Jobs) -> None:
-    result = jobs.flaky.delay(1, countdown=1)
+    result = jobs.flaky.delay(1, countdown=4)
     wait_until(lambda: result.state == states.RETRY, END_S, "it waits for its retry")
     assert "try 0" in str(result.info)
     assert len(result.get(timeout=END_S)) == 2
