@@ -78,7 +78,7 @@ def standing_still(pid: int) -> Iterator[None]:
 class RedisStage:
     """Locks in Redis."""
 
-    ttl_s = 2.0
+    ttl_s = 4.0
 
     def __init__(self, server: RedisServer) -> None:
         self._server = server
