@@ -145,7 +145,7 @@ def static_queue(number: int) -> str:
 benchmark = Benchmark("balance", __doc__)
 benchmark.option("--workers", short=16, full=16, help="of each of the two")
 benchmark.option("--loads", short=[0.9], full=[0.7, 0.9, 1.1], nargs="+", type=float, help="shares of the workers")
-benchmark.option("--lasts-s", short=12.0, full=60.0, help="seconds of each turn")
+benchmark.option("--lasts-s", short=10.0, full=60.0, help="seconds of each turn")
 benchmark.option("--strategy", short=[MARKED], full=strategy_names(), nargs="+", type=str, help="of the cluster")
 benchmark.option("--seed", short=1, full=1, help="of what is left to chance")
 

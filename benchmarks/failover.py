@@ -199,7 +199,7 @@ def rows(nodes: int, failovers: Sequence[Failover]) -> Iterator[Row]:
 
 benchmark = Benchmark("failover", __doc__)
 benchmark.option("--nodes", short=[3, 30], full=[3, 30, 100], nargs="+", type=int, help="sizes of the cluster")
-benchmark.option("--kills", short=4, full=100, help="of each size")
+benchmark.option("--kills", short=3, full=100, help="of each size")
 benchmark.option("--seed", short=1, full=1, help="of what is left to chance")
 
 

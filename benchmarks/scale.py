@@ -265,7 +265,7 @@ benchmark.option("--nodes", short=[18, 36], full=[25, 50, 100], nargs="+", type=
 benchmark.option(
     "--simulated", short=[1_000, 3_000], full=[100, 300, 1_000, 3_000, 10_000], nargs="+", type=int, help="sizes"
 )
-benchmark.option("--lasts-s", short=4.0, full=20.0, help="seconds that the nodes are looked at, twice at each size")
+benchmark.option("--lasts-s", short=3.0, full=20.0, help="seconds that the nodes are looked at, twice at each size")
 benchmark.note("A ratio is that of what was simulated to what was measured at the same size.")
 
 
