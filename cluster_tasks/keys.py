@@ -213,7 +213,8 @@ class Keys:
     def hedges(self, node_id: str) -> str:
         """Sorted set of the jobs that a node is to do as well, by the second since 1970 when they are due.
 
-        A script makes the name of another node's from it, by what follows ``:hedges:``."""
+        A script makes the name of another node's from it, by what follows ``:hedges:``.
+        """
         return f"{self.name}:hedges:{check_node_id(node_id)}"
 
     def hedged(self, node_id: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,3 +40,15 @@ def redis_for_results(directory: Path, **options: Any) -> Iterator[RedisServer]:
         # connections that Celery's waiting for results had in an outage are dropped, and closed only here.
         with warnings.catch_warnings(action="ignore", category=ResourceWarning):
             gc.collect()
+
+
+@contextmanager
+def standing_still(*pids: int) -> Iterator[None]:
+    """Stop processes for as long as the block lasts; the last of them is the first to go on."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in reversed(pids):
+            os.kill(pid, signal.SIGCONT)

@@ -16,6 +16,7 @@ from celery import Celery
 
 from tests.chaos.harness import FORGIVING, PATIENT, QUICK, Chaos
 from tests.process.accounts import END_S
+from tests.servers import standing_still
 from tests.waiting import wait_until
 from workers.redis_server import RedisServer
 
@@ -36,12 +37,9 @@ def test_a_node_that_wakes_after_its_failover_commits_nothing(pool: str, chaos: 
             epoch = chaos.checker.epoch_of(victim.id)
             wait_until(lambda: chaos.checker.runs_on(victim.id, load), END_S, "it works")
             # The processes of a pool end their jobs by themselves, and must not do so before the fence.
-            children = psutil.Process(victim.pid).children() if pool == "prefork" else []
-            for process in (psutil.Process(victim.pid), *children):
-                process.suspend()
-            chaos.checker.wait_fenced(epoch)
-            for process in (*children, psutil.Process(victim.pid)):
-                process.resume()
+            children = [child.pid for child in psutil.Process(victim.pid).children() if pool == "prefork"]
+            with standing_still(victim.pid, *children):
+                chaos.checker.wait_fenced(epoch)
             wait_until(lambda: chaos.checker.stale_commits(), END_S, "what it had at hand is refused and counted")
             chaos.checker.check(load, also_lost=[victim.id])
         # It has joined anew, and works.

@@ -1,6 +1,6 @@
 """A process whose threads all ask for one missing key: ``python -m tests.contract.askers URL THREADS FIRST_S SECONDS``.
 
-It takes the first of all processes that computes it so long, and the others so long.
+Who computes it first takes FIRST_S seconds for that, any other SECONDS.
 """
 
 from __future__ import annotations

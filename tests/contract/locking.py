@@ -29,6 +29,7 @@ from cluster_tasks.locks.etcd import EtcdLocks
 from cluster_tasks.redis_store import connect
 from tests.consul_server import ConsulServer
 from tests.etcd_server import EtcdServer
+from tests.servers import standing_still
 from workers.redis_server import RedisServer
 
 END_S = 120.0
@@ -63,16 +64,6 @@ class Stage(Protocol):
 
 def open_redis(url: str, cluster: str = "contract") -> Locks:
     return Locks(RedisLocks(url, Keys(cluster)), SystemClock())
-
-
-@contextmanager
-def standing_still(pid: int) -> Iterator[None]:
-    """Stop a process for as long as the block lasts."""
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(pid, signal.SIGCONT)
 
 
 class RedisStage:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 import pytest
 import redis
 from redis.crc import key_slot
@@ -24,6 +23,7 @@ from cluster_tasks.clock import SystemClock
 from cluster_tasks.keys import Keys
 from tests.contract.askers import ASKED, COMPUTED, GO, GOT
 from tests.redis_cluster import RedisCluster
+from tests.servers import standing_still
 from tests.waiting import wait_until
 
 END_S = 120.0
@@ -130,12 +130,8 @@ def test_a_redis_cluster_may_move_its_slots_lose_a_master_and_go_away(cluster: R
         cluster.wait_until_whole()
         print(f"a master died: used again after {traffic.works_again():.1f} s")
         cluster.servers[victim].start()
-        processes = [psutil.Process(server.pid) for server in cluster.servers.values()]
-        for process in processes:
-            process.suspend()
-        time.sleep(4)  # The fault itself.
-        for process in processes:
-            process.resume()
+        with standing_still(*(server.pid for server in cluster.servers.values())):
+            time.sleep(4)  # The fault itself.
         cluster.wait_until_whole()
         print(f"all stood still: used again after {traffic.works_again():.1f} s")
     assert traffic.errors == []

@@ -12,7 +12,6 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-import psutil
 import pytest
 import redis
 from celery import Celery
@@ -30,6 +29,7 @@ from cluster_tasks.tasks import llm
 from cluster_tasks.tasks.embedding import BATCH, embed_in_batches
 from cluster_tasks.testing import CHAT_PATH, EMBEDDINGS_PATH, FakeOpenAI
 from tests.integration.ready_made import end_timeout
+from tests.servers import standing_still
 from tests.waiting import wait_until
 from workers.redis_server import RedisServer
 
@@ -343,13 +343,9 @@ def test_a_redis_that_stands_still_costs_a_job_a_second_once(
 ) -> None:
     one = node()
     one.ask()
-    server = psutil.Process(redis_server.pid)
-    server.suspend()
-    try:
+    with standing_still(redis_server.pid):
         for _ in range(5):
             assert one.ask().text
-    finally:
-        server.resume()
     assert sum("is not shared" in record.message for record in caplog.records) == 1
 
 

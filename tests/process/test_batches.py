@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tests.process.accounts import END_S, starts_of, wait_until_nothing_is_left
 from tests.process.batching import BAD, POISON, Batches, make_batches
 from tests.process.nodes import NEVER_LOST, WorkerProcess, running
 from tests.process.test_submit import NewWorker, told
+from tests.servers import standing_still
 from tests.waiting import wait_until
 from workers.redis_server import RedisServer
 
@@ -177,13 +179,11 @@ def test_a_batch_of_a_fenced_node_commits_nothing(jobs: Batches, new_worker: New
     with running(a):
         wait_until(lambda: calls(jobs), END_S, "it has begun")
         # Its child as well: it ends the call by itself, and must not do so before the fence.
-        family = [psutil.Process(a.pid), *psutil.Process(a.pid).children()]
-        for process in family:
-            process.suspend()
-        with running(b):
-            assert ends(sent) == ["aaa", "bbb", "ccc", "ddd"]
-            for process in reversed(family):
-                process.resume()
+        children = [child.pid for child in psutil.Process(a.pid).children()]
+        with ExitStack() as other:
+            with standing_still(a.pid, *children):
+                other.enter_context(running(b))
+                assert ends(sent) == ["aaa", "bbb", "ccc", "ddd"]
             wait_until(lambda: jobs.cluster.stale_commits() >= 4, END_S, "all of them are refused")
             wait_until_nothing_is_left(jobs)
 

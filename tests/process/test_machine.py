@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +23,6 @@ from celery import Celery
 from cluster_tasks import Cluster, NodeFilter, NodeRole, NodeStatus
 from cluster_tasks.errors import ClusterError
 from cluster_tasks.tasks import embed
-from tests.chaos.stalls import Stalls
 from tests.process.accounts import finish, starts_of, wait_until_nothing_is_left
 from tests.process.jobs import Jobs, make_jobs
 from tests.waiting import wait_until
@@ -44,18 +42,14 @@ KEYS = {
 @pytest.mark.timeout(600)
 def test_the_demo_keeps_its_promises_and_says_so_in_one_json_object(redis_binary: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "cluster_tasks.cli.main", "demo", "--json"]
-    with Stalls() as stalls:
-        began = time.time()
-        done = subprocess.run(command, env={**os.environ, "TMPDIR": str(tmp_path)}, capture_output=True, timeout=580)
-        stood_still = stalls.during(began, time.time())
+    done = subprocess.run(command, env={**os.environ, "TMPDIR": str(tmp_path)}, capture_output=True, timeout=580)
+    assert done.returncode == 0, done.stderr.decode()
     told = json.loads(done.stdout)
     assert set(told) == KEYS
     assert told["jobs"] == told["succeeded"] >= 600
     assert (told["failed"], told["lost"], told["committed_twice"]) == (0, 0, 0)
     assert told["held_by_killed_node"] > 0
-    # Durations of a machine that stood still meanwhile tell nothing; all else was promised then, too.
-    assert done.returncode == 0 or (stood_still and told["reowned_after_s"] > 5), done.stderr.decode()
-    assert stood_still or told["repetition"]["second_per_s"] > 2 * told["repetition"]["first_per_s"]
+    assert told["repetition"]["second_per_s"] > 2 * told["repetition"]["first_per_s"]
 
 
 @pytest.mark.timeout(240)
