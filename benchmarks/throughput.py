@@ -252,8 +252,8 @@ def peer_row(where: str, peer: Peer, rounds: Sequence[Mapping[str, float]]) -> R
 
 def main() -> int:
     benchmark = Benchmark("throughput", __doc__)
-    benchmark.option("--jobs", short=800, full=4_000, help="jobs of each turn")
-    benchmark.option("--rounds", short=1, full=3, help="rounds of each row")
+    benchmark.option("--jobs", short=800, full=3_000, help="jobs of each turn")
+    benchmark.option("--rounds", short=1, full=2, help="rounds of each row")
     benchmark.option("--workers", short=[1], full=[1, 2], type=int, nargs="+", help="how many work together")
     benchmark.option("--results", short=[True], full=[True, False], type=_yes, nargs="+", help="yes, no or both")
     some = [PREFORK, THREADS]
