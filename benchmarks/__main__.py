@@ -66,7 +66,7 @@ def marks(results: Sequence[Result]) -> Table:
     made = Table(title="Marks", title_justify="left")
     made.add_column("benchmark")
     made.add_column("")
-    made.add_column("ratio", justify="right")
+    made.add_column("measured", justify="right")
     for name in ("mark", "", "reason"):
         made.add_column(name)
     for result in results:
@@ -74,7 +74,7 @@ def marks(results: Sequence[Result]) -> Table:
             if row.mark is not None:
                 verdict = VERDICTS[row.met]
                 told = Text(verdict, style=STYLES[verdict]), "" if row.met else Text(row.reason or UNKNOWN)
-                made.add_row(result.benchmark, Text(row.name), shown(row.ratio), Text(str(row.mark)), *told)
+                made.add_row(result.benchmark, Text(row.name), shown(row.marked), Text(str(row.mark)), *told)
     return made
 
 

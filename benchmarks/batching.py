@@ -39,9 +39,9 @@ NODE = "node1@benchmark"
 START_S, END_S = 60.0, 300.0
 WHY_SLOWER = (
     "vectors as JSON take a quarter of the processor time, embedding a seventh, Redis an eighth; "
-    "the rest are the arguments, ids and results of each request"
+    "the rest are the arguments, ids and results of each request (solo)"
 )
-"""Of a sampling profile of node and caller, solo, by ``submit``."""
+"""Of a sampling profile of node and caller by ``submit``."""
 PER_S, CPU = "requests/s", "processor a request, µs"
 Measured = Mapping[str, tuple[float, float]]
 """Requests per second, and microseconds of processors for each, by way."""
@@ -149,7 +149,7 @@ def main() -> int:
     benchmark = Benchmark("batching", __doc__)
     benchmark.option("--requests", short=5_000, full=20_000, help="by submit, in each round")
     benchmark.option("--alone", short=300, full=2_000, help="by delay, in each round")
-    benchmark.option("--rounds", short=2, full=5, help="rounds of each pool")
+    benchmark.option("--rounds", short=2, full=3, help="rounds of each pool")
     benchmark.option("--pools", short=["solo"], full=[*POOLS], type=str, nargs="+", choices=POOLS, help="which ones")
     benchmark.parser.add_argument("--slots", type=int, default=1)
     return benchmark.run(measure)

@@ -10,8 +10,10 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import chain
 from typing import Any, Self
 
 import psutil
@@ -89,11 +91,14 @@ class Fleet:
         return self._forks[name].pid
 
     def kill(self, *names: str) -> float:
-        """SIGKILL them, as nearly at once as can be; return when, in seconds since 1970."""
+        """SIGKILL them with their pools, as nearly at once as can be; return when, in seconds since 1970."""
         victims = [self._forks.pop(name) for name in names]
+        # A process of the pool that is left alone would finish its job.
+        pools = list(chain.from_iterable(psutil.Process(victim.pid).children(recursive=True) for victim in victims))
         at = time.time()
         for victim in victims:
             victim.send_signal(signal.SIGKILL)
+        _kill(pools)
         for victim in victims:
             victim.wait()
         return at
@@ -124,14 +129,16 @@ class Fleet:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process in self.family():
-            try:
-                process.kill()
-            except psutil.NoSuchProcess:
-                continue
+        _kill(self.family())
         for fork in self._forks.values():
             fork.wait()
         self._client.close()
+
+
+def _kill(processes: Iterable[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,10 @@ line through how often each kind comes says how often it would at any size. For 
 nodes are registered as a node registers itself, each says each of these commands once, in its own name, and then it is
 measured what one of each kind costs Redis among so many. The sum over all kinds is the cost of the cluster.
 
-Left out are the connections, of which the simulation has few, and nodes that join or leave. Taken for granted is that
-a kind comes as often as the line says. Both are checked at the size that was recorded last: simulated, it must cost
-what was measured.
+Left out are the connections, of which the simulation has few, nodes that join or leave, and what was recorded a few
+times only. Taken for granted is that a kind comes as often as the line says; whether it comes more and more often, the
+exponents of the recorded rates say. All is checked at the size that was recorded last: simulated, it must cost what was
+measured.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import redis
 
 from benchmarks.commands import Identity, Kinds, rates, said_by
-from benchmarks.figures import line
+from benchmarks.figures import exponent, line
 from cluster_tasks import Cluster
 from cluster_tasks.broker.placement import fetching_script, placing_script
 from cluster_tasks.model import Node
@@ -38,8 +39,10 @@ BLOCKING = frozenset({b"BRPOP", b"BLPOP"})
 AT_ONCE = 500
 LEAST_CALLS, MOST_CALLS = 20, 400
 ENOUGH_CPU_S = 0.1
-SELDOM = 0.001
-"""Of the calls: what comes less often is left out."""
+SELDOM = 10
+"""What was recorded less often at the largest size is left out: a line through it says nothing."""
+OFTEN = 0.05
+"""Of all calls: of what comes less often, the growth of the rate is noise."""
 
 
 def script_names() -> dict[str, str]:
@@ -100,9 +103,11 @@ class Growth:
             rates((words for words in each.commands if words[0].upper() not in UNSAID), kinds.kind, each.lasted_s)
             for each in recordings
         ]
+        self._recordings = recordings
+        names = sorted(name for name, per_s in told[-1].items() if per_s * recordings[-1].lasted_s >= SELDOM)
+        self._rates = {name: [each.get(name, 0.0) for each in told] for name in names}
         sizes = [recording.size for recording in recordings]
-        names = sorted({name for each in told for name in each})
-        self._lines = {name: line(sizes, [each.get(name, 0.0) for each in told]) for name in names}
+        self._lines = {name: line(sizes, per_s) for name, per_s in self._rates.items()}
         self.examples: dict[str, list[tuple[Command, Identity | None]]] = {name: [] for name in names}
         for words in recordings[-1].commands:
             name = kinds.kind(words)
@@ -114,10 +119,17 @@ class Growth:
         base, slope = self._lines[name]
         return base + slope * size
 
-    def common(self, size: int) -> list[str]:
-        """The kinds that come often enough to count, and of which there are examples."""
-        total = sum(self.per_s(name, size) for name in self._lines)
-        return [name for name in self._lines if self.examples[name] and self.per_s(name, size) > SELDOM * total]
+    def rate_exponents(self) -> dict[str, float]:
+        """How the rate of each kind that comes often grows with the nodes that were recorded."""
+        sizes = [recording.size for recording in self._recordings]
+        # Of what did not come at all, once is the most that can have been missed.
+        least = [1 / recording.lasted_s for recording in self._recordings]
+        often = OFTEN * sum(per_s[-1] for per_s in self._rates.values())
+        return {
+            name: exponent(sizes, list(map(max, per_s, least)))
+            for name, per_s in self._rates.items()
+            if per_s[-1] >= often
+        }
 
 
 class Simulation:
@@ -134,10 +146,9 @@ class Simulation:
         """Return what each kind costs among so many nodes. Empties the Redis."""
         self._client.flushall()
         nodes = [self._join(f"sim{number}@host{number % 100}") for number in range(size)]
-        self._say_once(growth, nodes, size)
+        self._say_once(growth, nodes)
         return {
-            name: Cost(growth.per_s(name, size), self._cpu_us(growth.examples[name], nodes))
-            for name in growth.common(size)
+            name: Cost(growth.per_s(name, size), self._cpu_us(growth.examples[name], nodes)) for name in growth.examples
         }
 
     def _join(self, name: str) -> Identity:
@@ -146,13 +157,12 @@ class Simulation:
         self._cluster.registry.register(self._sample.model_copy(update={"id": name, "epoch": epoch}))
         return Identity(name, epoch)
 
-    def _say_once(self, growth: Growth, nodes: Sequence[Identity], size: int) -> None:
+    def _say_once(self, growth: Growth, nodes: Sequence[Identity]) -> None:
         """Bring Redis into the state in which all have said everything."""
-        for name in growth.common(size):
-            words, giver = growth.examples[name][0]
+        for (words, giver), *_ in growth.examples.values():
             if giver is None or words[0].upper() in BLOCKING:
                 continue
-            for begin in range(0, size, AT_ONCE):
+            for begin in range(0, len(nodes), AT_ONCE):
                 self._say([said_by(words, giver, node) for node in nodes[begin : begin + AT_ONCE]])
 
     def _cpu_us(self, examples: Sequence[tuple[Command, Identity | None]], nodes: Sequence[Identity]) -> float:

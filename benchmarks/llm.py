@@ -104,11 +104,17 @@ class Outcome:
     """What came of all sessions of one way."""
 
     waited_s: list[float] = field(default_factory=list)
+    """Of each question; one that failed counts as long as one that was given up."""
     failed: int = 0
     servers: Mapping[str, int] = field(default_factory=dict)
     """What they counted meanwhile."""
     most_warm: float = 0.0
     """The share that is warm where each session meets all that it has said."""
+
+    def fail(self) -> None:
+        """Count a question that was not answered."""
+        self.failed += 1
+        self.waited_s.append(GIVE_UP_S)
 
     @property
     def warm(self) -> float:
@@ -118,7 +124,7 @@ class Outcome:
     def figures(self) -> dict[str, float]:
         """Return what the table shows."""
         return {
-            "answers": len(self.waited_s),
+            "answers": len(self.waited_s) - self.failed,
             "failed": self.failed,
             "p50, s": percentile(self.waited_s, 0.5),
             "p99, s": percentile(self.waited_s, 0.99),
@@ -177,14 +183,14 @@ def converse(
         for job, meta in _ended(client, list(waiting)).items():
             number, asked_s = waiting.pop(job)
             if meta["status"] != "SUCCESS":
-                outcome.failed += 1
+                outcome.fail()
                 continue
             outcome.waited_s.append(time.monotonic() - asked_s)
             if (pause_s := sessions[number].hear(meta["result"]["text"])) is not None:
                 heapq.heappush(due, (time.monotonic() + pause_s, number))
         for job in [job for job, (_, asked_s) in waiting.items() if now_s - asked_s > GIVE_UP_S]:
             del waiting[job]
-            outcome.failed += 1
+            outcome.fail()
         time.sleep(LOOK_EVERY_S)
     outcome.most_warm = sum(each.repeated for each in sessions) / sum(each.prompts for each in sessions)
     return outcome

@@ -104,16 +104,17 @@ class Row:
     """Why the mark is missed, as profiling found; shown only if it is."""
 
     def __post_init__(self) -> None:
-        if self.mark is not None and not isinstance(self._marked, int | float):
-            raise ValueError(f"{self.name}: the mark is of {self.mark.of!r}, which is {self._marked!r} and no number")
+        if self.mark is not None and not isinstance(self.marked, int | float):
+            raise ValueError(f"{self.name}: the mark is of {self.mark.of!r}, which is {self.marked!r} and no number")
 
     @property
     def met(self) -> bool | None:
         """Whether the mark is met; None without a mark."""
-        return None if self.mark is None else self.mark.met_by(float(self._marked))  # type: ignore[arg-type]
+        return None if self.mark is None else self.mark.met_by(float(self.marked))  # type: ignore[arg-type]
 
     @property
-    def _marked(self) -> Value | None:
+    def marked(self) -> Value | None:
+        """What the mark is of: the ratio, or a figure. There is a mark."""
         assert self.mark is not None
         return self.ratio if self.mark.of == RATIO else self.figures.get(self.mark.of)
 

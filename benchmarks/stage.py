@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.request import urlopen
@@ -68,7 +68,7 @@ def _answer(url: str) -> bytes:
 
 
 class Worker:
-    """A command in a session of its own; it is killed when this process dies, and stopped when the block ends."""
+    """A command in a session of its own; it is told to end when this process dies, and when the block ends."""
 
     def __init__(self, command: Sequence[str], log: Path, environ: Mapping[str, str] | None = None) -> None:
         self._command, self._environ, self.log = list(command), dict(environ or {}), log
@@ -85,7 +85,8 @@ class Worker:
         """Start it with the environment of this process and what was given; it writes to ``log`` alone."""
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                tethered(signal.SIGKILL, self._command),
+                # Killed, it would leave its own processes behind.
+                tethered(signal.SIGTERM, self._command),
                 cwd=HOME,
                 env=tethering() | self._environ,
                 stdin=subprocess.DEVNULL,
@@ -95,7 +96,7 @@ class Worker:
             )
 
     def stop(self) -> None:
-        """End it in order; what is left of it and its children after a while is killed. Safe before a start, twice."""
+        """End it in order; what is left of its session after a while is killed. Safe before a start, twice."""
         if self._process is None:
             return
         family = self.family()
@@ -105,9 +106,10 @@ class Worker:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        _, alive = psutil.wait_procs(family[1:], timeout=STOP_S)
-        for member in alive:
-            member.kill()
+        psutil.wait_procs(family[1:], timeout=STOP_S)
+        # Of one that has ended by itself, nobody knows who its children were.
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
 
     def kill(self) -> None:
         """End it at once, as a crash would, and wait. Its children are left to themselves."""

@@ -22,6 +22,9 @@ async def noop(context: dict[str, Any]) -> None:
     job.noop()
 
 
+QUIET = {"version": 1, "disable_existing_loggers": False, "loggers": {"arq": {"level": "WARNING"}}}
+
+
 class WorkerSettings:
     functions = (noop,)
     redis_settings = settings

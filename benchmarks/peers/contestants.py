@@ -38,6 +38,7 @@ class Peer:
 _DRAMATIQ = ("dramatiq", "app_dramatiq", "--skip-logging")
 _RQ = ("rq", "worker-pool", "--quiet", "--worker-class", "rq.worker.SimpleWorker", "--num-workers", "2")
 _TASKIQ = ("taskiq", "worker", "app_taskiq:broker", "--max-async-tasks", "100", "--log-level", "WARNING")
+_ARQ = ("arq", "app_arq.WorkerSettings", "--custom-log-dict", "app_arq.QUIET")
 _HUEY = ("huey_consumer", "app_huey.huey", "-w", "2", "--no-periodic", "--disable-health-check", "--quiet")
 
 PEERS = (
@@ -62,8 +63,8 @@ PEERS = (
         name="arq",
         requirements=["arq==0.28.0"],
         workers={
-            THREADS: [["arq", "app_arq.WorkerSettings"]],
-            PREFORK: [["arq", "app_arq.WorkerSettings"], ["arq", "app_arq.WorkerSettings"]],
+            THREADS: [[*_ARQ]],
+            PREFORK: [[*_ARQ], [*_ARQ]],
         },
         guarantee="at least once, after its time-out",
         results="arq:result:",

@@ -41,13 +41,17 @@ def test_commands_of_a_kind_differ_in_their_node_only() -> None:
     assert rates([fetch(ONE), fetch(TEN)], kinds.kind, 0.5) == {"fetch cluster:epochs": 4.0}
 
 
-def recording(size: int) -> Recording:
-    """Each node beats once a second, reads all beats twice, and sixteen ask something else; for ten seconds."""
+def recording(size: int, everybody_asks_everybody: bool = False) -> Recording:
+    """Each node beats once a second, reads all beats twice, and sixteen ask something else; for ten seconds.
+
+    Or each node asks every other once.
+    """
     nodes = [Identity(f"n{number}@fleet", f"{number}.e") for number in range(size)]
     beats = [[b"HINCRBY", b"beats", node.node.encode(), b"1"] for node in nodes for _ in range(10)]
     reads = [[b"HGETALL", b"beats"] for _ in range(size * 20)]
     asks = [[b"GET", b"checks"] for _ in range(16 * 10)]
-    return Recording(nodes, [*beats, *reads, *asks], 10.0)
+    pings = [[b"PUBLISH", b"ping"] for _ in range(size * size)] if everybody_asks_everybody else []
+    return Recording(nodes, [*beats, *reads, *asks, *pings, [b"GET", b"seldom"]], 10.0)
 
 
 def test_what_few_nodes_say_tells_how_often_many_would() -> None:
@@ -55,10 +59,22 @@ def test_what_few_nodes_say_tells_how_often_many_would() -> None:
     assert growth.per_s("HINCRBY beats", 1_000) == pytest.approx(1_000)
     assert growth.per_s("HGETALL beats", 1_000) == pytest.approx(2_000)
     assert growth.per_s("GET checks", 1_000) == pytest.approx(16)
-    assert set(growth.common(1_000)) == {"HINCRBY beats", "HGETALL beats", "GET checks"}
+    assert set(growth.examples) == {"HINCRBY beats", "HGETALL beats", "GET checks"}
     words, giver = growth.examples["HINCRBY beats"][0]
     assert giver == Identity("n0@fleet", "0.e")
     assert words[2] == b"n0@fleet"
+
+
+@pytest.mark.parametrize(("everybody", "steepest"), [(False, 1.0), (True, 2.0)])
+def test_what_every_node_asks_every_other_misses_its_mark(everybody: bool, steepest: float) -> None:
+    growth = Growth([recording(20, everybody), recording(40, everybody)])
+    assert max(growth.rate_exponents().values()) == pytest.approx(steepest)
+    assert scale.rate_row(growth).met is not everybody
+
+
+def test_what_comes_only_among_many_nodes_has_a_growth_as_well() -> None:
+    few, many = recording(20), recording(40, everybody_asks_everybody=True)
+    assert Growth([few, many]).rate_exponents()["PUBLISH ping"] > 2
 
 
 def test_a_cost_that_grows_with_the_square_misses_its_mark_and_others_do_not() -> None:
