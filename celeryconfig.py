@@ -1,4 +1,5 @@
-"""The settings of this deployment. Celery reads the file from the directory in which a command is started.
+"""The settings of this deployment. The ready-made app reads the file from the directory in which a command is started;
+an app of your own does after ``app.config_from_object("celeryconfig")``.
 
 Keys that begin with ``cluster_`` are the cluster's; a variable wins over its key (``CLUSTER_LEASE_S`` over
 ``cluster_lease_s``). All others are Celery's own. What stands behind a ``#`` shows the default.
@@ -116,6 +117,14 @@ cluster_drain_timeout_s = 30.0
 
 # What jobs computed is kept in a Redis of its own that may forget it, or in a Redis Cluster: docs/caching.md.
 # cluster_cache_url = "redis://127.0.0.1:6380/0"
+# cluster_cache_ttl_s = 86400.0
+# cluster_cache_search_ttl_s = 300.0
+# cluster_cache_kept_s = 86400.0  # How long what has expired is kept, for when it cannot be computed anew.
+# cluster_cache_staleness_s = 1.0
+# cluster_cache_timeout_s = 0.5
+# cluster_cache_max_value_mb = 16
+# cluster_cache_local_entries = 10000
+# cluster_cache_local_mb = 64
 
 # Where collections live: every node that serves retrieval must reach it.
 # cluster_data_dir = "cluster-data"

@@ -11,7 +11,6 @@ from threading import Thread
 from typing import TypeVar
 
 import click
-from celery import Celery
 from celery.platforms import EX_FAILURE, EX_OK
 
 from cluster_tasks.cli.group import find_cluster, node_id_of, told_in_one_line
@@ -96,7 +95,8 @@ def ask(cluster: Cluster, node: str) -> tuple[str, Answer]:
 
 
 def _cluster(app: str) -> Cluster:
-    return find_cluster(app) if app else Cluster(Celery("ping", set_as_current=False))
+    # Its tasks are imported by workers only.
+    return find_cluster(app or "cluster_tasks")
 
 
 def _within(limit_s: float, call: Callable[[], T]) -> T:

@@ -56,6 +56,16 @@ def beating(epochs: EpochTable, node_id: str) -> Iterator[None]:
         thread.join()
 
 
+def test_the_settings_are_those_of_celeryconfig_in_the_current_folder(tmp_path: Path) -> None:
+    (tmp_path / "celeryconfig.py").write_text("cluster_max_qps = -1\n", encoding="utf-8")
+    told = subprocess.run(
+        [sys.executable, "-P", "-m", "cluster_tasks.cli.ping", "--node", "b"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert told.returncode == 1
+    assert "cluster_max_qps" in told.stderr
+
+
 def test_a_node_that_beats_and_takes_jobs_is_told_by_its_id_its_name_and_its_host(broker: Broker) -> None:
     here = f"b@{gethostname()}"
     with beating(broker.epochs, "a@host"), beating(broker.epochs, here):

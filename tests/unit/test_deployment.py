@@ -214,6 +214,29 @@ def test_what_celeryconfig_offers_behind_a_hash_is_valid_too() -> None:
     load_settings({name: ast.literal_eval(value) for name, value in offered}, {})
 
 
+def test_celeryconfig_of_the_current_folder_is_read_where_the_package_is_installed(tmp_path: Path) -> None:
+    installed = tmp_path / "site-packages"
+    installed.mkdir()
+    for package in ("cluster_tasks", "workers"):
+        (installed / package).symlink_to(ROOT / package)
+    (tmp_path / "celeryconfig.py").write_text("cluster_lease_s = 7.0\n", encoding="utf-8")
+    asked = (
+        "import sys;"
+        f"sys.path = [path for path in sys.path if path != {str(ROOT)!r}] + [{str(installed)!r}];"
+        "from celery.app.utils import find_app;"
+        "print(find_app('cluster_tasks').conf.cluster_lease_s)"
+    )
+    # Without the current folder on the path, as the program celery is.
+    told = subprocess.run([sys.executable, "-P", "-c", asked], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert told.stdout == "7.0\n"
+
+
+def test_celeryconfig_has_every_setting_but_those_that_belong_into_variables() -> None:
+    text = (ROOT / "celeryconfig.py").read_text()
+    for name in ClusterSettings.model_fields:
+        assert f"{CONF_PREFIX}{name} = " in text or f"``{ENV_PREFIX}{name.upper()}``" in text, name
+
+
 def test_nothing_is_pickled() -> None:
     settings = configuration()
     assert {settings["task_serializer"], settings["result_serializer"], *settings["accept_content"]} == {"json"}
