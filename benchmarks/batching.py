@@ -27,6 +27,7 @@ from typing import Any
 import psutil
 from celery import Celery
 
+from benchmarks.figures import in_turn
 from benchmarks.report import Benchmark, Mark, Row
 from benchmarks.stage import Worker, celery_worker, private_redis, wait_until
 from cluster_tasks import Cluster
@@ -69,8 +70,7 @@ class Bench:
                     BATCHED: (self._delay, options.alone),
                     SUBMITTED: (self._submit, options.requests),
                 }
-                names = list(ways) if number % 2 == 0 else list(ways)[::-1]
-                turns.append({name: self._measure(*ways[name], node) for name in names})
+                turns.append({name: self._measure(*ways[name], node) for name in in_turn(ways, number)})
             return turns
 
     def close(self) -> None:

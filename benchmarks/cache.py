@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from cashews import Cache as Cashews
 from dogpile.cache import make_region
 
+from benchmarks.figures import in_turn
 from benchmarks.report import Benchmark, Mark, Row
 from benchmarks.stage import private_redis
 from cluster_tasks.cache import Memory, RedisCache, TieredCache, share
@@ -166,7 +167,7 @@ def compare(contestants: dict[str, Contestant], rounds: int, calls: int) -> dict
     operations = {name: contestant.operations() for name, contestant in contestants.items()}
     taken: dict[str, dict[str, list[float]]] = {name: {} for name in contestants}
     for number in range(rounds):
-        for name in list(operations) if number % 2 == 0 else list(operations)[::-1]:
+        for name in in_turn(operations, number):
             for what, do in operations[name].items():
                 taken[name].setdefault(what, []).extend(contestants[name].timed(do, calls))
     found = {name: {what: median(times) * 1e6 for what, times in own.items()} for name, own in taken.items()}

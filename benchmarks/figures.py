@@ -8,6 +8,9 @@ from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 def percentile(values: Iterable[float], share: float) -> float:
@@ -56,6 +59,11 @@ def arrivals(rng: random.Random, per_s: float, lasts_s: float) -> Iterator[float
     while at_s < lasts_s:
         yield at_s
         at_s += rng.expovariate(per_s)
+
+
+def in_turn(names: Iterable[T], round_number: int) -> list[T]:
+    """Return them in their order, and in every second round in the other, so that nobody is always the first."""
+    return list(names)[:: -1 if round_number % 2 else 1]
 
 
 class Zipf:

@@ -24,6 +24,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks import guaranteed
+from benchmarks.figures import in_turn
 from benchmarks.guaranteed import UNFENCED, UNRUNG
 from benchmarks.noop import CLUSTER, VARIANT
 from benchmarks.peers import job
@@ -57,11 +58,10 @@ def throughput(bench: Bench, without: str, pool: str, results: bool, rounds: int
 
 def in_turns(turn: Any, rounds: int) -> list[dict[str, float]]:
     """Return what a turn says with and without, for each round, in the other direction every second one."""
-    found = []
-    for number in range(rounds):
-        ways = (True, False) if number % 2 == 0 else (False, True)
-        found.append({WITH if whole else WITHOUT: turn(whole) for whole in ways})
-    return found
+    return [
+        {WITH if whole else WITHOUT: turn(whole) for whole in in_turn((True, False), number)}
+        for number in range(rounds)
+    ]
 
 
 class OneByOne:

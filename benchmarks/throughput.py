@@ -36,6 +36,7 @@ import redis
 from celery import Celery
 
 from benchmarks import noop
+from benchmarks.figures import in_turn
 from benchmarks.noop import CLUSTER, STOCK, STOCK_LATE, VARIANT
 from benchmarks.peers import job
 from benchmarks.peers.contestants import PEERS, PREFORK, THREADS, Peer
@@ -205,10 +206,7 @@ def compare(bench: Bench, pool: str, workers: int, results: bool, options: argpa
     }
     peers = [peer for peer in PEERS if pool in peer.workers and peer.name in options.peers]
     turns |= {peer.name: lambda peer=peer: bench.peer(peer, pool, workers, results) for peer in peers}
-    rounds = []
-    for number in range(options.rounds):
-        names = list(turns) if number % 2 == 0 else list(turns)[::-1]
-        rounds.append({name: turns[name]() for name in names})
+    rounds = [{name: turns[name]() for name in in_turn(turns, number)} for number in range(options.rounds)]
     where = f"{pool}, {workers} worker{'s' * (workers > 1)}, {'results' if results else 'no results'}"
     yield stock_row(where, rounds)
     for peer in peers:

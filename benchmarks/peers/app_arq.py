@@ -1,7 +1,8 @@
 """arq, which forgets a job only when it has ended: a worker that died has its jobs run again when their time is over.
 
 For speed: many jobs at once, a larger share of the queue in each look, and a look as soon as the last is done with, not
-twice a second. A result that is not wanted is kept for 0 seconds. hiredis comes with it.
+twice a second; as little in the log as the others write. A result that is not wanted is kept for 0 seconds. hiredis
+comes with it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """dramatiq, which acknowledges late: a worker that is gone for a minute has its messages given to others.
 
-For speed: a larger prefetch, as its advanced guide advises for short jobs (``dramatiq_queue_prefetch``); hiredis.
+For speed: 64 messages fetched ahead (``dramatiq_queue_prefetch``), for they are short; hiredis.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 
-from benchmarks.figures import Warm, Zipf, arrivals, exponent, line, percentile
+from benchmarks.figures import Warm, Zipf, arrivals, exponent, in_turn, line, percentile
 
 
 def test_a_percentile_is_a_value_that_was_measured() -> None:
@@ -53,6 +53,10 @@ def test_arrivals_come_as_often_as_they_should_and_not_in_step() -> None:
     assert at[-1] < 100
     gaps = [later - sooner for sooner, later in pairwise(at)]
     assert percentile(gaps, 0.5) == pytest.approx(0.0139, rel=0.1)
+
+
+def test_every_second_round_is_in_the_other_direction() -> None:
+    assert [in_turn("abc", number) for number in range(3)] == [[*"abc"], [*"cba"], [*"abc"]]
 
 
 def test_few_keys_are_asked_for_often() -> None:
