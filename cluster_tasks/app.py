@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import Any
 
 from celery import Celery
 from celery.utils.imports import cwd_in_path
 
 from cluster_tasks.cluster import Cluster
+from cluster_tasks.configuration import add_defaults
 
 JOBS = ("embedding", "llm", "rag", "retrieval")
 
 app = Celery("cluster_tasks", set_as_current=False, include=[f"cluster_tasks.tasks.{name}" for name in JOBS])
-app.add_defaults({"worker_send_task_events": True, "task_send_sent_event": True})
 # Of the current folder, which is not on the path of a program that is installed. Celery imports it from there.
 with cwd_in_path():
     is_configured = find_spec("celeryconfig") is not None
 if is_configured:
     app.config_from_object("celeryconfig")
 cluster = Cluster(app)
+
+
+def _send_events(**_: Any) -> None:
+    # Flower's tables are made of them.
+    add_defaults(app, {"worker_send_task_events": True, "task_send_sent_event": True})
+
+
+app.on_after_configure.connect(_send_events)

@@ -28,7 +28,7 @@ from cluster_tasks.broker.placement import Placer
 from cluster_tasks.broker.revocations import ClusterControl, Revocations
 from cluster_tasks.cache import Cache, Caches, create_caches
 from cluster_tasks.clock import SystemClock
-from cluster_tasks.configuration import configure
+from cluster_tasks.configuration import configure, given_settings
 from cluster_tasks.errors import (
     BrokerUnavailable,
     ClusterError,
@@ -562,19 +562,13 @@ class Cluster:
 
     def _configure(self, **_: Any) -> None:
         try:
-            self._settings = self._load_settings()
+            settings = load_settings(given_settings(self.app), os.environ)
+            configure(self.app, settings)
         except ConfigurationError as exc:
             # Celery logs what a receiver raises and goes on: who asks for the settings is told.
             self._settings = exc
         else:
-            configure(self.app, self._settings)
-
-    def _load_settings(self) -> ClusterSettings:
-        conf = self.app.conf
-        given = {key: conf[key] for key in conf if str(key).startswith(CONF_PREFIX)}
-        if conf.broker_url:
-            given.setdefault(f"{CONF_PREFIX}broker_url", conf.broker_url)
-        return load_settings(given, os.environ)
+            self._settings = settings
 
 
 def _seen_by_the_broker(node: Node, queue: str, lists: Lists) -> Node:

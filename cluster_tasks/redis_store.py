@@ -18,6 +18,7 @@ from redis.commands.core import Script
 from redis.retry import Retry
 from redis.sentinel import Sentinel, SentinelConnectionPool
 
+from cluster_tasks.addresses.redis import DEFAULT_PORT
 from cluster_tasks.errors import ConfigurationError, UnavailableError
 
 if TYPE_CHECKING:
@@ -165,7 +166,14 @@ def is_same_server(url: str, other: str) -> bool:
 def _without_database(url: str) -> str:
     if url.startswith("redis+socket://"):
         return re.sub(r"[?&]virtual_host=\d*", "", url)
-    return ";".join(urlunsplit(urlsplit(part)._replace(path="")) for part in url.split(";"))
+    return ";".join(_server(part) for part in url.split(";"))
+
+
+def _server(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme in ("redis", "rediss") and not re.search(r":\d+$", parts.netloc):
+        parts = parts._replace(netloc=f"{parts.netloc.removesuffix(':')}:{DEFAULT_PORT}")
+    return urlunsplit(parts._replace(path=""))
 
 
 def script_source(package: str, name: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from ssl import VerifyMode
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
@@ -33,6 +35,22 @@ def checked_redis_url(url: str) -> str:
     if wanted not in CERTIFICATE_CHECKS:
         raise ValueError(f"ssl_cert_reqs is one of {', '.join(CERTIFICATE_CHECKS)}, not {wanted!r}")
     return f"{scheme}://{address}?{urlencode({**options, 'ssl_cert_reqs': wanted})}"
+
+
+def with_tls(url: str, options: object) -> str:
+    """Return ``url`` with what Celery's ``broker_use_ssl`` says of TLS in it; what it says itself wins."""
+    scheme, separator, rest = url.partition("://")
+    if not options or not separator or scheme not in ("redis", "rediss"):
+        return url
+    address, _, query = rest.partition("?")
+    told = options if isinstance(options, Mapping) else {}
+    named = {name: _tls_word(told[name]) for name in CLUSTER_OPTIONS if name in told}
+    return f"rediss://{address}?{urlencode({**named, **dict(parse_qsl(query, keep_blank_values=True))})}".rstrip("?")
+
+
+def _tls_word(value: object) -> str:
+    # ``ssl_cert_reqs`` may be None as well, which is no check.
+    return value.name if isinstance(value, VerifyMode) else str(value or "none")
 
 
 def parse_cluster_url(url: str) -> tuple[list[tuple[str, int]], dict[str, Any]]:
