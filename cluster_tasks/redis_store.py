@@ -32,7 +32,7 @@ PASSING_REFUSALS = (
     redis.exceptions.TryAgainError,
 )  # fmt: skip
 """What redis-py makes of the words of a server that cannot do a command now."""
-PASSING_WORDS = ("READONLY", "LOADING", "OOM", "MASTERDOWN", "NOREPLICAS", "BUSY")
+PASSING_WORDS = ("READONLY", "LOADING", "OOM", "MASTERDOWN", "NOREPLICAS", "BUSY", "MISCONF")
 """Those words; Redis 6.2 tells the error of a command in a script within words of its own."""
 
 _pools: WeakSet[redis.ConnectionPool] = WeakSet()

@@ -64,7 +64,7 @@ class ClusterRequest(Request):  # type: ignore[misc]
     _stop_process: Callable[[int, int], object] | None = None
     _letting_go: Callable[[], None] | None = None
     _accepted_s: float | None = None
-    _erred = _has_members = False
+    _erred = _has_members = _is_interrupted = False
     _jobs = 1
     _outcome: Outcome | None = Outcome.SUCCEEDED
     """How it ends, as far as is known; None: not here."""
@@ -132,10 +132,10 @@ class ClusterRequest(Request):  # type: ignore[misc]
         # Each of these may have waited for Redis longer than this node can be sure of its lease.
         return node.may_start(tag) or self._let_lie(node, tag)
 
-    def _let_lie(self, node: Deliveries, tag: str) -> bool:
+    def _let_lie(self, node: Deliveries, tag: str, *, has_run: bool = False) -> bool:
         """Do not start it now: it may belong to others already. If it does not, it is delivered again."""
         task_ready(self)
-        node.let_lie(tag)
+        node.let_lie(tag, has_run=has_run)
         self.acknowledged = True
         return False
 
@@ -144,6 +144,8 @@ class ClusterRequest(Request):  # type: ignore[misc]
         reruns = getattr(self._task, "rerun_on_crash", True)
         if not reruns and (self._message.delivery_info or {}).get(INTERRUPTED):
             return NodeLost("its node gave it back, and may have begun it by then; it is not to be run twice")
+        if not reruns and node.has_run(tag):
+            return NodeLost("it has run, and its end could not be stored; it is not to be run twice")
         if not past.crashes:
             return None
         cluster: Cluster = cluster_of(self._app)
@@ -309,7 +311,11 @@ class ClusterRequest(Request):  # type: ignore[misc]
             asked is not None and asked is not False for asked in (state.should_stop, state.should_terminate)
         )
         node = deliveries.current()
-        if self.time_start and not is_ending and self._delivery is not None and node is not None:
+        if not self.time_start or self._delivery is None or node is None:
+            return
+        if is_ending:
+            self._is_interrupted = True
+        else:
             logger.warning("job %s[%s] is charged with a crash: %s", self.name, self.id, reason)
             node.blame(self._delivery.tag, reason, traceback, shared=self.batch is not None)
 
@@ -327,7 +333,7 @@ class ClusterRequest(Request):  # type: ignore[misc]
             return
         logger.error("the end of job %s[%s] is not stored, it will be delivered again: %r", self.name, self.id, exc)
         if isinstance(exc, EndNotStored | redis.ConnectionError | redis.TimeoutError | UnpublishableError):
-            self._let_lie(node, self._delivery.tag)
+            self._let_lie(node, self._delivery.tag, has_run=True)
         else:
             # Nothing that passes: it would be run again without end, if that were not counted.
             told = "".join(format_exception(exc))
@@ -399,7 +405,7 @@ class ClusterRequest(Request):  # type: ignore[misc]
                 raise
             if not isinstance(exc, BROKEN_MESSAGE):
                 # The end is not stored: let go of, the job would be lost.
-                self._let_lie(node, self._delivery.tag)
+                self._let_lie(node, self._delivery.tag, has_run=bool(self.time_start))
                 raise
             logger.exception("the end of job %s[%s] cannot be told: its message is set aside", self.name, self.id)
             self._letting_go = partial(node.set_aside, self._delivery.tag)
@@ -452,8 +458,8 @@ class ClusterRequest(Request):  # type: ignore[misc]
         if not (requeue or self.acknowledged):
             self._count()
         node = deliveries.current()
-        if requeue and self._has_members and self._delivery is not None and node is not None:
-            # Who is given it next splits it.
+        if requeue and (self._has_members or self._is_interrupted) and self._delivery is not None and node is not None:
+            # Who is given it next splits the message of several jobs, and does not run what must not run twice.
             node.requeue(self._delivery.tag, interrupted=True)
             self.acknowledged = True
             return

@@ -79,6 +79,8 @@ class Deliveries:
         self._returned: dict[str, tuple[Placement, Crash | None]] = {}
         self._unreadable: dict[str, bytes] = {}
         self._blamed: dict[str, Crash] = {}
+        self._run_in_vain: set[str] = set()
+        """Tags of what has run here, and whose end could not be stored."""
         self._held_back: set[str] = set()
         self._taken_up: set[str] = set()
         """What was held back, and of which Redis has not been told that it is no more."""
@@ -116,6 +118,7 @@ class Deliveries:
             self._returned.clear()
             self._unreadable.clear()
             self._blamed.clear()
+            self._run_in_vain.clear()
             self._held_back.clear()
             self._taken_up.clear()
         self.wake()
@@ -231,6 +234,7 @@ class Deliveries:
         with self._lock:
             known = self._drop(tag)
             self._blamed.pop(tag, None)
+            self._run_in_vain.discard(tag)
             self._release(tag)
             if known is not None and self._is_current(tag):
                 self._acked[tag] = job_of(known)
@@ -280,11 +284,20 @@ class Deliveries:
         self.wake()
         return placed
 
-    def let_lie(self, tag: str) -> None:
-        """Forget a delivery that cannot be worked on now: if it is still ours, ``resync`` delivers it again."""
+    def let_lie(self, tag: str, *, has_run: bool = False) -> None:
+        """Forget a delivery that cannot be worked on now: if it is still ours, ``resync`` delivers it again.
+
+        ``has_run``: its job has, and its end could not be stored.
+        """
         with self._lock:
             self._drop(tag)
+            if has_run:
+                self._run_in_vain.add(tag)
         self.wake()
+
+    def has_run(self, tag: str) -> bool:
+        """Whether the job of a delivery has run here, and its end could not be stored."""
+        return tag in self._run_in_vain
 
     def hold_back(self, *tags: str) -> None:
         """Say that deliveries are not worked on yet, so that the death of this node is not their fault."""

@@ -62,6 +62,27 @@ def test_what_outlasts_a_drain_is_run_by_others_and_stopped_here(jobs: Jobs, new
         wait_until_nothing_is_left(jobs)
 
 
+def test_what_must_not_run_twice_does_not_though_sigterm_reaches_its_process_too(
+    jobs: Jobs, new_worker: NewWorker
+) -> None:
+    with running(new_worker("a"), new_worker("b")) as (leaving, _):
+        jobs.cluster.drain("b@test")
+        long, once = jobs.stubborn.delay(), jobs.stubborn_once.delay()
+        wait_until_they_run(jobs, [long, once])
+        family = psutil.Process(leaving.pid).children()
+        jobs.cluster.resume("b@test")
+        # As a service manager does that ends all processes of a service.
+        leaving.signal(signal.SIGTERM)
+        wait_until(lambda: "Warm shutdown" in leaving.read_log(), END_S, "it ends")
+        for child in family:
+            child.terminate()
+        assert long.get(timeout=END_S) == "b@test"
+        with pytest.raises(NodeLost, match="its node gave it back"):
+            once.get(timeout=END_S)
+        assert starts_of(jobs, [long, once]) == {long.id: 2, once.id: 1}
+        wait_until_nothing_is_left(jobs)
+
+
 def test_sigterm_ends_a_node_within_its_deadline_whatever_it_runs(jobs: Jobs, new_worker: NewWorker) -> None:
     pools = ("prefork", "threads", "solo")
     leaving = [new_worker(pool, pool=pool, slots=1, environ={"CLUSTER_DRAIN_TIMEOUT_S": "1"}) for pool in pools]

@@ -13,6 +13,7 @@ import pytest
 from celery import chord, states
 from kombu.exceptions import OperationalError
 
+from cluster_tasks.errors import NodeLost
 from cluster_tasks.redis_store import connect
 from tests.process.accounts import END_S, let_go, wait_until_nothing_is_left
 from tests.process.conftest import NewWorker
@@ -65,7 +66,28 @@ def restarted(jobs: Jobs, server: RedisServer) -> Iterator[None]:
         server.start()
 
 
-FAULTS = [refusing_writes_for_lack_of_memory, a_replica_of_another, forgetting_its_scripts, restarted]
+@contextmanager
+def unable_to_save_itself(jobs: Jobs, server: RedisServer) -> Iterator[None]:
+    client = jobs.cluster.client
+    in_the_way = server.directory / client.config_get("dbfilename")["dbfilename"]
+    in_the_way.mkdir()
+    client.config_set("save", "3600 1")
+    client.bgsave()
+    wait_until(lambda: client.info("persistence")["rdb_last_bgsave_status"] == "err", END_S, "it cannot save")
+    try:
+        yield
+    finally:
+        client.config_set("save", "")
+        in_the_way.rmdir()
+
+
+FAULTS = [
+    unable_to_save_itself,
+    refusing_writes_for_lack_of_memory,
+    a_replica_of_another,
+    forgetting_its_scripts,
+    restarted,
+]
 
 
 @pytest.fixture
@@ -98,6 +120,29 @@ def test_nodes_outlast_a_redis_that_is(
             assert {notes.llen(f"test:started:{result.id}") for result in results} == {1}
         assert "node lost" not in [event.kind for event in jobs.cluster.events.latest(1000)]
     del results
+    jobs.app.close()
+
+
+def test_what_must_not_run_twice_fails_if_its_end_cannot_be_stored(
+    lasting_redis: RedisServer, redis_server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLUSTER_BROKER_URL", lasting_redis.url)
+    jobs, environ = make_jobs(), {"TEST_NOTES_URL": redis_server.url}
+    worker = WorkerProcess(
+        "a", lasting_redis.url, tmp_path, app="tests.process.impatient", pool="threads", environ=environ
+    )
+    with running(worker), connect(redis_server.url) as notes:
+        once = jobs.stubborn_once.delay(LASTS_S)
+        once_id = once.id
+        wait_until(lambda: notes.llen(f"test:started:{once_id}"), END_S, "it runs")
+        with refusing_writes_for_lack_of_memory(jobs, lasting_redis):
+            told = rf"the end of job jobs\.stubborn_once\[{once_id}\] is not stored"
+            wait_until(lambda: re.search(told, worker.read_log()), END_S, "it has run in vain")
+        with pytest.raises(NodeLost, match="its end could not be stored"):
+            once.get(timeout=END_S)
+        assert notes.llen(f"test:started:{once_id}") == 1
+        wait_until_nothing_is_left(jobs)
+    del once
     jobs.app.close()
 
 

@@ -29,6 +29,6 @@ def test_a_run_that_is_too_short_for_both_is_no_figure(second: list[tuple[float,
 
 
 def test_only_who_runs_the_jobs_of_a_dead_worker_again_is_a_mark() -> None:
-    marked = {peer.name: peer_row("here", peer, [{"cluster": 2.0, peer.name: 1.0}]).met for peer in PEERS}
+    marked = {peer.name: peer_row("here", peer, [{"cluster": 2.0, "stock": 1.5, peer.name: 1.0}]).met for peer in PEERS}
     assert marked == {"dramatiq": True, "rq": True, "arq": True, "taskiq": True, "huey": None, "saq": True}
     assert all(peer.version and PREFORK in peer.workers for peer in PEERS)
