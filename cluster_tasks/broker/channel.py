@@ -211,7 +211,8 @@ class ClusterChannel(stock.Channel):
 
     def _refuse_bomb(self, message: dict[str, Any], size: int) -> None:
         if size < (unpacked := self._unpacked(message, size)) and unpacked > self.cluster_max_message_bytes:
-            raise PayloadTooLarge(f"unpacked it would have more than {self.cluster_max_message_bytes} bytes")
+            most = self.cluster_max_message_bytes
+            raise PayloadTooLarge(f"unpacked it would have more than {most} bytes, or it would take too long")
 
     def _follow(self, placement: Placement, due: float | None, sequel: Sequel) -> None:
         if not self._placer.follow(placement, sequel, due, IDLE_WAIT_S):
