@@ -37,6 +37,7 @@ def configure(app: Celery, settings: ClusterSettings) -> None:
         "master_name": settings.sentinel_master, **conf.broker_transport_options, "cluster_name": settings.name,
         "cluster_timezone": getattr(app.timezone, "key", "UTC"),
         "cluster_max_message_bytes": settings.max_message_bytes,
+        "cluster_max_result_bytes": settings.max_result_bytes,
     }  # fmt: skip
     app.add_defaults(
         {
