@@ -82,6 +82,8 @@ cluster_drain_timeout_s = 30.0
 
 # A job whose message is larger is refused in its caller.
 # cluster_max_message_bytes = 16777216
+# A job whose result is larger fails. Redis must take so much at once, and the network carry it there within 5 s.
+# cluster_max_result_bytes = 134217728
 
 # --- Models ----------------------------------------------------------------------------------------------------------
 

@@ -26,7 +26,10 @@ class InvalidArguments(ClusterError, ValueError):
 
 # Subclasses of Kombu's, for Celery fails a job by it whose next step cannot be sent.
 class PayloadTooLarge(ClusterError, EncodeError):
-    """A job was refused before it was sent: its message is over the limit; arguments are to be stored elsewhere."""
+    """A job was refused before it was sent, or failed: its message, or its result, is over the limit.
+
+    Arguments and results of that size are to be stored elsewhere.
+    """
 
 
 class InvalidQueue(ClusterError, EncodeError):

@@ -179,6 +179,12 @@ class ClusterSettings(BaseSettings):
 
     One that is compressed counts as what it would be otherwise; a node keeps one that is larger as undecodable.
     """
+    max_result_bytes: Annotated[int, Field(ge=100_000, le=500 * 1024 * 1024)] = 128 * 1024 * 1024
+    """A job whose result is larger, as it is stored, fails with PayloadTooLarge. Tracebacks must find room.
+
+    It must be less than what Redis takes at once (``proto-max-bulk-len``, 512 MiB), and what the network carries there
+    in five seconds: else the job is run again and again.
+    """
 
     heartbeat_s: Seconds = 1.0
     lease_s: Seconds = 3.0

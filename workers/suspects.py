@@ -13,7 +13,7 @@ from typing import Any
 import redis
 
 from cluster_tasks.broker.deliveries import Deliveries, Past
-from cluster_tasks.broker.members import is_to_be_split
+from cluster_tasks.broker.members import is_to_be_split, member_ids
 from cluster_tasks.broker.message import Delivery
 from cluster_tasks.cluster import Cluster
 from cluster_tasks.errors import QuarantinedError, UnavailableError
@@ -43,24 +43,23 @@ class Suspects:
 
     def _admit(self, delivery: Delivery, job_id: str, payload: dict[str, Any]) -> bool:
         past = self._node.past(job_id)
-        if is_to_be_split(payload, bool(past.crashes)) and self._split(delivery, job_id, past):
-            return False
-        if not past.crashes:
-            return True
-        # The last crash but one tells whether the job had begun when the last one came.
-        unread = any(crash.received_since for crash in past.crashes[-2:-1])
-        if unread and len(past.crashes) >= self._cluster.settings.max_crash_deliveries:
-            self._end(delivery, job_id, payload, past)
-            return False
-        self._node.note_receipt(job_id, past.crashes, begun=False)
-        # What was fetched with it is not at work while it is read.
-        self._node.hold_back_undelivered()
-        return True
+        if past.crashes:
+            # The last crash but one tells whether the job had begun when the last one came.
+            unread = any(crash.received_since for crash in past.crashes[-2:-1])
+            if unread and len(past.crashes) >= self._cluster.settings.max_crash_deliveries:
+                self._end(delivery, job_id, payload, past)
+                return False
+            self._node.note_receipt(job_id, past.crashes, begun=False)
+            # What was fetched with it is not at work while it is read.
+            self._node.hold_back_undelivered()
+        # To split it is to read it.
+        return not (is_to_be_split(payload, bool(past.crashes)) and self._split(delivery, job_id, past))
 
     def _split(self, delivery: Delivery, message_id: str, past: Past) -> bool:
         """Let the members of a message go on alone; False if it cannot be read."""
+        most = self._cluster.settings.max_message_bytes
         try:
-            placed = self._node.split(delivery.tag, message_id, past.crashes[-1] if past.crashes else None)
+            placed = self._node.split(delivery.tag, message_id, past.crashes[-1] if past.crashes else None, most)
         except ValueError as exc:
             logger.warning("message %s stays whole: %s", message_id, exc)
             return False
@@ -80,6 +79,9 @@ class Suspects:
             embedded = _plainly_embedded(payload) if tries == 0 else {}
             error = QuarantinedError(kept.reason)
             self._refusals.end_as_failed(delivery.tag, headers, payload["properties"], embedded, error)
+            if member_ids(headers) and self._node.holds(delivery.tag):
+                # With their ends only their own crashes are forgotten.
+                self._node.forget(job_id)
         self._node.ack(delivery.tag)
 
 

@@ -206,12 +206,12 @@ class ClusterChannel(stock.Channel):
             unpacked = unpacked_size(packed, compression, self.cluster_max_message_bytes)
         except Exception:  # noqa: BLE001 - whatever is wrong with it, who reads it as a job tells that better.
             return size
-        # In Base64, as Kombu writes it.
-        return max(size, size - len(body) + (unpacked + 2) // 3 * 4)
+        return max(size, size - _in_base64(len(packed)) + _in_base64(unpacked))
 
     def _refuse_bomb(self, message: dict[str, Any], size: int) -> None:
         if size < (unpacked := self._unpacked(message, size)) and unpacked > self.cluster_max_message_bytes:
-            raise PayloadTooLarge(f"unpacked it would have more than {self.cluster_max_message_bytes} bytes")
+            most = self.cluster_max_message_bytes
+            raise PayloadTooLarge(f"unpacked it would have more than {most} bytes, or it would take too long")
 
     def _follow(self, placement: Placement, due: float | None, sequel: Sequel) -> None:
         if not self._placer.follow(placement, sequel, due, IDLE_WAIT_S):
@@ -398,18 +398,23 @@ class ClusterChannel(stock.Channel):
             try:
                 payload = self._decode(delivery, message, again)
             except Exception as exc:  # noqa: BLE001 - whatever a broken message raises, it must harm no other.
-                logger.error("a message that cannot be decoded is set aside: %r", exc)
-                node.set_aside(delivery.tag)
+                _set_aside(node, delivery, exc)
                 continue
-            if not _was_delivered(payload) or node.admit(delivery, payload):
-                self.connection._deliver(payload, node.queue)
+            if _was_delivered(payload) and not node.admit(delivery, payload):
+                continue
+            try:
+                # Not before: of a body that ends who unpacks it, only its past tells that.
+                self._refuse_bomb(payload, len(message))
+            except PayloadTooLarge as exc:
+                _set_aside(node, delivery, exc)
+                continue
+            self.connection._deliver(payload, node.queue)
         if delivered:
             node.all_read()
         return delivered
 
     def _decode(self, delivery: Delivery, message: bytes, again: bool) -> dict[str, Any]:
         payload = check_payload(loads(text(message)))
-        self._refuse_bomb(payload, len(message))
         properties = payload["properties"]
         if body := payload.get("body"):
             # Kombu decodes it where an error would end the worker.
@@ -487,6 +492,16 @@ def check_queue(keys: Keys, queue: str) -> None:
         raise InvalidQueue(f"no job can be sent to {queue!r}: {exc}") from None
     if keys.reserves(queue):
         raise InvalidQueue(f"no job can be sent to {queue!r}: the cluster keeps something else there")
+
+
+def _in_base64(size: int) -> int:
+    """The length of so many bytes in Base64, as Kombu writes it."""
+    return (size + 2) // 3 * 4
+
+
+def _set_aside(node: Deliveries, delivery: Delivery, exc: Exception) -> None:
+    logger.error("a message that cannot be decoded is set aside: %r", exc)
+    node.set_aside(delivery.tag)
 
 
 def _was_delivered(payload: dict[str, Any]) -> bool:

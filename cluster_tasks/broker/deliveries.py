@@ -269,13 +269,14 @@ class Deliveries:
         self.wake()
         self.flush()
 
-    def split(self, tag: str, message_id: str, crash: Crash | None) -> int:
+    def split(self, tag: str, message_id: str, crash: Crash | None, most: int = 0) -> int:
         """Have the members of a message that have not ended go on by themselves, charged with ``crash``.
 
-        Returns how many do. Raises ValueError if the message cannot be read, redis.RedisError.
+        Returns how many do. Raises ValueError if the message cannot be read, as if it has more than ``most`` bytes
+        when it is unpacked, redis.RedisError.
         """
         keys, unacked = self._keys, self.unacked_key
-        singles = [place_message(single, json.dumps(single), keys) for single in split(self._held[tag])]
+        singles = [place_message(single, json.dumps(single), keys) for single in split(self._held[tag], most)]
         shared = crash and replace(crash, shared=True)
         placed = self._placer.split(unacked, self._not_started, tag, keys.crashes(message_id), singles, shared)
         with self._lock:

@@ -20,6 +20,8 @@ from kombu.utils.json import dumps
 from kombu.utils.uuid import uuid
 
 from cluster_tasks.broker.message import INTERRUPTED, check_payload
+from cluster_tasks.broker.unpacking import unpacked_size
+from cluster_tasks.errors import PayloadTooLarge
 
 MEMBERS_HEADER = "members"
 
@@ -58,12 +60,15 @@ def is_to_be_split(payload: Mapping[str, Any], crashed: bool) -> bool:
     return bool(member_ids(payload.get("headers")) and (crashed or interrupted))
 
 
-def split(message: bytes) -> list[dict[str, Any]]:
-    """Return a message for each member of one, as it came. Raises ValueError if that cannot be read."""
+def split(message: bytes, most: int = 0) -> list[dict[str, Any]]:
+    """Return a message for each member of one, as it came. Raises ValueError if that cannot be read.
+
+    Nor can it if its body has more than ``most`` bytes when it is unpacked; 0: no limit.
+    """
     try:
         payload = check_payload(json.loads(message))
         headers, properties = dict(payload["headers"]), dict(payload["properties"])
-        calls, _, embedded = _body(payload)
+        calls, _, embedded = _body(payload, most)
         ids = member_ids(headers)
         pairs = [(job_id, list(args), dict(kwargs)) for job_id, (args, kwargs) in zip(ids, calls, strict=True)]
     except Exception as exc:
@@ -86,11 +91,13 @@ def split(message: bytes) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _body(payload: Mapping[str, Any]) -> Any:
+def _body(payload: Mapping[str, Any], most: int) -> Any:
     body = payload["body"]
     if payload["properties"].get("body_encoding") == "base64":
         body = b64decode(body)
     if compression := payload["headers"].get("compression"):
+        if 0 < most < unpacked_size(body, compression, most):
+            raise PayloadTooLarge(f"unpacked it would have more than {most} bytes, or it would take too long")
         body = decompress(body, compression)
     return loads(body, payload["content-type"], payload["content-encoding"], accept={"application/json"})
 

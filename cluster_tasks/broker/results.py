@@ -26,7 +26,7 @@ from celery.backends.redis import (
 )
 from celery.exceptions import TaskRevokedError
 from kombu.exceptions import EncodeError, OperationalError
-from kombu.utils.encoding import bytes_to_str
+from kombu.utils.encoding import bytes_to_str, ensure_bytes
 
 from cluster_tasks.broker import deliveries, hedging, plain_json
 from cluster_tasks.broker.hedging import Hedge
@@ -34,7 +34,7 @@ from cluster_tasks.broker.members import member_ids, members_of
 from cluster_tasks.broker.message import Delivery
 from cluster_tasks.broker.sequels import being_ended, complete, ending
 from cluster_tasks.broker.together import Ends, gathered, gathering
-from cluster_tasks.errors import EndNotStored, StaleCommit
+from cluster_tasks.errors import EndNotStored, PayloadTooLarge, StaleCommit
 from cluster_tasks.keys import DEFAULT_NAME, Keys
 from cluster_tasks.redis_store import (
     RememberedScript,
@@ -86,6 +86,11 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
         return Keys(self.app.conf.broker_transport_options.get("cluster_name", DEFAULT_NAME))
 
     @cached_property
+    def _most_bytes(self) -> int:
+        """Of what is stored of a job; 0: no limit."""
+        return int(self.app.conf.broker_transport_options.get("cluster_max_result_bytes", 0))
+
+    @cached_property
     def _note_script(self) -> redis.commands.core.Script:
         return self._storing("note")
 
@@ -134,6 +139,37 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
     def _speaks_json(self) -> bool:
         return self.content_type == JSON and (self.accept is None or JSON in self.accept)
 
+    # What Redis does not take costs the connection, as an outage does: the job would be run again without end.
+
+    def _written(self, meta: dict[str, Any], state: str, request: Any) -> Any:
+        """An end as it is stored. Raises EncodeError, PayloadTooLarge if it is a success."""
+        written = self.encode(meta)
+        if state not in states.EXCEPTION_STATES:
+            self._check_size(written, request, "result", "store it elsewhere and return where it is")
+        return written
+
+    def _check_size(self, written: Any, request: Any, what: str, remedy: str) -> None:
+        # A character has four bytes at most.
+        if not 0 < self._most_bytes < 4 * len(written):
+            return
+        if (size := len(ensure_bytes(written))) > self._most_bytes:
+            raise PayloadTooLarge(
+                f"the {what} of a job of {getattr(request, 'task', None)} has {size} bytes and may have "
+                f"{self._most_bytes}: {remedy}, or raise cluster_max_result_bytes"
+            )
+
+    def _tellable(self, exc: Any, traceback: Any, request: Any) -> tuple[Any, Any]:
+        """An error and its traceback, or, if they are too large to be stored, an error that says so."""
+        try:
+            written = self.encode([self.encode_result(exc, states.FAILURE), traceback])
+            self._check_size(written, request, "error", "the log of its node has it")
+        except PayloadTooLarge as too_large:
+            return too_large, None
+        except EncodeError:
+            # Who stores it tells that.
+            pass
+        return exc, traceback
+
     # Celery asks for these endings only where a result is to be stored; here each one is a commit.
 
     def mark_as_done(
@@ -152,6 +188,7 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
             # Celery takes it for an error of the task. This end must not be replaced by another one: the job has come
             # to its end elsewhere, or will.
             raise exc
+        exc, traceback = self._tellable(exc, traceback, request)
         if member_ids(request):
             with self._ends_of_all(request):
                 for member in members_of(request):
@@ -212,7 +249,7 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
         for task_id, result in results.items():
             try:
                 own = {**meta, "result": self.encode_result(result, states.SUCCESS), "task_id": task_id}
-                written = self.encode(own) if wanted else ""
+                written = self._written(own, states.SUCCESS, request) if wanted else ""
             except EncodeError as exc:
                 failed[task_id] = exc
                 continue
@@ -301,11 +338,11 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
             self.ensure(self._end_unheld, (task_id, self.encode(meta)))
         elif state in states.READY_STATES:
             expires = self.failure_expires if state == states.FAILURE else self.expires
-            encoded = self.encode(meta)
+            encoded = self._written(meta, state, request)
             kept = encoded if _has_sequel(request, state) else ""
             self._commit(delivery, request, state, encoded, int(expires or 0), kept)
         else:
-            self._tell(delivery, task_id, state, self.encode(meta))
+            self._tell(delivery, request, state, self.encode(meta))
         return result
 
     def store_new(self, task_id: str, result: Any, state: str) -> None:
@@ -320,12 +357,13 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
         with refusals_as_outages(self.client):
             self.client.set(key, encoded, ex=int(self.expires or 0) or None)
 
-    def _tell(self, delivery: Delivery, task_id: str, state: str, encoded: Any) -> None:
+    def _tell(self, delivery: Delivery, request: Any, state: str, encoded: Any) -> None:
         try:
-            self.ensure(self._note, (delivery, task_id, encoded))
-        except (redis.ConnectionError, redis.TimeoutError) as exc:
+            self._check_size(encoded, request, "news", "tell less")
+            self.ensure(self._note, (delivery, request.id, encoded))
+        except (redis.ConnectionError, redis.TimeoutError, PayloadTooLarge) as exc:
             # It is news of the job and no end: a job that goes on, or is tried again, must not fail for it.
-            logger.warning("it could not be told that job %s is %s: %r", task_id, state, exc)
+            logger.warning("it could not be told that job %s is %s: %r", request.id, state, exc)
 
     def _end_without_result(self, task_id: str, result: Any, state: str, traceback: Any, request: Any) -> None:
         delivery = _delivery(task_id, request)
@@ -337,7 +375,7 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
         told = self.encode_result(result, state)
         meta = self._get_result_meta(result=told, state=state, traceback=traceback, request=request)
         meta["task_id"] = bytes_to_str(task_id)
-        self._commit(delivery, request, state, "", ENDED_LIVES_S, self.encode(meta))
+        self._commit(delivery, request, state, "", ENDED_LIVES_S, self._written(meta, state, request))
 
     def kept_end(self, task_id: str) -> Any:
         """The end of a job whose result has expired, or was not wanted, and that something still follows; or None."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from base64 import b64decode
+from base64 import b64decode, b64encode
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -13,6 +13,7 @@ from celery import Celery, signals
 from celery.app.task import Context
 from celery.app.trace import build_tracer
 from celery.exceptions import TaskRevokedError
+from kombu.compression import compress
 
 from cluster_tasks import Cluster, ClusterTask
 from cluster_tasks.broker.deliveries import Deliveries
@@ -235,6 +236,16 @@ def test_what_cannot_be_split_says_so(change: dict[str, Any]) -> None:
     message = {**json.loads(make_members(IDS)), **change}
     with pytest.raises(ValueError, match="cannot be read"):
         split(json.dumps(message).encode())
+
+
+def test_what_is_too_large_when_it_is_unpacked_is_not_split() -> None:
+    message = json.loads(make_members(IDS))
+    body = b64decode(message["body"])
+    packed, message["headers"]["compression"] = compress(body, "zlib")
+    message["body"] = b64encode(packed).decode()
+    assert len(split(json.dumps(message).encode(), len(body))) == 3
+    with pytest.raises(ValueError, match=r"more than \d+ bytes"):
+        split(json.dumps(message).encode(), len(body) - 1)
 
 
 @pytest.mark.filterwarnings("ignore:Exception raised outside body")

@@ -16,7 +16,7 @@ from cluster_tasks.broker.deliveries import Deliveries, install
 from cluster_tasks.broker.message import DELIVERY_PROPERTY, Delivery
 from cluster_tasks.broker.sequels import complete
 from cluster_tasks.clock import ManualClock
-from cluster_tasks.errors import EndNotStored, StaleCommit
+from cluster_tasks.errors import EndNotStored, PayloadTooLarge, StaleCommit
 from tests.broker import Broker, make_message
 from tests.waiting import wait_until
 
@@ -291,6 +291,30 @@ def test_a_job_goes_on_though_redis_takes_no_news_of_it(
     finally:
         broker.client.config_set("min-replicas-to-write", 0)
     assert "it could not be told that job job is RETRY" in caplog.text
+
+
+@pytest.mark.parametrize("wanted", [True, False], ids=["a result", "what a chord is told"])
+def test_what_is_larger_than_may_be_stored_is_no_end(
+    wanted: bool, broker: Broker, app: Celery, epoch: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    most = 100_000
+    app.conf.broker_transport_options["cluster_max_result_bytes"] = most
+    # Characters are not bytes: these are more than they seem to be.
+    large = "é" * (most // 2 + 1)
+    request = take(broker, epoch, "job", task="jobs.work", chord={"task": "body", "options": {"task_id": "body"}})
+    app.backend.store_result("job", large, "PROGRESS", request=request)
+    assert "it could not be told that job job is PROGRESS: PayloadTooLarge" in caplog.text
+    with pytest.raises(PayloadTooLarge, match=f"the result of a job of jobs.work has .* and may have {most}"):
+        app.backend.mark_as_done("job", large, request=request, store_result=wanted)
+    assert broker.held("a", epoch) == ["job"]
+    app.backend.mark_as_failure("job", ValueError(large), request=request, store_result=wanted)
+    assert "the error of a job of jobs.work has" in str(app.backend.kept_end("job")["result"])
+
+
+def test_a_result_as_large_as_may_be_is_stored(broker: Broker, app: Celery, epoch: str) -> None:
+    app.conf.broker_transport_options["cluster_max_result_bytes"] = 100_000
+    app.backend.mark_as_done("job", "x" * 99_500, request=take(broker, epoch, "job"))
+    assert len(app.AsyncResult("job").result) == 99_500
 
 
 @pytest.mark.parametrize("chord", [None, {"task": "body", "options": {"task_id": "body"}}])

@@ -38,6 +38,7 @@ class Jobs:
     stubborn_once: Any
     verbose: Any
     verbatim: Any
+    wordy: Any
 
 
 def make_jobs() -> Jobs:
@@ -140,6 +141,12 @@ def make_jobs() -> Jobs:
         """Return what is given."""
         return value
 
+    @app.task(base=ClusterTask, bind=True, shared=False, name="jobs.wordy", request_type="llm")
+    def wordy(self: Any, characters: int) -> str:
+        """Return so many characters."""
+        note(f"started:{self.request.id}", self.request.hostname)
+        return "x" * characters
+
     def take_long_the_first_time(self: Any, seconds: float = 600.0, then: float = 0.0) -> str:
         """Whoever runs it first does not come to its end in time."""
         time.sleep(seconds if len(note(f"started:{self.request.id}", self.request.hostname)) == 1 else then)
@@ -151,7 +158,7 @@ def make_jobs() -> Jobs:
 
     return Jobs(
         app, cluster, work, patient, flaky, plain, hog, fatal, once, silent, huge, limited, leave, frail, stubborn,
-        stubborn_once, verbose, verbatim,
+        stubborn_once, verbose, verbatim, wordy,
     )  # fmt: skip
 
 

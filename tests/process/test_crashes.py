@@ -14,12 +14,12 @@ import pytest
 from celery import chain
 
 from cluster_tasks.errors import NodeLost, QuarantinedError
-from tests.broker import make_message
+from tests.broker import Broker, make_members, make_message
 from tests.process.accounts import END_S, finish, held_key, starts_of, wait_until_nothing_is_left
 from tests.process.conftest import NewWorker
 from tests.process.jobs import Jobs
 from tests.process.nodes import running
-from tests.process.poisonous import BRITTLE, DEADLY, make_poisonous
+from tests.process.poisonous import BRITTLE, DEADLY, DENSE, make_poisonous
 from tests.waiting import wait_until
 from workers.redis_server import RedisServer
 
@@ -71,7 +71,7 @@ def test_a_job_that_kills_its_whole_node_is_quarantined_by_the_fourth(jobs: Jobs
         assert [kept.id for kept in jobs.cluster.quarantine.jobs()] == [poison.id], "no neighbour was convicted"
 
 
-@pytest.mark.parametrize("dies_in", ["the decoder", "a signal handler"])
+@pytest.mark.parametrize("dies_in", ["the decoder", "the unpacking", "the unpacking of many", "a signal handler"])
 def test_a_message_that_kills_before_it_is_run_is_quarantined_and_what_was_fetched_with_it_is_not_charged(
     dies_in: str, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch, new_worker: NewWorker
 ) -> None:
@@ -80,8 +80,16 @@ def test_a_message_that_kills_before_it_is_run_is_quarantined_and_what_was_fetch
     told = jobs.plain.si(1).set(task_id="told")
     if dies_in == "the decoder":
         poison = jobs.work.apply_async(kwargs={"key": DEADLY}, serializer=BRITTLE)
+    elif dies_in == "the unpacking":
+        poison = jobs.work.apply_async(kwargs={"key": DEADLY}, compression=DENSE)
+    elif dies_in == "the unpacking of many":
+        many = json.loads(make_members([DEADLY], "many", "llm"))
+        many["headers"]["compression"] = DENSE
+        Broker(redis_server.url).put(json.dumps(many).encode())
+        poison = jobs.app.AsyncResult(DEADLY)
     else:
         poison = jobs.work.apply_async(task_id=DEADLY, link_error=told)
+    message_id = "many" if dies_in == "the unpacking of many" else poison.id
     neighbours = [jobs.work.delay() for _ in range(6)]
     options: dict[str, Any] = {"app": "tests.process.poisonous", "environ": {"TEST_DIES": "1"}, "pool": "threads"}
     for name in "abc":
@@ -91,7 +99,7 @@ def test_a_message_that_kills_before_it_is_run_is_quarantined_and_what_was_fetch
         wait_until(
             lambda d=doomed: jobs.cluster.health.fail_over(d.id, jobs.cluster.epochs.beats()[d.id], 0), END_S
         )  # fmt: skip
-    assert crashes_of(jobs, poison.id) == 3
+    assert crashes_of(jobs, message_id) == 3
     assert not starts_of(jobs, neighbours).total()
     # One was fetched with it when nobody knew yet.
     assert sum(crashes_of(jobs, neighbour.id) for neighbour in neighbours) == 1
@@ -99,7 +107,7 @@ def test_a_message_that_kills_before_it_is_run_is_quarantined_and_what_was_fetch
         with pytest.raises(QuarantinedError):
             poison.get(timeout=END_S)
         assert finish(neighbours) == {"d@test": 6}
-        assert [kept.id for kept in jobs.cluster.quarantine.jobs()] == [poison.id]
+        assert [kept.id for kept in jobs.cluster.quarantine.jobs()] == [message_id]
         if dies_in == "a signal handler":
             assert jobs.app.AsyncResult("told").get(timeout=END_S) == 2
         wait_until_nothing_is_left(jobs)

@@ -10,7 +10,7 @@ import pytest
 from celery.exceptions import NotRegistered, Reject, TaskRevokedError, TimeLimitExceeded
 from celery.exceptions import TimeoutError as NotInTime
 
-from cluster_tasks.errors import InvalidArguments, PartlySubmitted, QuarantinedError
+from cluster_tasks.errors import InvalidArguments, PartlySubmitted, PayloadTooLarge, QuarantinedError
 from cluster_tasks.redis_store import text
 from tests.process.accounts import END_S, starts_of, wait_until_nothing_is_left
 from tests.process.batching import BAD, POISON, Batches, make_batches
@@ -86,6 +86,17 @@ def test_a_result_that_cannot_be_stored_is_the_failure_of_its_job_alone(jobs: Ba
         assert [ends[0], ends[2]] == ["aa", "bb"]
         assert "EncodeError" in type(ends[1]).__name__
         assert not jobs.cluster.quarantine.jobs()
+
+
+def test_a_result_that_is_too_large_is_the_failure_of_its_job_alone(jobs: Batches, new_worker: NewWorker) -> None:
+    sent = jobs.cluster.submit(jobs.double, ["a", "x" * 60_000, "b"])
+    with running(new_worker("a", environ={"CLUSTER_MAX_RESULT_BYTES": "100000"})):
+        ends = sent.get(timeout=END_S, propagate=False)
+        assert [ends[0], ends[2]] == ["aa", "bb"]
+        assert isinstance(ends[1], PayloadTooLarge)
+        assert calls_together(jobs) == [3]
+        assert not starts_of(jobs, list(sent)).total()
+        wait_until_nothing_is_left(jobs)
 
 
 def test_results_tell_of_each_job_what_celery_calls_extended(jobs: Batches, new_worker: NewWorker) -> None:

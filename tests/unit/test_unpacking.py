@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bz2
 import lzma
 import tracemalloc
 import zlib
@@ -11,10 +10,18 @@ import pytest
 from kombu import compression
 from kombu.compression import compress
 
-from cluster_tasks.broker.unpacking import DICTIONARY, unpacked_size
+from cluster_tasks.broker.unpacking import DICTIONARY, STREAMS, unpacked_size
 
 MOST = 100_000
-METHODS = ["zlib", "bzip2", "lzma"]
+IN_STREAMS = ["bzip2", "lzma"]
+"""Of these, streams may lie behind each other."""
+METHODS = ["zlib", *IN_STREAMS]
+# Kombu has them where their packages are.
+if "application/zstd" in compression.encoders():
+    IN_STREAMS.append("zstd")
+    METHODS.append("zstd")
+if "application/x-brotli" in compression.encoders():
+    METHODS.append("brotli")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -36,12 +43,19 @@ def test_of_one_that_is_too_large_no_more_is_unpacked_than_tells_that(method: st
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("module", [bz2, lzma])
-def test_streams_behind_each_other_are_measured_together(module: object) -> None:
-    method = {bz2: "bzip2", lzma: "lzma"}[module]
+@pytest.mark.parametrize("method", IN_STREAMS)
+def test_streams_behind_each_other_are_measured_together(method: str) -> None:
     part = compress(b"x" * (MOST // 2), method)[0]
     assert unpacked_size(part * 2, method, MOST) == MOST
     assert unpacked_size(part * 3, method, MOST) > MOST
+
+
+@pytest.mark.parametrize("method", IN_STREAMS)
+def test_a_body_of_very_many_streams_is_too_large(method: str) -> None:
+    # To unpack n of them, empty ones too, takes the square of n: what is behind each one is copied.
+    part = compress(b"", method)[0]
+    assert unpacked_size(part * STREAMS, method, MOST) == 0
+    assert unpacked_size(part * (STREAMS + 1), method, MOST) > MOST
 
 
 def test_a_body_that_takes_much_memory_to_be_unpacked_is_too_large() -> None:
