@@ -68,6 +68,18 @@ def test_links_to_files_are_read_and_links_that_lead_back_end_nothing(tmp_path: 
     assert not found.failed
 
 
+def test_a_link_that_leads_out_of_the_folder_is_not_read(tmp_path: Path) -> None:
+    fill(tmp_path, "secrets/key.md", "docs/a.md", "docs/deep/b.md")
+    (tmp_path / "docs/key.md").symlink_to(tmp_path / "secrets/key.md")
+    (tmp_path / "docs/deep/up.md").symlink_to("../../secrets/key.md")
+    (tmp_path / "docs/deep/inside.md").symlink_to("../a.md")
+    (tmp_path / "docs-too").symlink_to("docs", target_is_directory=True)
+    for folder in ("docs", "docs-too"):
+        found = find(tmp_path / folder, Selection())
+        assert found.paths == ["a.md", "deep/b.md", "deep/inside.md"]
+        assert found.skipped == dict.fromkeys(["key.md", "deep/up.md"], "it is a link that leads out of the folder")
+
+
 def test_a_name_that_is_no_text_is_told_of(tmp_path: Path) -> None:
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt")).write_text("text")
     found = find(tmp_path, Selection())
