@@ -30,7 +30,7 @@ from cluster_tasks.addresses.etcd import SCHEME as ETCD_SCHEME
 from cluster_tasks.addresses.etcd import EtcdUrl, parse_etcd_url
 from cluster_tasks.addresses.qdrant import parse_qdrant_url
 from cluster_tasks.addresses.redis import BROKER_SCHEMES, CACHE_CLUSTER_SCHEMES, checked_redis_url, parse_cluster_url
-from cluster_tasks.addresses.secret import SecretUrl, SecretWebhookUrl, masked
+from cluster_tasks.addresses.secret import HIDDEN, SecretUrl, SecretWebhookUrl, masked, masked_url
 from cluster_tasks.errors import ConfigurationError
 from cluster_tasks.model import ZONE, NodeRole, RequestType
 
@@ -49,6 +49,8 @@ LEASES: Mapping[str, Callable[[str], ConsulUrl | EtcdUrl]] = {
 """How the URLs are read of the registries that forget a node by a time of their own."""
 SECRET_WORDS = ("_key", "_password", "_secret", "_fallbacks", "alert_url")
 """In the name of a setting whose value is never shown."""
+URL_WORDS = ("_url", "_backend", "registry_join")
+"""In the name of a setting whose value has a login before each @."""
 
 
 def _split(value: object) -> object:
@@ -536,6 +538,8 @@ def _set_as(key: str, environ: Mapping[str, str]) -> str:
 
 def _shown(key: str, value: object) -> str:
     # A misspelt key holds what the right one would.
-    if any(word in name for name in (key, _nearest(key)) for word in SECRET_WORDS):
-        return "'**********'"
-    return masked(repr(value))
+    names = (key, _nearest(key))
+    if any(word in name for name in names for word in SECRET_WORDS):
+        return f"'{HIDDEN}'"
+    is_url = any(word in name for name in names for word in URL_WORDS)
+    return masked_url(repr(value)) if is_url else masked(repr(value))

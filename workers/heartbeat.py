@@ -91,10 +91,11 @@ class HeartbeatProcess:
         self._launched_s = time.monotonic()
         if self._process is not None:
             _close_pipes(self._process)
+        # By the path of this process: else a package of the same name in the current folder came first.
+        command = [sys.executable, "-P", "-m", __name__]
+        environ = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, sys.path))}
         # The URL goes by a pipe: a command line is for everybody to read.
-        return subprocess.Popen(
-            [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        return subprocess.Popen(command, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def _close_pipes(process: subprocess.Popen[str]) -> None:

@@ -7,12 +7,15 @@ from urllib.parse import urlsplit
 
 from pydantic import SecretStr
 
+HIDDEN = "**********"
+"""Stands for a secret of which nothing shows."""
+
 
 class SecretUrl(SecretStr):
     """A URL whose passwords show as ``**`` wherever it is printed."""
 
     def _display(self) -> str:
-        return masked(self.get_secret_value())
+        return masked_url(self.get_secret_value())
 
 
 class SecretWebhookUrl(SecretUrl):
@@ -30,3 +33,9 @@ def masked(text: str) -> str:
     # What is alone before the host may be a token, as it is with Consul.
     urls = [re.sub(r"(://)[^:@]*@", r"\1**@", url) for url in urls]
     return re.sub(r"((?:password|token|key|secret)=)[^&;#]*", r"\1**", ";".join(urls), flags=re.IGNORECASE)
+
+
+def masked_url(text: str) -> str:
+    """Return a URL as ``masked`` does, or nothing of one that is mistyped: what is before an @ may be a password."""
+    shown = masked(text)
+    return HIDDEN if "@" in re.sub(r"://([^:/@]*:)?\*\*@", "", shown) else shown

@@ -7,6 +7,7 @@ somebody writes is not the place for it.
 from __future__ import annotations
 
 import io
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import redirect_stderr, redirect_stdout
@@ -25,6 +26,8 @@ from cluster_tasks.shards.assignments import AssignmentTable
 WITHIN_S = 0.5
 MOST = 200
 """More than that nobody reads."""
+PLAIN = re.compile(r"[\w.@:/-]+")
+"""What is offered: bash puts words into the line as they are, and would run what stands in ``$(…)``."""
 Read = Callable[[redis.Redis, Keys], Iterable[str]]
 Complete = Callable[[click.Context, click.Parameter, str], list[str]]
 
@@ -36,7 +39,8 @@ def completing(read: Read) -> Complete:
         # What the user's module prints as it is imported would be taken for words.
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             try:
-                return [word for word in sorted(_ask(ctx, read)) if word.startswith(incomplete)][:MOST]
+                words = filter(PLAIN.fullmatch, sorted(_ask(ctx, read)))
+                return [word for word in words if word.startswith(incomplete)][:MOST]
             except Exception:  # noqa: BLE001 - the user's module may raise anything.
                 return []
 

@@ -81,7 +81,10 @@ def _next_step(exc: ClusterError) -> str:
 
 
 def _one_line(message: object) -> str:
-    return " ".join(str(message).split())
+    # Rich comes along with it, and a probe does without.
+    from cluster_tasks.cli.tables import printable
+
+    return printable(" ".join(str(message).split()))
 
 
 def _remedy(cluster: Cluster, exc: UnavailableError) -> str:

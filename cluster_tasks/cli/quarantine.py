@@ -114,7 +114,7 @@ def retry(cluster: Cluster, job_ids: tuple[str, ...], every: bool, task: str, as
         if as_json:
             print_json({"id": new_id, RETRY_OF: job_id}, one_line=True)
         else:
-            click.echo(f"{job_id} is sent again as {new_id}")
+            click.echo(printable(f"{job_id} is sent again as {new_id}"))
 
     _for_each(cluster, job_ids, every, task, send_again)
 
@@ -135,7 +135,7 @@ def drop(cluster: Cluster, job_ids: tuple[str, ...], every: bool, task: str, as_
         if as_json:
             print_json({"id": job_id, "dropped": True}, one_line=True)
         else:
-            click.echo(f"{job_id} is dropped")
+            click.echo(printable(f"{job_id} is dropped"))
 
     _for_each(cluster, job_ids, every, task, forget)
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.resources import files
+from ipaddress import ip_address
 from typing import Any
 
+from celery.utils.nodenames import gethostname
 from flower.views import BaseHandler
 from tornado.ioloop import IOLoop
 from tornado.routing import URLSpec
@@ -27,6 +30,11 @@ CONTENT_SECURITY_POLICY = (
     "form-action 'self'; frame-ancestors 'self'"
 )
 """No script but Flower's and ours, and no page of others around the buttons."""
+
+NEEDS_LOGIN = (
+    "a Flower without a login answers by the address or name of its host only, and %r is neither: give it a login, by "
+    "--basic-auth or --auth, or CLUSTER_FLOWER_PASSWORD for that of cluster-tasks up"
+)
 
 
 def page_handlers(cluster: Cluster) -> list[URLSpec]:
@@ -72,6 +80,9 @@ class _JSONHandler(BaseHandler):  # type: ignore[misc]  # Flower has no types.
         self.set_header("Cache-Control", "no-store")
         if not self.current_user:
             raise HTTPError(403, "log in to Flower first")
+        options, name = self.application.options, self.request.host_name
+        if not (options.basic_auth or options.auth) and not _is_of_this_host(name):
+            raise HTTPError(403, NEEDS_LOGIN, name)
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         if status_code == 401:
@@ -161,6 +172,15 @@ class QuarantineHandler(_ActionHandler):
     def _drop(self, job_id: str) -> dict[str, Any]:
         self.cluster.quarantine.drop(job_id)
         return {"job": job_id}
+
+
+def _is_of_this_host(name: str) -> bool:
+    """Whether a name in an address is none that a page of others can have: who owns a domain may lead it here."""
+    with suppress(ValueError):
+        ip_address(name.strip("[]"))
+        return True
+    own = gethostname().lower()
+    return name in ("localhost", own, own.partition(".")[0])
 
 
 def _status(exc: ClusterError) -> int:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import pytest
 
+from cluster_tasks.addresses.secret import SecretUrl
 from cluster_tasks.broker.revocations import Revocations
 from cluster_tasks.failover.watchers import Watchers
+from cluster_tasks.settings import ClusterSettings
 from tests.broker import Broker
+from tests.waiting import wait_until
+from workers.heartbeat import HeartbeatProcess
+
+END_S = 30.0
 
 
 @pytest.fixture
@@ -85,3 +92,20 @@ def test_who_beats_learns_that_jobs_were_revoked(broker: Broker, epoch: str) -> 
         words.append(revoked())
     assert len(set(words)) == len(words)
     assert revoked() == words[-1]
+
+
+def test_a_package_of_the_users_does_not_beat_in_the_place_of_ours(
+    broker: Broker, epoch: str, redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "workers").mkdir()
+    for name in ("__init__.py", "heartbeat.py"):
+        (tmp_path / "workers" / name).touch()
+    monkeypatch.chdir(tmp_path)
+    beating = HeartbeatProcess(ClusterSettings(broker_url=SecretUrl(redis_url), heartbeat_s=0.05), "a")
+    try:
+        beating.start()
+        beating.beat_for(epoch)
+        before = broker.epochs.beats()["a"].counter
+        wait_until(lambda: broker.epochs.beats()["a"].counter > before, END_S)
+    finally:
+        beating.stop()

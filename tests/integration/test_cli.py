@@ -438,6 +438,17 @@ def test_what_a_job_in_quarantine_is_called_cannot_steer_the_terminal(jobs: Jobs
     assert not {"\x1b", "\x07"} & set(shown)
 
 
+def test_what_is_said_of_a_job_cannot_steer_the_terminal_either(jobs: Jobs) -> None:
+    again, gone, broken = (f"{name}\x9b2J" for name in ("again", "gone", "broken"))
+    for job_id in (again, gone, broken):
+        jobs.cluster.quarantine.put(job_id, "jobs.work", make_message(job_id, "llm"), [])
+    jobs.cluster.client.hset(jobs.cluster.keys.quarantine, broken, "no JSON")
+    assert ask(jobs.app, "quarantine", "retry", again).stdout.startswith(r"again\x9b2J is sent again as ")
+    assert ask(jobs.app, "quarantine", "drop", gone).stdout == "gone\\x9b2J is dropped\n"
+    refused = ask(jobs.app, "quarantine", "retry", broken).stderr
+    assert refused.startswith(r"Error: job broken\x9b2J cannot be sent again")
+
+
 def test_events_are_followed_until_interrupted(jobs: Jobs) -> None:
     jobs.cluster.events.add("node lost", node="a@host")
     with started("events", "--follow", "--json") as process:

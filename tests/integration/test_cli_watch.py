@@ -259,6 +259,12 @@ def test_names_are_completed_from_the_cluster(jobs: Jobs) -> None:
     assert complete(jobs, "quarantine", "retry", "5") == ["5f9d"]
 
 
+def test_what_a_shell_would_run_or_take_apart_is_not_offered(jobs: Jobs) -> None:
+    for job_id in ("$(id)", "`id`", "a b", "a;id", "a\x1b[2J", "a\n", "a.b:c/d@e_f-1"):
+        jobs.cluster.quarantine.put(job_id, "jobs.work", make_message("5f9d", "llm"), [])
+    assert complete(jobs, "quarantine", "retry", "") == ["a.b:c/d@e_f-1"]
+
+
 def in_bash(words: str, module: str = "celery.__main__", **environ: str) -> tuple[str, str]:
     """Press Tab behind words, as the script for bash does; return what it gets, and what the terminal gets."""
     name = words.split()[0]

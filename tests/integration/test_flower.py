@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from celery import Celery
+from celery.utils.nodenames import gethostname
 from flower import urls
 from tornado.web import create_signed_value
 
@@ -315,6 +316,34 @@ def test_who_has_logged_in_may(app: Celery, monkeypatch: pytest.MonkeyPatch) -> 
         assert site.ask("/cluster/snapshot", Cookie=users["b@there"]).status == 403
         assert site.ask("/cluster/nodes/a@x/drain", "POST", Cookie=users["a@here"], Content_Length="0").status == 403
         assert site.post("/cluster/nodes/a@x/drain", Cookie=users["a@here"]).status == 200
+
+
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1:5555", "192.168.0.7", "[::1]:5555", "[fe80::7]", "localhost:5555", "LOCALHOST", gethostname()]
+)
+def test_without_a_login_this_host_is_asked_by_address_or_name(app: Celery, site: Site, host: str) -> None:
+    join(app, "a@x")
+    assert site.ask("/cluster/snapshot", Host=host).status == 200
+    assert site.post("/cluster/nodes/a@x/drain", Host=host).status == 200
+
+
+@pytest.mark.parametrize("host", ["evil.example:5555", "127.0.0.1.evil.example", "localhost.evil.example", "1.2.3"])
+def test_without_a_login_a_name_that_anybody_may_lead_here_is_refused(app: Celery, site: Site, host: str) -> None:
+    join(app, "a@x")
+    quarantine(app, "j")
+    answers = [site.ask("/cluster/snapshot", Host=host), *(site.post(path, Host=host) for path in ACTIONS)]
+    assert {answer.status for answer in answers} == {403}
+    assert all("give it a login" in answer.told["error"] for answer in answers)
+    assert not cluster_of(app).epochs.lists().draining
+    assert cluster_of(app).quarantine.ids() == ["j"]
+
+
+def test_with_a_login_any_name_will_do(app: Celery) -> None:
+    join(app, "a@x")
+    with flower_site(app, basic_auth=[PASSWORD]) as site:
+        at_home = {"Host": "flower.example", "Authorization": LOGIN}
+        assert site.ask("/cluster/snapshot", **at_home).status == 200
+        assert site.post("/cluster/nodes/a@x/drain", **at_home).status == 200
 
 
 def test_a_flower_that_is_read_only_does_nothing_and_offers_nothing(app: Celery) -> None:

@@ -17,7 +17,7 @@ from cluster_tasks.shards.documents import Document
 from cluster_tasks.shards.ingest import files
 from cluster_tasks.shards.ingest.files import Selection, find, read_bytes
 from cluster_tasks.shards.ingest.headings import MAX_HEADING, Headings
-from cluster_tasks.shards.ingest.readers import Format, read
+from cluster_tasks.shards.ingest.readers import Format, read, read_pdf
 from cluster_tasks.shards.ingest.splitting import TOKENIZER, Split, document_of, split
 from cluster_tasks.shards.ingest.wholes import Whole, wholes
 from tests.documents import pdf
@@ -66,6 +66,18 @@ def test_links_to_files_are_read_and_links_that_lead_back_end_nothing(tmp_path: 
     assert found.paths == ["a.md", "deep/b.md", "link.md"]
     assert found.skipped.keys() == {"self.md", "gone.md"}
     assert not found.failed
+
+
+def test_a_link_that_leads_out_of_the_folder_is_not_read(tmp_path: Path) -> None:
+    fill(tmp_path, "secrets/key.md", "docs/a.md", "docs/deep/b.md")
+    (tmp_path / "docs/key.md").symlink_to(tmp_path / "secrets/key.md")
+    (tmp_path / "docs/deep/up.md").symlink_to("../../secrets/key.md")
+    (tmp_path / "docs/deep/inside.md").symlink_to("../a.md")
+    (tmp_path / "docs-too").symlink_to("docs", target_is_directory=True)
+    for folder in ("docs", "docs-too"):
+        found = find(tmp_path / folder, Selection())
+        assert found.paths == ["a.md", "deep/b.md", "deep/inside.md"]
+        assert found.skipped == dict.fromkeys(["key.md", "deep/up.md"], "it is a link that leads out of the folder")
 
 
 def test_a_name_that_is_no_text_is_told_of(tmp_path: Path) -> None:
@@ -119,6 +131,13 @@ def test_programs_and_pages_are_read_in_the_encoding_they_declare() -> None:
     assert read("a.htm", '<?xml encoding="utf-16"?><p>é'.encode())[0] == "é"
 
 
+@pytest.mark.parametrize("encoding", ["punycode", "IDNA", "-punycode-"])
+def test_an_encoding_of_names_of_hosts_is_taken_for_none(encoding: str) -> None:
+    # A few million letters in it would be read for hours.
+    assert read("a.html", f"<meta charset={encoding}><p>é".encode())[0] == "é"
+    assert read("a.py", f"# coding: {encoding}\n# é".encode())[0].endswith("é")
+
+
 def test_a_page_becomes_markdown_without_what_it_does_not_show() -> None:
     page = """<!doctype html><html><head><title>The &amp; title</title><style>p {}</style></head><body>
       <script>if (a < b) {}</script><svg><title>No</title><text>no</text></svg>
@@ -144,6 +163,13 @@ def test_the_pages_of_a_pdf_are_kept_apart() -> None:
     document = Document(id="a", text=text)
     pages = [(each.text, each.metadata["page"]) for each in split(document, Split(size=16, overlap=0), "job")]
     assert pages == [("First page.", 1), ("Second page.", 2)]
+
+
+def test_a_pdf_is_read_only_as_far_as_its_text_may_reach() -> None:
+    data = pdf(*["A page of 20 letters"] * 10)
+    assert read_pdf(data, 200).count("letters") == 10
+    with pytest.raises(UnreadableFile, match="more than 199 characters"):
+        read_pdf(data, 199)
 
 
 @settings(deadline=None)

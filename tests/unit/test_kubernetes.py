@@ -403,6 +403,15 @@ def test_the_chart_is_the_manifests_where_nothing_is_chosen() -> None:
             }
 
 
+def test_a_chart_of_your_app_names_it_to_every_command() -> None:
+    named = {"celery": "-A", "cluster-tasks": "--app"}
+    documents = rendered(*RENDERED_WITH, "--set", "app=shop.jobs")
+    asked = [words for words in commands(documents) if words[0] in named]
+    assert len(asked) == 9
+    for words in asked:
+        assert words[words.index(named[words[0]]) + 1] == "shop.jobs", words
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [

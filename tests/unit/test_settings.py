@@ -345,6 +345,7 @@ def test_a_url_shows_all_but_its_password() -> None:
         f"redis://user:{SECRET}@host:not-a-port/0",
         f"redis://user:un;quoted/{SECRET}@x@host/0",
         f"redis://host/0?password={SECRET}",
+        f"consul://un@quoted{SECRET}@host",
         f"sentinel://:{SECRET}@a:26379;sentinel://:{SECRET}@b:26379/0",
         f"https://user:{SECRET}@[::1]:8000/v1",
     ],
@@ -401,6 +402,21 @@ def test_no_error_shows_a_secret_nor_its_traceback(conf: dict[str, Any]) -> None
     with pytest.raises(ConfigurationError) as caught:
         load(conf)
     assert SECRET not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize(
+    "url", ["redis//:{}@host", "redis:/:{}@host", "redis:{}@host", ":{}**@host/0", "amqp://us/er:{}@host", "a//{}@b@c"]
+)
+def test_a_url_that_is_mistyped_shows_no_secret(url: str) -> None:
+    url = url.format(SECRET)
+    assert SECRET not in f"{SecretUrl(url)} {SecretUrl(url)!r}"
+    # Those of providers are looked at where they are used.
+    for name in (*(name for name in URL_SETTINGS if not name.endswith("_base_url")), "broker_ulr", "brokers", "cache"):
+        assert SECRET not in refusal({f"cluster_{name}": url}), name
+
+
+def test_an_address_in_a_setting_that_is_no_url_is_shown() -> None:
+    assert "cluster_zone='me@here'" in refusal({"cluster_zone": "me@here"})
 
 
 def test_no_error_about_a_variable_shows_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:

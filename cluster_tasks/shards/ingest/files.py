@@ -51,12 +51,14 @@ class Found:
 def find(folder: Path, selection: Selection) -> Found:
     """Look for the wanted files of the kinds that have a reader.
 
-    Hidden files and folders are passed over. A link to a file is read as that file, a link to a folder is not followed:
-    so no file comes twice, and a link that leads back ends nothing.
+    Hidden files and folders are passed over. A link to a file of the folder is read as that file, one that leads out of
+    the folder is skipped: whoever made the folder could publish any file by it. A link to a folder is not followed: so
+    no file comes twice, and a link that leads back ends nothing.
     """
     paths: list[str] = []
     skipped: dict[str, str] = {}
     failed: dict[str, str] = {}
+    resolved = folder.resolve()
 
     def cannot_list(error: OSError) -> None:
         failed[_relative(folder, error.filename)] = f"cannot be listed: {error.strerror}"
@@ -69,7 +71,10 @@ def find(folder: Path, selection: Selection) -> Found:
             if not _is_text(relative):
                 skipped[relative] = "its name is not UTF-8"
             elif path.is_file():
-                paths.append(relative)
+                if path.is_symlink() and not path.resolve().is_relative_to(resolved):
+                    skipped[relative] = "it is a link that leads out of the folder"
+                else:
+                    paths.append(relative)
             elif path.is_symlink() and not path.is_dir():
                 skipped[relative] = "it is a link that leads to no file"
         except OSError as exc:

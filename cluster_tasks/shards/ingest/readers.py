@@ -28,6 +28,10 @@ MARKS = (
 DECLARED = re.compile(rb"""(?:charset|encoding)\s*=\s*["']?\s*([\w.:-]+)""", re.IGNORECASE)
 DECLARED_WITHIN = 1024
 """Browsers look for the encoding of a page in so many bytes."""
+OF_HOSTS = ("punycode", "idna")
+"""Codecs for names of hosts, which take the square of a text's length."""
+MAX_PDF_CHARACTERS = 64 << 20
+"""As many as the largest file of text may have: a small PDF can show one page a million times."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +75,7 @@ def read_python(data: bytes) -> str:
         encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
     except SyntaxError:
         raise UnreadableFile("it is not text in the encoding that it declares, or in UTF-8") from None
-    return read_text(data, encoding)
+    return read_text(data, _of_texts(encoding))
 
 
 def read_html(data: bytes) -> str:
@@ -79,10 +83,10 @@ def read_html(data: bytes) -> str:
     found = DECLARED.search(data, 0, DECLARED_WITHIN)
     declared = found[1].decode().lower() if found else "utf-8"
     # A declaration that can be read as ASCII stands in no page of two bytes a character.
-    return markdown_of(read_text(data, "utf-8" if declared.startswith("utf-16") else declared))
+    return markdown_of(read_text(data, "utf-8" if declared.startswith("utf-16") else _of_texts(declared)))
 
 
-def read_pdf(data: bytes) -> str:
+def read_pdf(data: bytes, most: int = MAX_PDF_CHARACTERS) -> str:
     """Return the text of all pages. Raises ConfigurationError if pypdf is not installed."""
     try:
         from pypdf import PdfReader
@@ -94,7 +98,12 @@ def read_pdf(data: bytes) -> str:
         # Many are encrypted just to forbid printing: they open without a password.
         if reader.is_encrypted and not reader.decrypt(""):
             raise UnreadableFile("it is encrypted")
-        pages = [page.extract_text().replace(PAGE_END, " ") for page in reader.pages]
+        pages, length = [], 0
+        for page in reader.pages:
+            pages.append(page.extract_text().replace(PAGE_END, " "))
+            length += len(pages[-1])
+            if length > most:
+                raise UnreadableFile(f"it holds more than {most} characters")
     except UnreadableFile:
         raise
     except DependencyError:
@@ -103,6 +112,14 @@ def read_pdf(data: bytes) -> str:
         # A damaged file makes pypdf stumble in any way.
         raise UnreadableFile(f"it is no PDF that can be read: {type(exc).__name__}") from exc
     return f"\n{PAGE_END}\n".join(pages)
+
+
+def _of_texts(declared: str) -> str:
+    """Return a declared encoding, or UTF-8 as without a declaration if no text is in it."""
+    try:
+        return "utf-8" if codecs.lookup(declared).name in OF_HOSTS else declared
+    except LookupError:
+        return declared
 
 
 _TEXT, _MARKDOWN, _HTML = Kind(read_text, "text"), Kind(read_text, "markdown"), Kind(read_html, "markdown")

@@ -46,15 +46,20 @@ envFrom:
 {{- end }}
 {{- end }}
 
-{{/* Of a node name: when it has started, and whether it is alive. A probe costs a second of a core, so it is seldom. */}}
+{{/* Of (dict "root" $ "node" NAME): what asks for it. An app of one's own may set which cluster that is in. */}}
+{{- define "cluster-tasks.ping" -}}
+cluster-tasks, ping, --node, {{ .node }}{{ if ne .root.Values.app "cluster_tasks" }}, --app, {{ .root.Values.app }}{{ end }}
+{{- end }}
+
+{{/* Of the same: when it has started, and whether it is alive. A probe costs a second of a core, so it is seldom. */}}
 {{- define "cluster-tasks.probes" -}}
 startupProbe:
-  exec: {command: [cluster-tasks, ping, --node, {{ . }}]}
+  exec: {command: [{{ include "cluster-tasks.ping" . }}]}
   periodSeconds: 5
   timeoutSeconds: 20
   failureThreshold: 24
 livenessProbe:
-  exec: {command: [cluster-tasks, ping, --node, {{ . }}, --alive]}
+  exec: {command: [{{ include "cluster-tasks.ping" . }}, --alive]}
   periodSeconds: 60
   timeoutSeconds: 20
   failureThreshold: 3
