@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
 from celery import Celery
-from celery.utils.imports import cwd_in_path
 
 from cluster_tasks.cluster import Cluster
-from cluster_tasks.configuration import add_defaults
+from cluster_tasks.configuration import add_defaults, read_celeryconfig
 
 JOBS = ("embedding", "llm", "rag", "retrieval")
 
 app = Celery("cluster_tasks", set_as_current=False, include=[f"cluster_tasks.tasks.{name}" for name in JOBS])
-# Of the current folder, which is not on the path of a program that is installed. Celery imports it from there.
-with cwd_in_path():
-    is_configured = find_spec("celeryconfig") is not None
-if is_configured:
-    app.config_from_object("celeryconfig")
+read_celeryconfig(app)
 cluster = Cluster(app)
 
 

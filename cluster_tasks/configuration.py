@@ -6,9 +6,11 @@ import logging
 import os
 from collections.abc import Mapping
 from contextlib import suppress
+from importlib.util import find_spec
 from typing import Any
 
 from celery import Celery
+from celery.utils.imports import cwd_in_path
 from pydantic import SecretStr
 
 from cluster_tasks.addresses.redis import checked_redis_url, with_tls
@@ -32,6 +34,15 @@ REDBEAT = ("redbeat.RedBeatScheduler", "redbeat.schedulers.RedBeatScheduler", "r
 URLS = {"broker_url": "CELERY_BROKER_URL", "broker_read_url": "CELERY_BROKER_READ_URL",
         "broker_write_url": "CELERY_BROKER_WRITE_URL", "result_backend": "CELERY_RESULT_BACKEND"}  # fmt: skip
 """Keys of Celery's, and the variables that it reads before them; ``celery -b`` sets the first."""
+
+
+def read_celeryconfig(app: Celery) -> None:
+    """Have ``app`` configured by the ``celeryconfig.py`` of the current folder, if there is one."""
+    # That folder is not on the path of a program that is installed. Celery imports from there all the same.
+    with cwd_in_path():
+        is_there = find_spec("celeryconfig") is not None
+    if is_there:
+        app.config_from_object("celeryconfig")
 
 
 def keys_of_the_cluster(app: Celery) -> dict[str, str]:

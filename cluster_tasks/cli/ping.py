@@ -11,10 +11,12 @@ from threading import Thread
 from typing import TypeVar
 
 import click
+from celery import Celery
 from celery.platforms import EX_FAILURE, EX_OK
 
 from cluster_tasks.cli.group import find_cluster, node_id_of, told_in_one_line
 from cluster_tasks.cluster import Cluster
+from cluster_tasks.configuration import read_celeryconfig
 from cluster_tasks.errors import BrokerUnavailable, ClusterError, NodeNotFound
 
 EX_DRAINING = 3
@@ -95,8 +97,11 @@ def ask(cluster: Cluster, node: str) -> tuple[str, Answer]:
 
 
 def _cluster(app: str) -> Cluster:
-    # Its tasks are imported by workers only.
-    return find_cluster(app or "cluster_tasks")
+    if app:
+        return find_cluster(app)
+    own = Celery("ping", set_as_current=False)
+    read_celeryconfig(own)
+    return Cluster(own)
 
 
 def _within(limit_s: float, call: Callable[[], T]) -> T:

@@ -33,7 +33,8 @@ CONTENT_SECURITY_POLICY = (
 
 NEEDS_LOGIN = (
     "a Flower without a login answers by the address or name of its host only, and %r is neither: give it a login, by "
-    "--basic-auth or --auth, or CLUSTER_FLOWER_PASSWORD for that of cluster-tasks up"
+    "--basic-auth or --auth, or CLUSTER_FLOWER_PASSWORD for that of cluster-tasks up, or say FLOWER_UNAUTHENTICATED_API=true "
+    "if a proxy before it asks for one"
 )
 
 
@@ -81,7 +82,8 @@ class _JSONHandler(BaseHandler):  # type: ignore[misc]  # Flower has no types.
         if not self.current_user:
             raise HTTPError(403, "log in to Flower first")
         options, name = self.application.options, self.request.host_name
-        if not (options.basic_auth or options.auth) and not _is_of_this_host(name):
+        # Who has told Flower that a proxy asks for the login has told us, too.
+        if not (options.basic_auth or options.auth or self.unauthenticated_api or _is_of_this_host(name)):
             raise HTTPError(403, NEEDS_LOGIN, name)
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:

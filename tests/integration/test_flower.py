@@ -346,6 +346,14 @@ def test_with_a_login_any_name_will_do(app: Celery) -> None:
         assert site.post("/cluster/nodes/a@x/drain", **at_home).status == 200
 
 
+def test_behind_a_proxy_that_asks_for_the_login_any_name_will_do(
+    app: Celery, site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLOWER_UNAUTHENTICATED_API", "true")
+    join(app, "a@x")
+    assert site.post("/cluster/nodes/a@x/drain", Host="flower.example").status == 200
+
+
 def test_a_flower_that_is_read_only_does_nothing_and_offers_nothing(app: Celery) -> None:
     join(app, "a@x")
     with flower_site(app, read_only=True) as site:
