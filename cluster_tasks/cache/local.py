@@ -15,7 +15,7 @@ from cluster_tasks.cache.base import Cache, Reading, check_kept, check_keys, che
 from cluster_tasks.cache.counters import Counters, count_found
 from cluster_tasks.cache.entry import Entry, as_bytes
 from cluster_tasks.cache.forks import renewed_after_fork
-from cluster_tasks.cache.leases import SHARED, Leases
+from cluster_tasks.cache.leases import SHARED, Leases, shared_token
 from cluster_tasks.cache.patterns import compile_pattern
 from cluster_tasks.clock import Clock
 
@@ -232,7 +232,7 @@ class LocalCache(Cache):
                 if by_force or until_s <= now_s:
                     leases[key] = token_hex(8)
                     self._leases[key] = leases[key], now_s + lease_s
-                elif token == SHARED:
+                elif token.startswith(SHARED):
                     leases[key] = token
         return leases
 
@@ -243,7 +243,7 @@ class LocalCache(Cache):
             held = {key: token for key, token in leases.items() if self._leases.get(key, ("",))[0] == token}
             for key, token in held.items():
                 if lease_s > 0:
-                    self._leases[key] = SHARED if shared else token, until_s
+                    self._leases[key] = shared_token(token) if shared else token, until_s
                 else:
                     del self._leases[key]
             return len(held)

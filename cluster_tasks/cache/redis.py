@@ -18,7 +18,7 @@ from cluster_tasks.cache.connection import CacheConnection, Call, Command, Refus
 from cluster_tasks.cache.counters import Counters, count_found
 from cluster_tasks.cache.entry import Entry, as_bytes, pack, unpack
 from cluster_tasks.cache.hot import HotKeys
-from cluster_tasks.cache.leases import SHARED, SHARED_S, Leases
+from cluster_tasks.cache.leases import SHARED, SHARED_S, Leases, shared_token
 from cluster_tasks.cache.patterns import beginning, compile_pattern, escape
 from cluster_tasks.clock import Clock
 from cluster_tasks.errors import CacheUnavailable
@@ -184,7 +184,7 @@ class RedisCache(Cache):
         """As ``Cache.hold``."""
         lasts_ms = _milliseconds(lease_s)
         calls = [
-            ("hold", [self._lease(key)], [token, lasts_ms, SHARED if shared else token])
+            ("hold", [self._lease(key)], [token, lasts_ms, shared_token(token) if shared else token])
             for key, token in leases.items()
         ]
         return int(sum(self._run(calls)))

@@ -14,7 +14,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cluster_tasks.cache import Cache, LocalCache, Memory, RedisCache, Refresh, TieredCache, create_caches, share
+from cluster_tasks.cache import (
+    Cache,
+    Entry,
+    LocalCache,
+    Memory,
+    RedisCache,
+    Refresh,
+    TieredCache,
+    create_caches,
+    share,
+)
 from cluster_tasks.cache.connection import CacheConnection, Command
 from cluster_tasks.cache.counters import Counters
 from cluster_tasks.cache.patterns import escape
@@ -311,6 +321,25 @@ def test_who_waits_for_what_is_not_stored_computes_with_the_others(make: Make) -
         begun.wait()
         asked += [executor.submit(cache.get_or_compute, "k", later) for cache in caches[1:]]
         assert [each.result() for each in asked] == [None] * 3
+
+
+def test_what_was_computed_under_one_shared_lease_is_not_stored_under_another(cache: Cache) -> None:
+    def shared() -> dict[str, str]:
+        """The lease of one who takes it when another has shared his."""
+        cache.hold(cache.lease(["k"], 60), 60, shared=True)
+        return cache.lease(["k"], 60)
+
+    entry = {"k": Entry(b"of the old", 60, 60, generation=cache.read(["k"]).generation or "")}
+    before = shared()
+    cache.delete("k")
+    after = shared()
+    assert before, "who asks for a shared lease has it"
+    assert before != after
+    assert cache.commit(before, entry) == 0
+    assert cache.get("k") is None
+    assert cache.hold(after, 60, shared=True) == 1
+    assert cache.lease(["k"], 60) == after, "it is shared as before"
+    assert cache.commit(after, entry) == 1
 
 
 def test_who_computes_a_key_by_asking_for_it_is_told(cache: Cache) -> None:
