@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -78,7 +78,11 @@ class Cache(ABC):
 
     @abstractmethod
     def delete(self, *keys: str) -> int:
-        """Forget keys everywhere; return how many there were. What is being computed for them is not stored either."""
+        """Forget keys everywhere; return how many there were.
+
+        What is being computed for them is not stored either, nor given to anybody who asks after that. So it is for
+        whatever ``clear`` and ``invalidate`` make void, too.
+        """
 
     @abstractmethod
     def expire(self, key: str, ttl_s: float) -> bool:
@@ -118,6 +122,9 @@ class Cache(ABC):
     @cached_property
     def _flights(self) -> Flights:
         return Flights(self)
+
+    def _forget_flights(self, _: str, keys: Sequence[str] | None) -> None:
+        self._flights.forget(keys)
 
     def get_or_compute(
         self,

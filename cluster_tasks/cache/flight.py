@@ -13,8 +13,9 @@ import math
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -61,8 +62,9 @@ class Flights:
     def after_fork(self) -> None:
         """Begin with no computation under way: those of the parent's threads are not here."""
         self._lock = threading.Lock()
-        self._running: dict[str, tuple[Future[bytes | None], int]] = {}
-        """With the thread that computes."""
+        self._running: dict[str, _Running] = {}
+        self._computing: set[tuple[str, int]] = set()
+        """Keys, each with the thread that computes it."""
         self._ahead: set[str] = set()
 
     def get(
@@ -79,26 +81,37 @@ class Flights:
             return entry.value
         return self._join(key, flight)
 
+    def forget(self, keys: Iterable[str] | None) -> None:
+        """Have nobody join what is being computed for keys, or for any: they have changed since it began."""
+        with self._lock:
+            for key in self._running if keys is None else keys:
+                if (running := self._running.get(key)) is not None:
+                    running.is_void = True
+
     def _join(self, key: str, flight: _Flight) -> bytes | None:
-        me = threading.get_ident()
+        me = key, threading.get_ident()
         while True:
             with self._lock:
-                running, by = self._running.get(key, (None, me))
-                if running is None:
-                    mine = Future[bytes | None]()
-                    self._running[key] = mine, me
-            if running is None:
-                return self._compute(key, flight, mine)
-            if by == me:
-                raise RuntimeError(f"what computes {key!r} in a cache asks the cache for it, and would wait for itself")
+                if me in self._computing:
+                    raise RuntimeError(
+                        f"what computes {key!r} in a cache asks the cache for it, and would wait for itself"
+                    )
+                running = self._running.get(key)
+                if running is None or running.is_void:
+                    mine = self._running[key] = _Running(flight)
+                    self._computing.add(me)
+                    break
             try:
-                return running.result()
+                return running.landed.result()
             except _Abandoned:
                 continue
+        return self._compute(key, mine, running)
 
-    def _compute(self, key: str, flight: _Flight, mine: Future[bytes | None]) -> bytes | None:
+    def _compute(self, key: str, mine: _Running, void: _Running | None) -> bytes | None:
         try:
-            value = flight.compute_alone()
+            if void is not None:
+                mine.flight.relieve(void.flight)
+            value = mine.flight.compute_alone()
         except BaseException as exc:
             self._land(key, mine).set_exception(exc if isinstance(exc, Exception) else _Abandoned())
             raise
@@ -121,11 +134,12 @@ class Flights:
         finally:
             self._ahead.discard(key)
 
-    def _land(self, key: str, mine: Future[bytes | None]) -> Future[bytes | None]:
+    def _land(self, key: str, mine: _Running) -> Future[bytes | None]:
         with self._lock:
-            if self._running.get(key, (None,))[0] is mine:
+            self._computing.discard((key, threading.get_ident()))
+            if self._running.get(key) is mine:
                 del self._running[key]
-        return mine
+        return mine.landed
 
 
 class _Flight:
@@ -137,6 +151,7 @@ class _Flight:
         self._cache, self._key, self._compute = cache, key, compute
         self._ttl_s, self._kept_s, self._negative_ttl_s = ttl_s, kept_s, negative_ttl_s
         self._generation: str | None = None
+        self._leases: Leases = {}
 
     def look(self) -> Entry | None:
         """Return what is there."""
@@ -151,7 +166,7 @@ class _Flight:
         """Compute, unless another process does: then wait for that."""
         for pause_s in _pauses():
             try:
-                lease = self._cache.lease([self._key], LEASE_S)
+                self._leases = lease = self._cache.lease([self._key], LEASE_S)
             except CacheUnavailable:
                 return computed(self._cache, self._compute_key, [self._key])[0][self._key]
             # It may have been stored since it was missed, just before the lease was given back.
@@ -162,6 +177,11 @@ class _Flight:
                 return self._compute_under(lease)
             time.sleep(pause_s)
         raise AssertionError("pauses do not end")
+
+    def relieve(self, void: _Flight) -> None:
+        """Have nobody wait for a computation of an earlier generation: its value will not be found."""
+        if None not in (void._generation, self._generation) and void._generation != self._generation:
+            give_back(self._cache, void._leases)
 
     def compute_if_nobody_does(self) -> None:
         """Compute what is due, unless another process does, or the cache is away."""
@@ -193,6 +213,16 @@ class _Flight:
 
     def _compute_key(self, _: list[str]) -> Values:
         return {self._key: self._compute()}
+
+
+@dataclass(slots=True)
+class _Running:
+    """A computation that others may join."""
+
+    flight: _Flight
+    landed: Future[bytes | None] = field(default_factory=Future)
+    is_void: bool = False
+    """Its key has changed since it began: who asks after that is to be given another value."""
 
 
 def is_due(entry: Entry) -> bool:

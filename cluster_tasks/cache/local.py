@@ -195,7 +195,9 @@ class LocalCache(Cache):
         with self._lock:
             for key in keys:
                 self._leases.pop(key, None)
-            return self.memory.forget(self.namespace, keys)
+            forgotten = self.memory.forget(self.namespace, keys)
+        self._flights.forget(keys)
+        return forgotten
 
     def expire(self, key: str, ttl_s: float) -> bool:
         """As ``Cache.expire``."""
@@ -212,9 +214,10 @@ class LocalCache(Cache):
         matches = compile_pattern(pattern).fullmatch
         with self._lock:
             self._leases = {key: lease for key, lease in self._leases.items() if not matches(key)}
-            return self.memory.forget(
-                self.namespace, [key for _, key in self.memory.places(self.namespace) if matches(key)]
-            )
+            keys = [key for _, key in self.memory.places(self.namespace) if matches(key)]
+            forgotten = self.memory.forget(self.namespace, keys)
+        self._flights.forget(None)
+        return forgotten
 
     def invalidate(self) -> None:
         """As ``Cache.invalidate``."""
@@ -222,6 +225,7 @@ class LocalCache(Cache):
             self._generation = token_hex(8)
             self._leases.clear()
             self.memory.forget(self.namespace, None)
+        self._flights.forget(None)
 
     def lease(self, keys: Iterable[str], lease_s: float, *, by_force: bool = False) -> dict[str, str]:
         """As ``Cache.lease``, among the threads of this process."""

@@ -66,6 +66,7 @@ class RedisCache(Cache):
         super().__init__(namespace, default_ttl_s, shared.counters)
         self.shared, self.staleness_s = shared, staleness_s
         self._connection, self._keys = shared.connection, shared.keys
+        shared.coherence.on_change(self._forget_flights, namespace)
 
     def read(self, keys: Iterable[str]) -> Reading:
         """As ``Cache.read``, in one round trip; while Redis is away, nothing is found."""

@@ -254,6 +254,72 @@ def test_what_changed_during_a_computation_is_not_overwritten_by_it(cache: Cache
     assert cache.get("k") == (b"new" if change == "set" else None)
 
 
+def change_while_it_is_computed(cache: Cache, change: Callable[[], object], asked: int = 1) -> None:
+    """Change what is being computed for a key; who asks after that is given what is computed after that, once."""
+    begun, may_end, computed = threading.Event(), threading.Event(), []
+
+    def old() -> bytes:
+        begun.set()
+        may_end.wait(10)
+        return b"old"
+
+    def new() -> bytes:
+        computed.append(1)
+        time.sleep(0.2)
+        return b"new"
+
+    with ThreadPoolExecutor(1 + asked) as executor:
+        before = executor.submit(cache.get_or_compute, "k", old)
+        begun.wait()
+        change()
+        after = [executor.submit(cache.get_or_compute, "k", new) for _ in range(asked)]
+        assert [each.result() for each in after] == [b"new"] * asked
+        assert not before.done()
+        may_end.set()
+        assert before.result() == b"old"
+    assert len(computed) == 1
+    assert cache.get("k") == b"new"
+
+
+@pytest.mark.parametrize("change", ["delete", "clear", "invalidate"])
+def test_who_asks_after_a_change_is_not_given_what_was_being_computed_before(cache: Cache, change: str) -> None:
+    changes = {"delete": lambda: cache.delete("k"), "clear": cache.clear, "invalidate": cache.invalidate}
+    change_while_it_is_computed(cache, changes[change])
+    cache.clear()
+    change_while_it_is_computed(cache, changes[change], asked=8)
+
+
+@pytest.mark.parametrize("change", ["delete", "clear", "invalidate"])
+def test_nor_is_who_asks_after_a_change_by_another_process(make: Make, change: str) -> None:
+    cache = other = make()
+    if not isinstance(cache, LocalCache):
+        # Who looks every time whether something has changed need not hear of it.
+        cache, other = make(staleness_s=0.0), make()
+    changes = {"delete": lambda: other.delete("k"), "clear": other.clear, "invalidate": other.invalidate}
+    change_while_it_is_computed(cache, changes[change])
+
+
+def test_what_is_being_computed_is_not_computed_again_for_what_has_changed_beside_it(make: Make) -> None:
+    caches = [make() for _ in range(2)]
+    begun, may_end = threading.Event(), threading.Event()
+
+    def compute() -> bytes:
+        begun.set()
+        may_end.wait(10)
+        return b"v"
+
+    with ThreadPoolExecutor(8) as executor:
+        asked = [executor.submit(caches[0].get_or_compute, "k", compute)]
+        begun.wait()
+        for cache in caches:
+            cache.set("other", b"1")
+            cache.clear("none of these*")
+        asked += [executor.submit(caches[0].get_or_compute, "k", lambda: pytest.fail("computed")) for _ in range(7)]
+        time.sleep(0.2)
+        may_end.set()
+        assert [each.result() for each in asked] == [b"v"] * 8
+
+
 def test_a_stale_value_is_served_while_it_is_computed_anew(cache: Cache) -> None:
     cache.get_or_compute("k", lambda: b"old", 0.2, kept_s=60)
     wait_until(lambda: not cache.exists("k"), 10)
@@ -345,6 +411,13 @@ def test_what_was_computed_under_one_shared_lease_is_not_stored_under_another(ca
 def test_who_computes_a_key_by_asking_for_it_is_told(cache: Cache) -> None:
     with pytest.raises(RuntimeError, match="what computes 'k' in a cache asks the cache for it"):
         cache.get_or_compute("k", lambda: cache.get_or_compute("k", lambda: b"v"))
+
+    def ask_after_a_change() -> bytes | None:
+        cache.clear("none of these*")
+        return cache.get_or_compute("k", lambda: b"v")
+
+    with pytest.raises(RuntimeError, match="what computes 'k' in a cache asks the cache for it"):
+        cache.get_or_compute("k", ask_after_a_change)
     assert cache.get_or_compute("k", lambda: b"v") == b"v"
 
 
