@@ -135,18 +135,20 @@ class Cache(ABC):
         refresh: Refresh = Refresh.IN_TIME,
         kept_s: float = 0.0,
         negative_ttl_s: float | None = None,
+        among: str = "",
     ) -> bytes | None:
         """Return the value of a key; what is missing is computed by one caller in the cluster, and the others wait.
 
         A value that was fresh less than ``kept_s`` ago is returned at once while one caller computes it anew, and
         one that soon will not be fresh may be computed before. None is an answer: it is stored for
         ``negative_ttl_s``, if given. Raises what ``compute`` raises; all that wait in this process get that, too.
-        What is not stored, or fails, lets all who wait compute at once. Raises RuntimeError if ``compute`` asks for its
-        own key, and TypeError if it returns no bytes.
+        What is not stored, or fails, lets all who wait compute at once. Callers of another ``among`` are given what is
+        stored, and neither an error nor what is not. Raises RuntimeError if ``compute`` asks for its own key, and
+        TypeError if it returns no bytes.
         """
         check_keys([key])
         ttl_s, negative_ttl_s = self._ttl(ttl_s), check_ttl(negative_ttl_s) if negative_ttl_s else None
-        return self._flights.get(key, compute, ttl_s, refresh, check_kept(kept_s), negative_ttl_s)
+        return self._flights.get(key, compute, ttl_s, refresh, check_kept(kept_s), negative_ttl_s, among)
 
     def get_or_compute_many(
         self, keys: Iterable[str], compute: Callable[[list[str]], Values], ttl_s: float | None = None

@@ -34,6 +34,8 @@ POLL_S = (0.01, 0.2)
 REFRESHERS = 4
 """Threads of a process that compute ahead of time."""
 Compute = Callable[[], bytes | None]
+Place = tuple[str, str]
+"""A key, and among whom what is computed for it is shared before it is stored."""
 
 
 class Refresh(Enum):
@@ -62,14 +64,15 @@ class Flights:
     def after_fork(self) -> None:
         """Begin with no computation under way: those of the parent's threads are not here."""
         self._lock = threading.Lock()
-        self._running: dict[str, _Running] = {}
+        self._running: dict[Place, _Running] = {}
         self._computing: set[tuple[str, int]] = set()
         """Keys, each with the thread that computes it."""
         self._ahead: set[str] = set()
 
     def get(
-        self, key: str, compute: Compute, ttl_s: float, refresh: Refresh, kept_s: float, negative_ttl_s: float | None
-    ) -> bytes | None:
+        self, key: str, compute: Compute, ttl_s: float, refresh: Refresh, kept_s: float, negative_ttl_s: float | None,
+        among: str,
+    ) -> bytes | None:  # fmt: skip
         """As ``Cache.get_or_compute``, with all that is left open there."""
         flight = _Flight(self._cache, key, compute, ttl_s, kept_s, negative_ttl_s)
         if refresh is Refresh.NOW:
@@ -77,50 +80,51 @@ class Flights:
         entry = flight.look()
         if entry is not None and (entry.is_fresh or (refresh is Refresh.IN_TIME and entry.left_s > -kept_s)):
             if refresh is Refresh.IN_TIME and is_due(entry):
-                self._compute_ahead(key, flight)
+                self._compute_ahead((key, among), flight)
             return entry.value
-        return self._join(key, flight)
+        return self._join((key, among), flight)
 
     def forget(self, keys: Iterable[str] | None) -> None:
         """Have nobody join what is being computed for keys, or for any: they have changed since it began."""
+        changed = None if keys is None else set(keys)
         with self._lock:
-            for key in self._running if keys is None else keys:
-                if (running := self._running.get(key)) is not None:
-                    running.is_void = True
+            for (key, _), running in self._running.items():
+                running.is_void |= changed is None or key in changed
 
-    def _join(self, key: str, flight: _Flight) -> bytes | None:
-        me = key, threading.get_ident()
+    def _join(self, place: Place, flight: _Flight) -> bytes | None:
+        key, me = place[0], (place[0], threading.get_ident())
         while True:
             with self._lock:
                 if me in self._computing:
                     raise RuntimeError(
                         f"what computes {key!r} in a cache asks the cache for it, and would wait for itself"
                     )
-                running = self._running.get(key)
+                running = self._running.get(place)
                 if running is None or running.is_void:
-                    mine = self._running[key] = _Running(flight)
+                    mine = self._running[place] = _Running(flight)
                     self._computing.add(me)
                     break
             try:
                 return running.landed.result()
             except _Abandoned:
                 continue
-        return self._compute(key, mine, running)
+        return self._compute(place, mine, running)
 
-    def _compute(self, key: str, mine: _Running, void: _Running | None) -> bytes | None:
+    def _compute(self, place: Place, mine: _Running, void: _Running | None) -> bytes | None:
         try:
             if void is not None:
                 mine.flight.relieve(void.flight)
             value = mine.flight.compute_alone()
         except BaseException as exc:
-            self._land(key, mine).set_exception(exc if isinstance(exc, Exception) else _Abandoned())
+            self._land(place, mine).set_exception(exc if isinstance(exc, Exception) else _Abandoned())
             raise
-        self._land(key, mine).set_result(value)
+        self._land(place, mine).set_result(value)
         return value
 
-    def _compute_ahead(self, key: str, flight: _Flight) -> None:
+    def _compute_ahead(self, place: Place, flight: _Flight) -> None:
+        key, _ = place
         with self._lock:
-            if key in self._ahead or key in self._running or len(self._ahead) >= REFRESHERS:
+            if key in self._ahead or place in self._running or len(self._ahead) >= REFRESHERS:
                 return
             self._ahead.add(key)
         # A process that ends does not wait for it.
@@ -134,11 +138,11 @@ class Flights:
         finally:
             self._ahead.discard(key)
 
-    def _land(self, key: str, mine: _Running) -> Future[bytes | None]:
+    def _land(self, place: Place, mine: _Running) -> Future[bytes | None]:
         with self._lock:
-            self._computing.discard((key, threading.get_ident()))
-            if self._running.get(key) is mine:
-                del self._running[key]
+            self._computing.discard((place[0], threading.get_ident()))
+            if self._running.get(place) is mine:
+                del self._running[place]
         return mine.landed
 
 

@@ -215,6 +215,27 @@ def test_an_error_of_a_computation_reaches_the_caller_and_the_next_one_computes(
     assert cache.get_or_compute("k", lambda: b"v") == b"v"
 
 
+def test_an_error_reaches_those_who_wait_among_the_same_only(cache: Cache) -> None:
+    begun, may_end = threading.Event(), threading.Event()
+
+    def fail() -> bytes:
+        begun.set()
+        may_end.wait(10)
+        raise LookupError("no")
+
+    with ThreadPoolExecutor(3) as executor:
+        failing = [executor.submit(cache.get_or_compute, "k", fail, among="a")]
+        begun.wait()
+        failing += [executor.submit(cache.get_or_compute, "k", lambda: pytest.fail("computed"), among="a")]
+        other = executor.submit(cache.get_or_compute, "k", lambda: b"v", among="b")
+        time.sleep(0.2)
+        assert not other.done(), "what may be stored is waited for"
+        may_end.set()
+        assert other.result() == b"v"
+        assert [type(each.exception()) for each in failing] == [LookupError] * 2
+    assert cache.get_or_compute("k", fail, among="a") == b"v"
+
+
 def test_nothing_is_an_answer_that_is_kept_if_asked(cache: Cache) -> None:
     asked = []
 
@@ -414,7 +435,7 @@ def test_who_computes_a_key_by_asking_for_it_is_told(cache: Cache) -> None:
 
     def ask_after_a_change() -> bytes | None:
         cache.clear("none of these*")
-        return cache.get_or_compute("k", lambda: b"v")
+        return cache.get_or_compute("k", lambda: b"v", among="others")
 
     with pytest.raises(RuntimeError, match="what computes 'k' in a cache asks the cache for it"):
         cache.get_or_compute("k", ask_after_a_change)
