@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -78,7 +78,11 @@ class Cache(ABC):
 
     @abstractmethod
     def delete(self, *keys: str) -> int:
-        """Forget keys everywhere; return how many there were. What is being computed for them is not stored either."""
+        """Forget keys everywhere; return how many there were.
+
+        What is being computed for them is not stored either, nor given to anybody who asks after that. So it is for
+        whatever ``clear`` and ``invalidate`` make void, too.
+        """
 
     @abstractmethod
     def expire(self, key: str, ttl_s: float) -> bool:
@@ -119,6 +123,9 @@ class Cache(ABC):
     def _flights(self) -> Flights:
         return Flights(self)
 
+    def _forget_flights(self, _: str, keys: Sequence[str] | None) -> None:
+        self._flights.forget(keys)
+
     def get_or_compute(
         self,
         key: str,
@@ -128,18 +135,20 @@ class Cache(ABC):
         refresh: Refresh = Refresh.IN_TIME,
         kept_s: float = 0.0,
         negative_ttl_s: float | None = None,
+        among: str = "",
     ) -> bytes | None:
         """Return the value of a key; what is missing is computed by one caller in the cluster, and the others wait.
 
         A value that was fresh less than ``kept_s`` ago is returned at once while one caller computes it anew, and
         one that soon will not be fresh may be computed before. None is an answer: it is stored for
         ``negative_ttl_s``, if given. Raises what ``compute`` raises; all that wait in this process get that, too.
-        What is not stored, or fails, lets all who wait compute at once. Raises RuntimeError if ``compute`` asks for its
-        own key, and TypeError if it returns no bytes.
+        What is not stored, or fails, lets all who wait compute at once. Callers of another ``among`` are given what is
+        stored, and neither an error nor what is not. Raises RuntimeError if ``compute`` asks for its own key, and
+        TypeError if it returns no bytes.
         """
         check_keys([key])
         ttl_s, negative_ttl_s = self._ttl(ttl_s), check_ttl(negative_ttl_s) if negative_ttl_s else None
-        return self._flights.get(key, compute, ttl_s, refresh, check_kept(kept_s), negative_ttl_s)
+        return self._flights.get(key, compute, ttl_s, refresh, check_kept(kept_s), negative_ttl_s, among)
 
     def get_or_compute_many(
         self, keys: Iterable[str], compute: Callable[[list[str]], Values], ttl_s: float | None = None

@@ -57,15 +57,20 @@ class Coherence:
     def __init__(self, connection: CacheConnection, keys: Keys, clock: Clock) -> None:
         self._connection, self._keys, self._clock = connection, keys, clock
         self._states: dict[str, State] = {}
-        self._drops: list[Drop] = []
+        self._drops: dict[str, list[Drop]] = {"": []}
+        """By namespace; "": of all."""
         self._lock = threading.Lock()
         self._listener: threading.Thread | None = None
         renewed_after_fork(self)
 
-    def on_change(self, drop: Drop) -> None:
-        """Have ``drop`` called when something is void, and listen for that from the first use on. Safe to repeat."""
-        if drop not in self._drops:
-            self._drops.append(drop)
+    def on_change(self, drop: Drop, namespace: str = "") -> None:
+        """Have ``drop`` called when something is void, and listen for that from the first use on. Safe to repeat.
+
+        With ``namespace``: when something of that is, as far as this process learns of it anyway.
+        """
+        drops = self._drops.setdefault(namespace, [])
+        if drop not in drops:
+            drops.append(drop)
 
     def known(self, namespace: str, staleness_s: float) -> State | None:
         """Return the state if it was read within ``staleness_s``."""
@@ -85,7 +90,7 @@ class Coherence:
                 # The first state, too: in a Redis Cluster it may be younger than a value that was asked for with it.
                 self._drop(namespace, None)
             self._states[namespace] = kept
-        if self._drops and (self._listener is None or not self._listener.is_alive()):
+        if self._drops[""] and (self._listener is None or not self._listener.is_alive()):
             self._listen()
         return state
 
@@ -139,7 +144,7 @@ class Coherence:
         return generation
 
     def _drop(self, namespace: str, keys: Sequence[str] | None) -> None:
-        for drop in self._drops:
+        for drop in [*self._drops[""], *self._drops.get(namespace, ())]:
             drop(namespace, keys)
 
     def _listen(self) -> None:

@@ -13,8 +13,9 @@ import math
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,8 @@ POLL_S = (0.01, 0.2)
 REFRESHERS = 4
 """Threads of a process that compute ahead of time."""
 Compute = Callable[[], bytes | None]
+Place = tuple[str, str]
+"""A key, and among whom what is computed for it is shared before it is stored."""
 
 
 class Refresh(Enum):
@@ -61,13 +64,15 @@ class Flights:
     def after_fork(self) -> None:
         """Begin with no computation under way: those of the parent's threads are not here."""
         self._lock = threading.Lock()
-        self._running: dict[str, tuple[Future[bytes | None], int]] = {}
-        """With the thread that computes."""
+        self._running: dict[Place, _Running] = {}
+        self._computing: set[tuple[str, int]] = set()
+        """Keys, each with the thread that computes it."""
         self._ahead: set[str] = set()
 
     def get(
-        self, key: str, compute: Compute, ttl_s: float, refresh: Refresh, kept_s: float, negative_ttl_s: float | None
-    ) -> bytes | None:
+        self, key: str, compute: Compute, ttl_s: float, refresh: Refresh, kept_s: float, negative_ttl_s: float | None,
+        among: str,
+    ) -> bytes | None:  # fmt: skip
         """As ``Cache.get_or_compute``, with all that is left open there."""
         flight = _Flight(self._cache, key, compute, ttl_s, kept_s, negative_ttl_s)
         if refresh is Refresh.NOW:
@@ -75,39 +80,51 @@ class Flights:
         entry = flight.look()
         if entry is not None and (entry.is_fresh or (refresh is Refresh.IN_TIME and entry.left_s > -kept_s)):
             if refresh is Refresh.IN_TIME and is_due(entry):
-                self._compute_ahead(key, flight)
+                self._compute_ahead((key, among), flight)
             return entry.value
-        return self._join(key, flight)
+        return self._join((key, among), flight)
 
-    def _join(self, key: str, flight: _Flight) -> bytes | None:
-        me = threading.get_ident()
+    def forget(self, keys: Iterable[str] | None) -> None:
+        """Have nobody join what is being computed for keys, or for any: they have changed since it began."""
+        changed = None if keys is None else set(keys)
+        with self._lock:
+            for (key, _), running in self._running.items():
+                running.is_void |= changed is None or key in changed
+
+    def _join(self, place: Place, flight: _Flight) -> bytes | None:
+        key, me = place[0], (place[0], threading.get_ident())
         while True:
             with self._lock:
-                running, by = self._running.get(key, (None, me))
-                if running is None:
-                    mine = Future[bytes | None]()
-                    self._running[key] = mine, me
-            if running is None:
-                return self._compute(key, flight, mine)
-            if by == me:
-                raise RuntimeError(f"what computes {key!r} in a cache asks the cache for it, and would wait for itself")
+                if me in self._computing:
+                    raise RuntimeError(
+                        f"what computes {key!r} in a cache asks the cache for it, and would wait for itself"
+                    )
+                running = self._running.get(place)
+                if running is None or running.is_void:
+                    mine = self._running[place] = _Running(flight)
+                    self._computing.add(me)
+                    break
             try:
-                return running.result()
+                return running.landed.result()
             except _Abandoned:
                 continue
+        return self._compute(place, mine, running)
 
-    def _compute(self, key: str, flight: _Flight, mine: Future[bytes | None]) -> bytes | None:
+    def _compute(self, place: Place, mine: _Running, void: _Running | None) -> bytes | None:
         try:
-            value = flight.compute_alone()
+            if void is not None:
+                mine.flight.relieve(void.flight)
+            value = mine.flight.compute_alone()
         except BaseException as exc:
-            self._land(key, mine).set_exception(exc if isinstance(exc, Exception) else _Abandoned())
+            self._land(place, mine).set_exception(exc if isinstance(exc, Exception) else _Abandoned())
             raise
-        self._land(key, mine).set_result(value)
+        self._land(place, mine).set_result(value)
         return value
 
-    def _compute_ahead(self, key: str, flight: _Flight) -> None:
+    def _compute_ahead(self, place: Place, flight: _Flight) -> None:
+        key, _ = place
         with self._lock:
-            if key in self._ahead or key in self._running or len(self._ahead) >= REFRESHERS:
+            if key in self._ahead or place in self._running or len(self._ahead) >= REFRESHERS:
                 return
             self._ahead.add(key)
         # A process that ends does not wait for it.
@@ -121,11 +138,12 @@ class Flights:
         finally:
             self._ahead.discard(key)
 
-    def _land(self, key: str, mine: Future[bytes | None]) -> Future[bytes | None]:
+    def _land(self, place: Place, mine: _Running) -> Future[bytes | None]:
         with self._lock:
-            if self._running.get(key, (None,))[0] is mine:
-                del self._running[key]
-        return mine
+            self._computing.discard((place[0], threading.get_ident()))
+            if self._running.get(place) is mine:
+                del self._running[place]
+        return mine.landed
 
 
 class _Flight:
@@ -137,6 +155,7 @@ class _Flight:
         self._cache, self._key, self._compute = cache, key, compute
         self._ttl_s, self._kept_s, self._negative_ttl_s = ttl_s, kept_s, negative_ttl_s
         self._generation: str | None = None
+        self._leases: Leases = {}
 
     def look(self) -> Entry | None:
         """Return what is there."""
@@ -151,7 +170,7 @@ class _Flight:
         """Compute, unless another process does: then wait for that."""
         for pause_s in _pauses():
             try:
-                lease = self._cache.lease([self._key], LEASE_S)
+                self._leases = lease = self._cache.lease([self._key], LEASE_S)
             except CacheUnavailable:
                 return computed(self._cache, self._compute_key, [self._key])[0][self._key]
             # It may have been stored since it was missed, just before the lease was given back.
@@ -162,6 +181,11 @@ class _Flight:
                 return self._compute_under(lease)
             time.sleep(pause_s)
         raise AssertionError("pauses do not end")
+
+    def relieve(self, void: _Flight) -> None:
+        """Have nobody wait for a computation of an earlier generation: its value will not be found."""
+        if None not in (void._generation, self._generation) and void._generation != self._generation:
+            give_back(self._cache, void._leases)
 
     def compute_if_nobody_does(self) -> None:
         """Compute what is due, unless another process does, or the cache is away."""
@@ -193,6 +217,16 @@ class _Flight:
 
     def _compute_key(self, _: list[str]) -> Values:
         return {self._key: self._compute()}
+
+
+@dataclass(slots=True)
+class _Running:
+    """A computation that others may join."""
+
+    flight: _Flight
+    landed: Future[bytes | None] = field(default_factory=Future)
+    is_void: bool = False
+    """Its key has changed since it began: who asks after that is to be given another value."""
 
 
 def is_due(entry: Entry) -> bool:

@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 LEASE_S = 3.0
 """How long a process that died delays the others at most."""
 RENEWED_S = LEASE_S / 3
-SHARED = "shared"
-"""The token of a shared lease."""
+SHARED = "shared:"
+"""How the token of a shared lease begins; the token that it had before follows."""
 SHARED_S = 1.0
 """Long enough for all who wait to see it."""
 Leases = Mapping[str, str]
@@ -95,11 +95,16 @@ def give_back(cache: Cache, leases: Leases, *, shared: bool = False) -> None:
         logger.debug("leases run out by themselves: %s", exc)
 
 
+def shared_token(token: str) -> str:
+    """Return the token that a lease has when it is shared: no other that is shared later has the same."""
+    return token if token.startswith(SHARED) else SHARED + token
+
+
 @contextmanager
 def _holding(cache: Cache, leases: Leases) -> Iterator[None]:
     """Let leases last until the block ends, however long that takes."""
     done = threading.Event()
-    mine = {key: token for key, token in leases.items() if token != SHARED}
+    mine = {key: token for key, token in leases.items() if not token.startswith(SHARED)}
 
     def hold() -> None:
         while not done.is_set():

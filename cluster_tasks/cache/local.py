@@ -15,7 +15,7 @@ from cluster_tasks.cache.base import Cache, Reading, check_kept, check_keys, che
 from cluster_tasks.cache.counters import Counters, count_found
 from cluster_tasks.cache.entry import Entry, as_bytes
 from cluster_tasks.cache.forks import renewed_after_fork
-from cluster_tasks.cache.leases import SHARED, Leases
+from cluster_tasks.cache.leases import SHARED, Leases, shared_token
 from cluster_tasks.cache.patterns import compile_pattern
 from cluster_tasks.clock import Clock
 
@@ -195,7 +195,9 @@ class LocalCache(Cache):
         with self._lock:
             for key in keys:
                 self._leases.pop(key, None)
-            return self.memory.forget(self.namespace, keys)
+            forgotten = self.memory.forget(self.namespace, keys)
+        self._flights.forget(keys)
+        return forgotten
 
     def expire(self, key: str, ttl_s: float) -> bool:
         """As ``Cache.expire``."""
@@ -212,9 +214,10 @@ class LocalCache(Cache):
         matches = compile_pattern(pattern).fullmatch
         with self._lock:
             self._leases = {key: lease for key, lease in self._leases.items() if not matches(key)}
-            return self.memory.forget(
-                self.namespace, [key for _, key in self.memory.places(self.namespace) if matches(key)]
-            )
+            keys = [key for _, key in self.memory.places(self.namespace) if matches(key)]
+            forgotten = self.memory.forget(self.namespace, keys)
+        self._flights.forget(None)
+        return forgotten
 
     def invalidate(self) -> None:
         """As ``Cache.invalidate``."""
@@ -222,6 +225,7 @@ class LocalCache(Cache):
             self._generation = token_hex(8)
             self._leases.clear()
             self.memory.forget(self.namespace, None)
+        self._flights.forget(None)
 
     def lease(self, keys: Iterable[str], lease_s: float, *, by_force: bool = False) -> dict[str, str]:
         """As ``Cache.lease``, among the threads of this process."""
@@ -232,7 +236,7 @@ class LocalCache(Cache):
                 if by_force or until_s <= now_s:
                     leases[key] = token_hex(8)
                     self._leases[key] = leases[key], now_s + lease_s
-                elif token == SHARED:
+                elif token.startswith(SHARED):
                     leases[key] = token
         return leases
 
@@ -243,7 +247,7 @@ class LocalCache(Cache):
             held = {key: token for key, token in leases.items() if self._leases.get(key, ("",))[0] == token}
             for key, token in held.items():
                 if lease_s > 0:
-                    self._leases[key] = SHARED if shared else token, until_s
+                    self._leases[key] = shared_token(token) if shared else token, until_s
                 else:
                     del self._leases[key]
             return len(held)

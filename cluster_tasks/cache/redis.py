@@ -18,7 +18,7 @@ from cluster_tasks.cache.connection import CacheConnection, Call, Command, Refus
 from cluster_tasks.cache.counters import Counters, count_found
 from cluster_tasks.cache.entry import Entry, as_bytes, pack, unpack
 from cluster_tasks.cache.hot import HotKeys
-from cluster_tasks.cache.leases import SHARED, SHARED_S, Leases
+from cluster_tasks.cache.leases import SHARED, SHARED_S, Leases, shared_token
 from cluster_tasks.cache.patterns import beginning, compile_pattern, escape
 from cluster_tasks.clock import Clock
 from cluster_tasks.errors import CacheUnavailable
@@ -66,6 +66,7 @@ class RedisCache(Cache):
         super().__init__(namespace, default_ttl_s, shared.counters)
         self.shared, self.staleness_s = shared, staleness_s
         self._connection, self._keys = shared.connection, shared.keys
+        shared.coherence.on_change(self._forget_flights, namespace)
 
     def read(self, keys: Iterable[str]) -> Reading:
         """As ``Cache.read``, in one round trip; while Redis is away, nothing is found."""
@@ -184,7 +185,7 @@ class RedisCache(Cache):
         """As ``Cache.hold``."""
         lasts_ms = _milliseconds(lease_s)
         calls = [
-            ("hold", [self._lease(key)], [token, lasts_ms, SHARED if shared else token])
+            ("hold", [self._lease(key)], [token, lasts_ms, shared_token(token) if shared else token])
             for key, token in leases.items()
         ]
         return int(sum(self._run(calls)))

@@ -39,6 +39,7 @@ class TieredCache(Cache):
         super().__init__(shared.namespace, shared.default_ttl_s, shared.counters)
         self.memory, self.redis, self._may_be_local, self._local_s = memory, shared, may_be_local, local_s
         shared.shared.coherence.on_change(memory.forget)
+        shared.shared.coherence.on_change(self._forget_flights, self.namespace)
 
     def read(self, keys: Iterable[str]) -> Reading:
         """As ``Cache.read``: from memory what is known to stand, all else from Redis."""

@@ -156,12 +156,17 @@ class EmbeddingGateway:
         self._places = places
 
     def embed(self, request: EmbeddingRequest) -> EmbeddingResult:
-        """Embed by the first place that is available. Raises what the first raised, but rather ProviderLimited."""
-        errors: list[ProviderUnavailable] = []
+        """Embed by the first place that is available. Raises what the first raised, but rather ProviderLimited.
+
+        What the first refuses is not asked of the others; one of those that refuses is passed over.
+        """
+        errors: list[ProviderError] = []
         for place in self._places:
             try:
                 return place.embed(request)
-            except ProviderUnavailable as exc:
+            except ProviderError as exc:
+                if not errors and not isinstance(exc, ProviderUnavailable):
+                    raise
                 errors.append(exc)
         raise next((error for error in errors if isinstance(error, ProviderLimited)), errors[0])
 

@@ -55,8 +55,9 @@ class EtcdLocks:
     def release(self, grant: Grant) -> bool:
         """As ``LockStore.release``: the key goes with its lease."""
         is_ours = self._is_ours(grant)
-        # The key goes with its lease.
-        return self._store.revoke(int(grant.lease)) and is_ours
+        # If it is there no more, a server whose answer was lost has just ended it.
+        self._store.revoke(int(grant.lease))
+        return is_ours
 
     def held(self) -> dict[str, float | None]:
         """As ``LockStore.held``."""
@@ -69,4 +70,7 @@ class EtcdLocks:
         self._store.close()
 
     def _is_ours(self, grant: Grant) -> bool:
-        return self._store.commit([unchanged(self._root + grant.key, grant.token)], [], "asking for a lock").succeeded
+        path = self._root + grant.key
+        # With nothing to do, it would be answered by one server as that knows it, and not by a majority.
+        then = [read(path, keys_only=True)]
+        return self._store.commit([unchanged(path, grant.token)], then, "asking for a lock").succeeded

@@ -211,12 +211,13 @@ class Kept:
 
     def answer(
         self, request: Mapping[str, Any], compute: Callable[[Callable[[], Any]], Any], use: CacheUse,
-        *, is_shared: bool = True,
+        *, is_shared: bool = True, among: str = "",
     ) -> dict[str, Any]:  # fmt: skip
         """Return the answer to a request, which JSON can say.
 
         ``compute`` makes it; it is handed what returns a stale answer, or None, for when no model is available. One
-        that is not ``is_shared`` is made here even while another is being made, and what ends it ends no other.
+        that is not ``is_shared`` is made here even while another is being made, and what ends it ends no other. One
+        that is not kept, or an error, is given to callers of the same ``among`` only.
         """
         key, answers = self._answer_key(request), self._answers
         if use != "refresh" and (found := self.find_answer(request)) is not None:
@@ -231,7 +232,7 @@ class Kept:
         refresh = Refresh.NOW if use == "refresh" or not is_shared else Refresh.NEVER
         try:
             made = answers.get_or_compute(
-                key, make, self._settings.cache_ttl_s, refresh=refresh, kept_s=self._settings.cache_kept_s
+                key, make, self._settings.cache_ttl_s, refresh=refresh, kept_s=self._settings.cache_kept_s, among=among
             )
         except _NotKept as exc:
             return exc.result

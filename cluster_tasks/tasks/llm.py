@@ -112,7 +112,9 @@ def generate(
             prompt, messages, passages, model=model, temperature=temperature, max_tokens=max_tokens, stop=stop,
             tools=tools, response_format=response_format, **extra,
         )  # fmt: skip
-        return kept.answer(identity, answer, cache, is_shared=listener is None)
+        # Who takes no lesser answer is not to be given one, and who does is not to fail with him.
+        among = "degraded" if allow_degraded else "whole"
+        return kept.answer(identity, answer, cache, is_shared=listener is None, among=among)
 
 
 def _asked(prompt: str | None, passages: Sequence[str] | None) -> list[dict[str, Any]]:

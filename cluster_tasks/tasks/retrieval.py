@@ -53,7 +53,8 @@ if TYPE_CHECKING:
 
 OPTIMIZING_S = 300.0
 """So long nobody else optimizes what a node has begun to, and died. Two at once do no harm: one works in vain."""
-REPLACE_TRIES = 10
+TRIES = 10
+"""To leave each document whole, or none of it, while others change the same ones."""
 logger = logging.getLogger(__name__)
 
 
@@ -118,7 +119,7 @@ def _replace(task: ClusterTask, collection: str, pieces: Mapping[str, Sequence[D
     passages = list(chain(*pieces.values()))
     embedded = _embedded(task.app, collection, passages) if passages else None
     rows, left = {passage.id: row for row, passage in enumerate(passages)}, dict(pieces)
-    for attempt in range(REPLACE_TRIES):
+    for attempt in range(TRIES):
         put = list(chain(*left.values()))
         if put and embedded is not None:
             vectors = embedded.vectors[[rows[passage.id] for passage in put]]
@@ -276,16 +277,38 @@ def delete_documents(
     The id of a document that was split deletes its passages.
 
     Returns ``deleted``, their number, each passage counted; ids that the collection does not hold are no error. Fails
-    with CollectionNotFound.
+    with CollectionNotFound, and with StoreUnavailable if others keep adding the same documents: then it is to be
+    repeated.
     """
     store = backends_of(task.app).store
     store.ready(collection)
-    if ids is not None:
-        ids = [*ids, *_passage_ids(task.app, collection, ids)]
+    passages = [] if ids is None else _passage_ids(task.app, collection, ids)
     try:
-        return {"deleted": store.delete(collection, ids, where, check=task.delivery_check())}
+        wanted = None if ids is None else [*ids, *passages]
+        deleted = store.delete(collection, wanted, where, check=task.delivery_check())
+        if ids is not None and passages:
+            deleted += _delete_rest(task, collection, ids, where)
+        return {"deleted": deleted}
     finally:
         _forget_searches(task.app, collection)
+
+
+def _delete_rest(
+    task: ClusterTask, collection: str, document_ids: Sequence[str], where: Mapping[str, Any] | None
+) -> int:
+    """Delete what is stored of split documents since their passages were read; return how many passages that were.
+
+    Another job may have added one of them anew meanwhile, in more passages: those that nobody knew of would be left.
+    """
+    store, check, deleted = backends_of(task.app).store, task.delivery_check(), 0
+    for _ in range(TRIES):
+        passages = _passage_ids(task.app, collection, document_ids)
+        more = store.delete(collection, passages, where, check=check) if passages else 0
+        # Nothing is left, or nothing that matches.
+        if not more:
+            return deleted
+        deleted += more
+    raise StoreUnavailable(f"collection {collection!r}: others add the same documents again and again: {document_ids}")
 
 
 @ready_made("retrieval.optimize", request_type="retrieval", affinity="collection", arguments=OptimizeArguments)

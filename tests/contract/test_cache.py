@@ -14,7 +14,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cluster_tasks.cache import Cache, LocalCache, Memory, RedisCache, Refresh, TieredCache, create_caches, share
+from cluster_tasks.cache import (
+    Cache,
+    Entry,
+    LocalCache,
+    Memory,
+    RedisCache,
+    Refresh,
+    TieredCache,
+    create_caches,
+    share,
+)
 from cluster_tasks.cache.connection import CacheConnection, Command
 from cluster_tasks.cache.counters import Counters
 from cluster_tasks.cache.patterns import escape
@@ -205,6 +215,27 @@ def test_an_error_of_a_computation_reaches_the_caller_and_the_next_one_computes(
     assert cache.get_or_compute("k", lambda: b"v") == b"v"
 
 
+def test_an_error_reaches_those_who_wait_among_the_same_only(cache: Cache) -> None:
+    begun, may_end = threading.Event(), threading.Event()
+
+    def fail() -> bytes:
+        begun.set()
+        may_end.wait(10)
+        raise LookupError("no")
+
+    with ThreadPoolExecutor(3) as executor:
+        failing = [executor.submit(cache.get_or_compute, "k", fail, among="a")]
+        begun.wait()
+        failing += [executor.submit(cache.get_or_compute, "k", lambda: pytest.fail("computed"), among="a")]
+        other = executor.submit(cache.get_or_compute, "k", lambda: b"v", among="b")
+        time.sleep(0.2)
+        assert not other.done(), "what may be stored is waited for"
+        may_end.set()
+        assert other.result() == b"v"
+        assert [type(each.exception()) for each in failing] == [LookupError] * 2
+    assert cache.get_or_compute("k", fail, among="a") == b"v"
+
+
 def test_nothing_is_an_answer_that_is_kept_if_asked(cache: Cache) -> None:
     asked = []
 
@@ -242,6 +273,72 @@ def test_what_changed_during_a_computation_is_not_overwritten_by_it(cache: Cache
         if change in ("set", "delete"):
             assert (warmed.stored, warmed.left_out) == (1, 1)
     assert cache.get("k") == (b"new" if change == "set" else None)
+
+
+def change_while_it_is_computed(cache: Cache, change: Callable[[], object], asked: int = 1) -> None:
+    """Change what is being computed for a key; who asks after that is given what is computed after that, once."""
+    begun, may_end, computed = threading.Event(), threading.Event(), []
+
+    def old() -> bytes:
+        begun.set()
+        may_end.wait(10)
+        return b"old"
+
+    def new() -> bytes:
+        computed.append(1)
+        time.sleep(0.2)
+        return b"new"
+
+    with ThreadPoolExecutor(1 + asked) as executor:
+        before = executor.submit(cache.get_or_compute, "k", old)
+        begun.wait()
+        change()
+        after = [executor.submit(cache.get_or_compute, "k", new) for _ in range(asked)]
+        assert [each.result() for each in after] == [b"new"] * asked
+        assert not before.done()
+        may_end.set()
+        assert before.result() == b"old"
+    assert len(computed) == 1
+    assert cache.get("k") == b"new"
+
+
+@pytest.mark.parametrize("change", ["delete", "clear", "invalidate"])
+def test_who_asks_after_a_change_is_not_given_what_was_being_computed_before(cache: Cache, change: str) -> None:
+    changes = {"delete": lambda: cache.delete("k"), "clear": cache.clear, "invalidate": cache.invalidate}
+    change_while_it_is_computed(cache, changes[change])
+    cache.clear()
+    change_while_it_is_computed(cache, changes[change], asked=8)
+
+
+@pytest.mark.parametrize("change", ["delete", "clear", "invalidate"])
+def test_nor_is_who_asks_after_a_change_by_another_process(make: Make, change: str) -> None:
+    cache = other = make()
+    if not isinstance(cache, LocalCache):
+        # Who looks every time whether something has changed need not hear of it.
+        cache, other = make(staleness_s=0.0), make()
+    changes = {"delete": lambda: other.delete("k"), "clear": other.clear, "invalidate": other.invalidate}
+    change_while_it_is_computed(cache, changes[change])
+
+
+def test_what_is_being_computed_is_not_computed_again_for_what_has_changed_beside_it(make: Make) -> None:
+    caches = [make() for _ in range(2)]
+    begun, may_end = threading.Event(), threading.Event()
+
+    def compute() -> bytes:
+        begun.set()
+        may_end.wait(10)
+        return b"v"
+
+    with ThreadPoolExecutor(8) as executor:
+        asked = [executor.submit(caches[0].get_or_compute, "k", compute)]
+        begun.wait()
+        for cache in caches:
+            cache.set("other", b"1")
+            cache.clear("none of these*")
+        asked += [executor.submit(caches[0].get_or_compute, "k", lambda: pytest.fail("computed")) for _ in range(7)]
+        time.sleep(0.2)
+        may_end.set()
+        assert [each.result() for each in asked] == [b"v"] * 8
 
 
 def test_a_stale_value_is_served_while_it_is_computed_anew(cache: Cache) -> None:
@@ -313,9 +410,35 @@ def test_who_waits_for_what_is_not_stored_computes_with_the_others(make: Make) -
         assert [each.result() for each in asked] == [None] * 3
 
 
+def test_what_was_computed_under_one_shared_lease_is_not_stored_under_another(cache: Cache) -> None:
+    def shared() -> dict[str, str]:
+        """The lease of one who takes it when another has shared his."""
+        cache.hold(cache.lease(["k"], 60), 60, shared=True)
+        return cache.lease(["k"], 60)
+
+    entry = {"k": Entry(b"of the old", 60, 60, generation=cache.read(["k"]).generation or "")}
+    before = shared()
+    cache.delete("k")
+    after = shared()
+    assert before, "who asks for a shared lease has it"
+    assert before != after
+    assert cache.commit(before, entry) == 0
+    assert cache.get("k") is None
+    assert cache.hold(after, 60, shared=True) == 1
+    assert cache.lease(["k"], 60) == after, "it is shared as before"
+    assert cache.commit(after, entry) == 1
+
+
 def test_who_computes_a_key_by_asking_for_it_is_told(cache: Cache) -> None:
     with pytest.raises(RuntimeError, match="what computes 'k' in a cache asks the cache for it"):
         cache.get_or_compute("k", lambda: cache.get_or_compute("k", lambda: b"v"))
+
+    def ask_after_a_change() -> bytes | None:
+        cache.clear("none of these*")
+        return cache.get_or_compute("k", lambda: b"v", among="others")
+
+    with pytest.raises(RuntimeError, match="what computes 'k' in a cache asks the cache for it"):
+        cache.get_or_compute("k", ask_after_a_change)
     assert cache.get_or_compute("k", lambda: b"v") == b"v"
 
 

@@ -25,6 +25,7 @@ from cluster_tasks.registry import create_registry
 from tests.consul_server import ConsulCluster, ConsulServer
 from tests.contract.locking import END_S, ConsulStage, EtcdStage, open_consul, open_etcd
 from tests.etcd_server import EtcdServer, etcd_cluster
+from tests.process.proxy import wire_to
 from tests.waiting import wait_until
 
 T = TypeVar("T")
@@ -204,6 +205,34 @@ def test_two_that_find_a_lock_free_in_etcd_do_not_both_get_it(etcd_server: EtcdS
     assert len(leases(etcd_server)) == before + 10
     for store in stores:
         store.close()
+
+
+def test_a_server_of_etcd_that_is_alone_is_not_believed_whose_a_lock_is(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        servers = stack.enter_context(etcd_cluster(tmp_path))
+        store = EtcdLocks(parse_etcd_url(ThreeOfEtcd(servers).url()), Keys("contract"))
+        stack.callback(store.close)
+        grant = store.take("name", 60)
+        assert grant is not None
+        assert store._is_ours(grant)
+        for server in servers[:2]:
+            server.kill()
+        # What it knows may be out of date. All that asks it this needs the others for something else as well.
+        with pytest.raises(LocksUnavailable):
+            store._is_ours(grant)
+
+
+def test_a_lock_in_etcd_is_released_though_an_answer_is_lost(etcd_server: EtcdServer) -> None:
+    before = leases(etcd_server)
+    with wire_to(etcd_server.port) as wire:
+        url = f"etcd://127.0.0.1:{wire.port},{etcd_server.address}/test"
+        with closing(open_etcd(url)) as locks:
+            held = locks.acquire("name", ttl_s=60)
+            # That of whether it is ours arrives.
+            wire.cut_replies(after=1)
+            held.release()
+            assert wire.cut == 1
+    assert leases(etcd_server) == before
 
 
 def test_a_user_that_lacks_is_named(tmp_path: Path) -> None:

@@ -423,6 +423,32 @@ def test_embeddings_fall_back_to_the_same_model_only(
     assert (first.counts[EMBEDDINGS_PATH], second.counts[EMBEDDINGS_PATH]) == (2, 4)
 
 
+def test_a_place_of_embeddings_that_refuses_hides_none_behind_it(
+    node: Callable[..., Node], servers: tuple[FakeOpenAI, FakeOpenAI]
+) -> None:
+    first, third = servers
+    first.fail(503, times=None)
+    request = EmbeddingRequest(texts=("a",))
+    with FakeOpenAI(api_key="another") as second:
+        one = node(embedding_fallbacks=[{"base_url": each.base_url} for each in (second, third)])
+        assert one.embeddings.embed(request).model == "fake-embedding"
+        assert [each.counts[EMBEDDINGS_PATH] for each in (first, second, third)] == [1, 1, 1]
+        third.fail(404, times=None)
+        with pytest.raises(ProviderUnavailable, match=first.base_url):
+            one.embeddings.embed(request)
+
+
+def test_embeddings_that_the_first_place_refuses_are_asked_of_no_other(
+    node: Callable[..., Node], servers: tuple[FakeOpenAI, FakeOpenAI]
+) -> None:
+    first, second = servers
+    first.fail(401)
+    one = node(embedding_fallbacks=[{"base_url": second.base_url}])
+    with pytest.raises(ProviderError, match="401"):
+        one.embeddings.embed(EmbeddingRequest(texts=("a",)))
+    assert second.counts[EMBEDDINGS_PATH] == 0
+
+
 def test_the_configuration_that_celery_shows_holds_no_key_of_a_fallback(node: Callable[..., Node]) -> None:
     one = node(llm_fallbacks=[{"model": "small", "api_key": "sk-very-secret"}])
     assert "sk-very-secret" not in repr(one.app.conf.table(with_defaults=True)) + one.app.bugreport()

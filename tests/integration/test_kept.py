@@ -224,6 +224,42 @@ def test_a_stale_answer_is_given_when_no_model_is_available(site: Site) -> None:
     assert site.known("llm.generate", prompt="What is blue?", **ask) is None, "that is not kept"
 
 
+@pytest.mark.parametrize("leader_takes_less", [True, False])
+def test_of_equal_requests_at_once_each_gets_what_its_caller_takes(redis_url: str, leader_takes_less: bool) -> None:
+    with FakeOpenAI(latency_s=0.7) as provider, Celery("apart", set_as_current=False, broker=redis_url) as app:
+        app.conf.update(
+            cluster_llm_base_url=provider.base_url, cluster_llm_model="fake-chat", cluster_provider_max_retries=0,
+            cluster_breaker_failure_threshold=50, cluster_cache_url=redis_url, cluster_cache_timeout_s=5,
+        )  # fmt: skip
+        Cluster(app)
+
+        def ask(prompt: str, allow_degraded: bool) -> Any:
+            passages = ["The sky is blue."]
+            try:
+                return app.tasks["llm.generate"](
+                    prompt, temperature=0.0, passages=passages, allow_degraded=allow_degraded
+                )
+            except ProviderUnavailable as exc:
+                return exc
+
+        def both(prompt: str) -> dict[bool, Any]:
+            before = provider.counts[CHAT_PATH]
+            with ThreadPoolExecutor(2) as pool:
+                leader = pool.submit(ask, prompt, leader_takes_less)
+                wait_until(lambda: provider.counts[CHAT_PATH] > before, WITHIN_S)
+                follower = pool.submit(ask, prompt, not leader_takes_less)
+                return {leader_takes_less: leader.result(), not leader_takes_less: follower.result()}
+
+        answers = both("What colour is the sky?")
+        assert answers[True]["text"] == answers[False]["text"]
+        assert provider.counts[CHAT_PATH] == 1, "the follower is given what the leader has stored"
+        provider.fail(503, times=None)
+        answers = both("What is blue?")
+        assert (answers[True]["text"], answers[True]["degraded"]) == ("The sky is blue.", True)
+        assert isinstance(answers[False], ProviderUnavailable)
+        cluster_of(app).caches.close()
+
+
 def test_a_search_is_known_until_its_collection_changes(site: Site) -> None:
     site.get("retrieval.add_documents", "birds", [{"id": "hen", "text": "A hen lays eggs."}])
     find = lambda **options: site.get("retrieval.search", "birds", "Who lays eggs?", **options)  # noqa: E731
