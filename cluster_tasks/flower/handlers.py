@@ -33,8 +33,8 @@ CONTENT_SECURITY_POLICY = (
 
 NEEDS_LOGIN = (
     "a Flower without a login answers by the address or name of its host only, and %r is neither: give it a login, by "
-    "--basic-auth or --auth, or CLUSTER_FLOWER_PASSWORD for that of cluster-tasks up, or say FLOWER_UNAUTHENTICATED_API=true "
-    "if a proxy before it asks for one"
+    "--basic-auth or --auth, or CLUSTER_FLOWER_PASSWORD for that of cluster-tasks up, or say "
+    "FLOWER_UNAUTHENTICATED_API=true if a proxy before it asks for one"
 )
 
 

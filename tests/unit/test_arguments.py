@@ -341,6 +341,11 @@ def test_collections_without_lancedb_name_what_to_install(eager: Celery, monkeyp
         eager.tasks["retrieval.search"].delay("docs", "why?")
 
 
+def test_a_node_without_lancedb_has_no_collection_to_compact(eager: Celery, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lancedb", None)
+    assert eager.tasks["retrieval.optimize"].delay().get() == {"collections": []}
+
+
 def test_threads_share_what_jobs_of_an_app_work_with(eager: Celery) -> None:
     from cluster_tasks.tasks.ready_made import backends_of
 
