@@ -32,7 +32,7 @@ from cluster_tasks.broker import deliveries, hedging, plain_json
 from cluster_tasks.broker.hedging import Hedge
 from cluster_tasks.broker.members import member_ids, members_of
 from cluster_tasks.broker.message import Delivery
-from cluster_tasks.broker.sequels import being_ended, complete, ending
+from cluster_tasks.broker.sequels import being_ended, complete, ended_job, ending, parse_attempt
 from cluster_tasks.broker.together import Ends, gathered, gathering
 from cluster_tasks.errors import EndNotStored, PayloadTooLarge, StaleCommit
 from cluster_tasks.keys import DEFAULT_NAME, Keys
@@ -198,6 +198,22 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
             if not store_result:
                 self._end_without_result(task_id, exc, state, traceback, request)
             super().mark_as_failure(task_id, exc, traceback, request, store_result, call_errbacks, state)
+
+    def _fail_chain(
+        self, chain: Any, exc: Any, traceback: Any = None, store_result: bool = True, state: str = states.FAILURE
+    ) -> None:
+        # An earlier run may have sent the next step, and died before its own end was stored: that step goes on, and
+        # comes to an end of its own.
+        if not (chain and self._has_followed(chain[-1])):
+            super()._fail_chain(chain, exc, traceback, store_result, state)
+
+    def _has_followed(self, step: Any) -> bool:
+        job_id, next_id = ended_job(), (step.get("options") or {}).get("task_id")
+        if not (job_id and next_id):
+            return False
+        with refusals_as_outages(self.client):
+            followed: Any = self.client.smembers(self._keys.followed(job_id))
+        return any(parse_attempt(bytes_to_str(each))[0] == next_id for each in followed)
 
     def mark_as_revoked(
         self, task_id: str, reason: str = "", request: Any = None, store_result: bool = True,

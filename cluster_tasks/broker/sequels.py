@@ -72,6 +72,11 @@ def being_ended() -> Delivery | None:
     return Delivery.of(getattr(_ending.get(), "properties", None))
 
 
+def ended_job() -> str:
+    """The id of the job that this thread brings to its end; empty if it does not."""
+    return str(getattr(_ending.get(), "id", None) or "")
+
+
 def attempt_of(headers: Any) -> tuple[int, int]:
     """Which run of a job a message asks for: how often it was replaced, and how often retried since."""
     return headers.get("replaced_task_nesting") or 0, headers.get("retries") or 0

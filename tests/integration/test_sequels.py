@@ -151,6 +151,22 @@ def test_with_the_end_of_a_job_it_is_forgotten_what_has_followed(app: Celery, br
     assert not broker.client.exists(followed)
 
 
+# Celery stores the ends of steps that nobody has sent.
+@pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning")
+@pytest.mark.parametrize("was_sent", [True, False])
+def test_the_next_step_of_a_chain_fails_with_a_job_unless_an_earlier_run_has_sent_it(
+    was_sent: bool, app: Celery, broker: Broker, epoch: str
+) -> None:
+    request, work = fetched(broker, epoch), app.tasks["work"]
+    request.chain = [work.s().set(task_id="last"), work.s().set(task_id="next")]
+    if was_sent:
+        with ending(request):
+            work.apply_async(task_id="next")
+    app.backend.mark_as_failure("first", ValueError("no"), request=request)
+    ends = [app.AsyncResult(job_id).state for job_id in ("first", "next", "last")]
+    assert ends == ["FAILURE", *["PENDING" if was_sent else "FAILURE"] * 2]
+
+
 def test_a_fencing_token_is_that_of_the_delivery(app: Celery, broker: Broker, epoch: str) -> None:
     request, work = fetched(broker, epoch), app.tasks["work"]
     work.push_request(**request.__dict__)
