@@ -19,6 +19,7 @@ from kombu.exceptions import OperationalError
 
 from cluster_tasks.broker import deliveries
 from cluster_tasks.broker.deliveries import Deliveries
+from cluster_tasks.broker.message import Delivery
 from cluster_tasks.cluster import Cluster, cluster_of
 from cluster_tasks.errors import BrokerUnavailable, NodeNameTaken, UnavailableError
 from cluster_tasks.model import Capacity, Node, NodeRole
@@ -91,7 +92,10 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
             read_to_the_end(worker.pool._pool._result_handler)
             keep_what_was_sent(worker.pool)
         executions = Executions(worker.pool)
-        agent = NodeAgent(cluster, node, register, lambda: measure(register.held(), register.trial), helper, executions)
+        agent = NodeAgent(
+            cluster, node, register, lambda: measure(register.held() + len(plain_requests()), register.trial), helper,
+            executions,
+        )  # fmt: skip
         self._accompany(agent, register, executions, Progress(worker, register, executions, self._pulse))
         if not isinstance(worker.pool, PreforkPool):
             self._warm()
@@ -272,9 +276,21 @@ def describe_coordinator(cluster: Cluster, hostname: str) -> Node:
 def free_slots(worker: Any) -> int:
     """Jobs the worker may hold: its pool, and those that wait in it for their time, as Celery counts them.
 
-    A pool that scales itself grows when it holds more than it runs: it is given what it may grow to.
+    A pool that scales itself grows when it holds more than it runs: it is given what it may grow to. What other queues
+    delivered Kombu counts until it is acknowledged, and plain tasks are when they begin.
     """
     consumer, autoscaler = worker.consumer, worker.autoscaler
     waiting = consumer.qos.value - consumer.initial_prefetch_count if consumer.qos else 0
-    size = worker.pool.num_processes
-    return int(max(size, autoscaler.max_concurrency if autoscaler else 0) + max(waiting, 0))
+    size = max(worker.pool.num_processes, autoscaler.max_concurrency if autoscaler else 0)
+    return int(size + max(waiting, 0)) - sum(request.acknowledged for request in plain_requests())
+
+
+def plain_requests() -> list[Any]:
+    """The jobs of other queues that run here."""
+    while True:
+        try:
+            running = list(state.active_requests)
+        except RuntimeError:
+            # A thread of the pool has just begun with another one.
+            continue
+        return [request for request in running if Delivery.of(request.message.properties) is None]
