@@ -282,7 +282,7 @@ def free_slots(worker: Any) -> int:
     consumer, autoscaler = worker.consumer, worker.autoscaler
     waiting = consumer.qos.value - consumer.initial_prefetch_count if consumer.qos else 0
     size = max(worker.pool.num_processes, autoscaler.max_concurrency if autoscaler else 0)
-    return int(size + max(waiting, 0)) - sum(request.acknowledged for request in plain_requests())
+    return int(size + max(waiting, 0) - sum(request.acknowledged for request in plain_requests()))
 
 
 def plain_requests() -> list[Any]:
