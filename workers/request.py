@@ -31,7 +31,7 @@ from cluster_tasks.broker import deliveries
 from cluster_tasks.broker.deliveries import Deliveries, Past
 from cluster_tasks.broker.members import member_ids
 from cluster_tasks.broker.message import BATCH_PROPERTY, INTERRUPTED, Delivery
-from cluster_tasks.broker.sequels import attempt_of, complete
+from cluster_tasks.broker.sequels import attempt_of, complete, has_ended
 from cluster_tasks.cluster import Cluster, cluster_of
 from cluster_tasks.errors import (
     ClusterError,
@@ -297,6 +297,9 @@ class ClusterRequest(Request):  # type: ignore[misc]
 
     def _success_was_stored(self) -> Any:
         stored = super()._success_was_stored()
+        if stored and self._delivery is not None and not has_ended(self._task.backend, self.id):
+            # Its task told so before the end, and may have had more to do.
+            return False
         if stored:
             self._outcome = Outcome.SUCCEEDED
         if stored and self._delivery is not None:
