@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -28,9 +29,10 @@ def wire(redis_server: RedisServer) -> Iterator[Wire]:
 
 
 @contextmanager
-def producer(url: str) -> Iterator[Any]:
+def producer(url: str, **settings: Any) -> Iterator[Any]:
     """A task of an app whose Redis is there."""
     with Celery("producer", set_as_current=False, broker=url) as app:
+        app.conf.update(settings)
         Cluster(app)
 
         @app.task(base=ClusterTask, name="jobs.work", request_type="llm", ignore_result=True, shared=False)
@@ -56,6 +58,19 @@ def test_a_publish_whose_reply_was_lost_places_its_job_once(
 
 def delayed(broker: Broker) -> list[str]:
     return [job.payload["headers"]["id"] for job in delayed_jobs(broker.client, broker.keys, 100)]
+
+
+@pytest.mark.parametrize("timezone", ["UTC", "Europe/Berlin"])
+def test_a_time_that_names_no_zone_is_one_of_utc_as_it_is_to_celerys_workers(
+    timezone: str, broker: Broker, redis_server: RedisServer
+) -> None:
+    eta = datetime.now(UTC) + timedelta(hours=1)
+    with producer(redis_server.url, timezone=timezone) as work:
+        for given in (eta, eta.replace(tzinfo=None)):
+            work.apply_async(eta=given)
+    assert [job.due for job in delayed_jobs(broker.client, broker.keys, 100)] == [
+        pytest.approx(eta.timestamp(), abs=1)
+    ] * 2
 
 
 def test_a_try_that_arrives_after_its_repetition_and_a_later_publish_changes_nothing(broker: Broker) -> None:
