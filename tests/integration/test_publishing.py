@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -125,6 +127,26 @@ def test_the_names_of_another_cluster_are_not_refused(broker: Broker, redis_serv
         with pytest.raises(InvalidQueue):
             app.send_task("jobs.work", queue="other.node.a\nb", ignore_result=True)
         app.send_task("jobs.work", queue="cluster.delayed.2", ignore_result=True)
+
+
+FORKED_BY_C = """
+import ctypes, os
+from cluster_tasks.broker.publishing import begin_publish, end_publish
+
+end_publish(begin_publish())
+child = ctypes.CDLL(None).fork()
+print(begin_publish().producer, flush=True)
+if child:
+    os.waitpid(child, 0)
+else:
+    os._exit(0)
+"""
+
+
+def test_a_process_that_python_did_not_fork_is_another_producer() -> None:
+    # uWSGI calls fork by itself, and no hook of Python is run.
+    ran = subprocess.run([sys.executable, "-c", FORKED_BY_C], capture_output=True, text=True, check=True)
+    assert len(set(ran.stdout.split())) == 2
 
 
 def test_a_forked_process_is_another_producer() -> None:
