@@ -87,6 +87,7 @@ class ClusterTask(Task):  # type: ignore[misc]
     resultrepr_maxsize = 0
 
     def __init__(self) -> None:
+        super().__init__()
         if self.arguments is not None:
             self.run = self._parsing(self.run)
         if type(self).together is not None:
@@ -95,6 +96,7 @@ class ClusterTask(Task):  # type: ignore[misc]
     @classmethod
     def on_bound(cls, app: Any) -> None:
         """Check what the task declares, and have its jobs acknowledged late. Raises ValueError."""
+        super().on_bound(app)
         check_request_type(cls.request_type)
         _check_batch(cls)
         # Whatever the task says: a job that is let go when it begins is lost in a crash. One that must not be run

@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import Any
 
 import pytest
-from celery import Celery, chain
+from celery import Celery, Task, chain
 from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import BaseModel
@@ -234,6 +234,33 @@ def test_a_task_gets_the_values_that_its_model_has_parsed(eager: Celery) -> None
     assert add(["4"]) == 4
     with pytest.raises(InvalidArguments, match=r"numbers\.0"):
         add(["x"])
+
+
+class Prepared(Task):  # type: ignore[misc]
+    """A base of the user's, which is not the first."""
+
+    bound_to: Any = None
+
+    def __init__(self) -> None:
+        self.prepared = True
+
+    @classmethod
+    def on_bound(cls, app: Any) -> None:
+        cls.bound_to = app
+
+
+class Mine(ClusterTask, Prepared):
+    abstract = True
+
+
+def test_a_base_of_ones_own_is_made_and_bound_as_well(app: Celery) -> None:
+    @app.task(base=Mine)
+    def work() -> None:
+        """Nothing: no node runs it."""
+
+    assert work.prepared
+    assert work.bound_to is app
+    assert work.acks_late
 
 
 def test_a_wrong_result_in_a_chain_fails_the_job_that_gets_it(app: Celery) -> None:
