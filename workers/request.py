@@ -31,7 +31,7 @@ from cluster_tasks.broker import deliveries
 from cluster_tasks.broker.deliveries import Deliveries, Past
 from cluster_tasks.broker.members import member_ids
 from cluster_tasks.broker.message import BATCH_PROPERTY, INTERRUPTED, Delivery
-from cluster_tasks.broker.sequels import attempt_of, complete
+from cluster_tasks.broker.sequels import attempt_of, complete, has_ended
 from cluster_tasks.cluster import Cluster, cluster_of
 from cluster_tasks.errors import (
     ClusterError,
@@ -52,6 +52,8 @@ logger = logging.getLogger(__name__)
 
 BROKEN_MESSAGE = TypeError, ValueError, LookupError, AttributeError, EncodeError
 """What comes of a message whose callbacks are none: delivered again, it would come again."""
+CALLING = frozenset({"celery.map", "celery.starmap", "celery.chunks"})
+"""Tasks of Celery that call another one for each item of a list."""
 
 
 class ClusterRequest(Request):  # type: ignore[misc]
@@ -141,7 +143,7 @@ class ClusterRequest(Request):  # type: ignore[misc]
 
     def _verdict(self, node: Deliveries, tag: str, past: Past) -> ClusterError | None:
         """The error with which a job fails that must not be run again, after the crashes of its past."""
-        reruns = getattr(self._task, "rerun_on_crash", True)
+        reruns = getattr(self._running, "rerun_on_crash", True)
         if not reruns and (self._message.delivery_info or {}).get(INTERRUPTED):
             return NodeLost("its node gave it back, and may have begun it by then; it is not to be run twice")
         if not reruns and node.has_run(tag):
@@ -157,6 +159,16 @@ class ClusterRequest(Request):  # type: ignore[misc]
             last = past.crashes[-1]
             return NodeLost(f"it ran on {last.node} when that happened: {last.reason}; it is not to be run twice")
         return None
+
+    @property
+    def _running(self) -> Any:
+        """The task whose function runs: of map, starmap and chunks the one that they call; None if it is not known."""
+        if self._task.name in CALLING:
+            # In a message from elsewhere it may be anything.
+            match self.kwargs:
+                case {"task": {"task": str() as name}}:
+                    return self._app.tasks.get(name)
+        return self._task
 
     def _end_without_running(self, node: Deliveries, error: ClusterError | None) -> None:
         """End it as failed by Celery's own path, or (None) complete the end to which it has come already."""
@@ -297,6 +309,9 @@ class ClusterRequest(Request):  # type: ignore[misc]
 
     def _success_was_stored(self) -> Any:
         stored = super()._success_was_stored()
+        if stored and self._delivery is not None and not has_ended(self._task.backend, self.id):
+            # Its task told so before the end, and may have had more to do.
+            return False
         if stored:
             self._outcome = Outcome.SUCCEEDED
         if stored and self._delivery is not None:

@@ -44,7 +44,7 @@ def _waited(task: Task) -> tuple[float, float] | None:
     sent_at, now = task.request.properties.get(SENT_AT_PROPERTY), time.time()
     if not isinstance(sent_at, float):
         return None
-    since = max(sent_at, due_time({"headers": {"eta": task.request.eta}}, task.app.timezone) or 0.0)
+    since = max(sent_at, due_time({"headers": {"eta": task.request.eta}}) or 0.0)
     return (since, now) if 0 < since <= now else None
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from bisect import bisect
 from dataclasses import dataclass
-from datetime import datetime, tzinfo
+from datetime import UTC, datetime, tzinfo
 from typing import Any
 
 from cluster_tasks.keys import ANY_TYPE, PRIORITY_STEPS, Keys, priority_suffixes
@@ -100,17 +100,15 @@ def request_type_of(properties: dict[str, Any]) -> str:
     return declared if isinstance(declared, str) and REQUEST_TYPE.fullmatch(declared) else ANY_TYPE
 
 
-def due_time(payload: dict[str, Any], timezone: tzinfo) -> float | None:
-    """When a job is to run, in seconds since 1970; None: now, or it cannot be told, which is the worker's to refuse.
-
-    ``timezone`` is that of times which name none.
-    """
+def due_time(payload: dict[str, Any], _: tzinfo = UTC) -> float | None:
+    """When a job is to run, in seconds since 1970; None: now, or it cannot be told, which is the worker's to refuse."""
     eta = (payload.get("headers") or {}).get("eta")
     if not isinstance(eta, str):
         return None
     try:
         due = datetime.fromisoformat(eta)
-        return (due if due.tzinfo else due.replace(tzinfo=timezone)).timestamp()
+        # Whatever the time zone of the app is: so Celery's workers read it.
+        return (due if due.tzinfo else due.replace(tzinfo=UTC)).timestamp()
     except (ValueError, OverflowError):
         return None
 

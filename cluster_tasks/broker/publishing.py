@@ -29,12 +29,16 @@ class Publish(NamedTuple):
 
 _done: deque[Publish] = deque()
 """The last publishes of the producers of this process that have none under way."""
-# A forked child is a copy, and has producers of its own.
-os.register_at_fork(after_in_child=_done.clear)
+_process = os.getpid()
 
 
 def begin_publish() -> Publish:
     """Number a publish of a producer that has none under way."""
+    global _process
+    if _process != os.getpid():
+        # A forked child is a copy, and has producers of its own. uWSGI forks without the hooks of Python.
+        _done.clear()
+        _process = os.getpid()
     try:
         producer, number = _done.pop()
     except IndexError:

@@ -110,6 +110,10 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
     def _kept_end_script(self) -> redis.commands.core.Script:
         return self._storing("kept_end")
 
+    @cached_property
+    def _has_ended_script(self) -> redis.commands.core.Script:
+        return self._storing("has_ended")
+
     def _storing(self, name: str) -> redis.commands.core.Script:
         parts = (script_source(__package__, part) for part in ("storing", name))
         script: redis.commands.core.Script = RememberedScript(self.client, "\n".join((self._databases, *parts)))
@@ -354,9 +358,12 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
             self.ensure(self._end_unheld, (task_id, self.encode(meta)))
         elif state in states.READY_STATES:
             expires = self.failure_expires if state == states.FAILURE else self.expires
-            encoded = self._written(meta, state, request)
-            kept = encoded if _has_sequel(request, state) else ""
-            self._commit(delivery, request, state, encoded, int(expires or 0), kept)
+            encoded, lives_s = self._written(meta, state, request), int(expires or 0)
+            if ended_job() == task_id:
+                kept = encoded if _has_sequel(request, state) else ""
+                self._commit(delivery, request, state, encoded, lives_s, kept)
+            else:
+                self._tell_end(delivery, request, state, encoded, lives_s)
         else:
             self._tell(delivery, request, state, self.encode(meta))
         return result
@@ -376,10 +383,18 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
     def _tell(self, delivery: Delivery, request: Any, state: str, encoded: Any) -> None:
         try:
             self._check_size(encoded, request, "news", "tell less")
-            self.ensure(self._note, (delivery, request.id, encoded))
+            self.ensure(self._note, (delivery, request.id, encoded, int(self.expires or 0)))
         except (redis.ConnectionError, redis.TimeoutError, PayloadTooLarge) as exc:
             # It is news of the job and no end: a job that goes on, or is tried again, must not fail for it.
             logger.warning("it could not be told that job %s is %s: %r", request.id, state, exc)
+
+    def _tell_end(self, delivery: Delivery, request: Any, state: str, encoded: Any, lives_s: int) -> None:
+        """Store an end that a task gives itself while it runs: it may still be tried again, or end in another way."""
+        try:
+            self.ensure(self._note, (delivery, request.id, encoded, lives_s))
+        except (redis.ConnectionError, redis.TimeoutError) as exc:
+            # A task that is ignored after this says nothing else.
+            raise EndNotStored(f"the state {state} of job {request.id} could not be stored: {exc!r}") from exc
 
     def _end_without_result(self, task_id: str, result: Any, state: str, traceback: Any, request: Any) -> None:
         delivery = _delivery(task_id, request)
@@ -398,9 +413,13 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
         kept = self._kept_end_script([self._keys.kept_end(task_id)])
         return self.decode_result(kept) if kept else None
 
-    def _note(self, delivery: Delivery, task_id: str, encoded: Any) -> None:
+    def has_ended(self, task_id: str) -> bool:
+        """Whether a job has come to its end. A state that is one may also be what its task told while it ran."""
+        return bool(self._has_ended_script([self._keys.terminal(task_id)]))
+
+    def _note(self, delivery: Delivery, task_id: str, encoded: Any, lives_s: int) -> None:
         with refusals_as_outages(self.client):
-            self._note_script(self._job_keys(delivery, task_id), [delivery.tag, encoded, int(self.expires or 0)])
+            self._note_script(self._job_keys(delivery, task_id), [delivery.tag, encoded, lives_s])
 
     def _commit(self, delivery: Delivery, request: Any, state: str, encoded: Any, lives_s: int, kept: Any) -> None:
         keys, task_id, hedge = self._keys, request.id, Hedge.of(request.properties)

@@ -52,6 +52,8 @@ def complete(backend: Any, request: Any) -> None:
 
     The end is kept for this, also where nobody wanted the result or it has expired. Chords count each part once.
     """
+    if not has_ended(backend, request.id):
+        return
     meta = backend.get_task_meta(request.id)
     if meta["status"] not in states.READY_STATES and hasattr(backend, "kept_end"):
         meta = backend.kept_end(request.id) or meta
@@ -65,6 +67,11 @@ def complete(backend: Any, request: Any) -> None:
             backend._fail_chain(request.chain, result, traceback)
             if request.errbacks:
                 backend._call_task_errbacks(request, result, traceback)
+
+
+def has_ended(backend: Any, job_id: str) -> bool:
+    """Whether a job has ended where its state is one, which a task may also store itself; True if that is not known."""
+    return not hasattr(backend, "has_ended") or bool(backend.has_ended(job_id))
 
 
 def being_ended() -> Delivery | None:

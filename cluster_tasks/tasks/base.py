@@ -79,6 +79,8 @@ class ClusterTask(Task):  # type: ignore[misc]
     rerun_on_crash: ClassVar[bool] = True
     """Whether a job is run again when its node or process died while it ran. If not, it fails with NodeLost."""
     run: Callable[..., Any]
+    _called: Callable[..., Any] | None = None
+    """What runs, without what is done here before."""
 
     Request = "workers.request:ClusterRequest"
     # check_arguments does this, and knows when not to.
@@ -87,6 +89,8 @@ class ClusterTask(Task):  # type: ignore[misc]
     resultrepr_maxsize = 0
 
     def __init__(self) -> None:
+        super().__init__()
+        self._called = self.run
         if self.arguments is not None:
             self.run = self._parsing(self.run)
         if type(self).together is not None:
@@ -95,6 +99,7 @@ class ClusterTask(Task):  # type: ignore[misc]
     @classmethod
     def on_bound(cls, app: Any) -> None:
         """Check what the task declares, and have its jobs acknowledged late. Raises ValueError."""
+        super().on_bound(app)
         check_request_type(cls.request_type)
         _check_batch(cls)
         # Whatever the task says: a job that is let go when it begins is lost in a crash. One that must not be run
@@ -111,6 +116,11 @@ class ClusterTask(Task):  # type: ignore[misc]
     @cached_property
     def _signature(self) -> inspect.Signature:
         return inspect.signature(self.run)
+
+    @cached_property
+    def _signature_of_decorator(self) -> inspect.Signature:
+        """What is called may take other arguments than the function that it wraps: it may add some."""
+        return inspect.signature(self._called or self.run, follow_wrapped=False)
 
     def apply_async(
         self, args: Sequence[Any] | None = None, kwargs: Mapping[str, Any] | None = None, *rest: Any, **options: Any
@@ -169,14 +179,8 @@ class ClusterTask(Task):  # type: ignore[misc]
 
     def _given(self, bound: inspect.BoundArguments) -> dict[str, Any]:
         given = dict(bound.arguments)
-        rest = given.pop(self._rest_of_arguments, {})
+        rest = given.pop(_rest_of_arguments(bound.signature), {})
         return {**given, **rest}
-
-    @cached_property
-    def _rest_of_arguments(self) -> str:
-        """The name of the parameter that takes all others; empty if there is none."""
-        parameters = self._signature.parameters.values()
-        return next((one.name for one in parameters if one.kind is inspect.Parameter.VAR_KEYWORD), "")
 
     @property
     def fencing_token(self) -> int:
@@ -250,14 +254,21 @@ class ClusterTask(Task):  # type: ignore[misc]
 
     def check_arguments(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
         """Return the arguments by name, as ``arguments`` has parsed them. Raises InvalidArguments."""
-        try:
-            bound = self._signature.bind(*args, **kwargs)
-        except TypeError as exc:
-            raise InvalidArguments(f"{self.name}: {exc}") from None
+        bound = self._bound(args, kwargs)
         if self.arguments is not None:
             given, parsed = bound.arguments, vars(validate_arguments(self.name, self.arguments, bound.arguments))
             given.update({name: parsed[name] for name in given.keys() & parsed.keys()})
         return bound
+
+    def _bound(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
+        try:
+            return self._signature.bind(*args, **kwargs)
+        except TypeError as exc:
+            # A model names the arguments of the function itself.
+            if self.arguments is None:
+                with suppress(TypeError):
+                    return self._signature_of_decorator.bind(*args, **kwargs)
+            raise InvalidArguments(f"{self.name}: {exc}") from None
 
     def _parsing(self, run: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(run)
@@ -343,6 +354,12 @@ def answering(answers: dict[str, Any]) -> Iterator[None]:
         yield
     finally:
         _answers.reset(token)
+
+
+def _rest_of_arguments(signature: inspect.Signature) -> str:
+    """The name of the parameter that takes all others; empty if there is none."""
+    parameters = signature.parameters.values()
+    return next((one.name for one in parameters if one.kind is inspect.Parameter.VAR_KEYWORD), "")
 
 
 def _check_batch(task: type[ClusterTask]) -> None:

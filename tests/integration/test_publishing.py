@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -28,9 +31,10 @@ def wire(redis_server: RedisServer) -> Iterator[Wire]:
 
 
 @contextmanager
-def producer(url: str) -> Iterator[Any]:
+def producer(url: str, **settings: Any) -> Iterator[Any]:
     """A task of an app whose Redis is there."""
     with Celery("producer", set_as_current=False, broker=url) as app:
+        app.conf.update(settings)
         Cluster(app)
 
         @app.task(base=ClusterTask, name="jobs.work", request_type="llm", ignore_result=True, shared=False)
@@ -56,6 +60,19 @@ def test_a_publish_whose_reply_was_lost_places_its_job_once(
 
 def delayed(broker: Broker) -> list[str]:
     return [job.payload["headers"]["id"] for job in delayed_jobs(broker.client, broker.keys, 100)]
+
+
+@pytest.mark.parametrize("timezone", ["UTC", "Europe/Berlin"])
+def test_a_time_that_names_no_zone_is_one_of_utc_as_it_is_to_celerys_workers(
+    timezone: str, broker: Broker, redis_server: RedisServer
+) -> None:
+    eta = datetime.now(UTC) + timedelta(hours=1)
+    with producer(redis_server.url, timezone=timezone) as work:
+        for given in (eta, eta.replace(tzinfo=None)):
+            work.apply_async(eta=given)
+    assert [job.due for job in delayed_jobs(broker.client, broker.keys, 100)] == [
+        pytest.approx(eta.timestamp(), abs=1)
+    ] * 2
 
 
 def test_a_try_that_arrives_after_its_repetition_and_a_later_publish_changes_nothing(broker: Broker) -> None:
@@ -110,6 +127,26 @@ def test_the_names_of_another_cluster_are_not_refused(broker: Broker, redis_serv
         with pytest.raises(InvalidQueue):
             app.send_task("jobs.work", queue="other.node.a\nb", ignore_result=True)
         app.send_task("jobs.work", queue="cluster.delayed.2", ignore_result=True)
+
+
+FORKED_BY_C = """
+import ctypes, os
+from cluster_tasks.broker.publishing import begin_publish, end_publish
+
+end_publish(begin_publish())
+child = ctypes.CDLL(None).fork()
+print(begin_publish().producer, flush=True)
+if child:
+    os.waitpid(child, 0)
+else:
+    os._exit(0)
+"""
+
+
+def test_a_process_that_python_did_not_fork_is_another_producer() -> None:
+    # uWSGI calls fork by itself, and no hook of Python is run.
+    ran = subprocess.run([sys.executable, "-c", FORKED_BY_C], capture_output=True, text=True, check=True)
+    assert len(set(ran.stdout.split())) == 2
 
 
 def test_a_forked_process_is_another_producer() -> None:

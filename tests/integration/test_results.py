@@ -256,6 +256,43 @@ def test_how_far_a_job_has_come_is_told_by_its_delivery_only(broker: Broker, app
     assert app.AsyncResult("job").state == "SUCCESS"
 
 
+TOLD = {"exc_type": "ValueError", "exc_message": ["told"]}
+
+
+@pytest.mark.parametrize("state", ["SUCCESS", "FAILURE", "REVOKED"])
+def test_an_end_that_a_task_tells_while_it_runs_is_replaced_by_what_comes(
+    state: str, broker: Broker, app: Celery, epoch: str
+) -> None:
+    request = take(broker, epoch, "job")
+    app.backend.store_result("job", TOLD, state, request=request)
+    assert app.AsyncResult("job").state == state
+    assert broker.held("a", epoch) == ["job"]
+    app.backend.mark_as_done("job", 42, request=request)
+    assert app.AsyncResult("job").result == 42
+    assert not broker.held("a", epoch)
+    assert stale(broker) == 0
+
+
+def test_nothing_follows_an_end_that_a_task_has_only_told(broker: Broker, app: Celery, epoch: str) -> None:
+    request = take(broker, epoch, "job", delivery_info={})
+    request.errbacks = [app.signature("told", options={"task_id": "told", "queue": "node.a"})]
+    app.backend.store_result("job", TOLD, "FAILURE", request=request)
+    complete(app.backend, request)
+    assert broker.listed("node.a") == []
+
+
+def test_an_end_that_a_task_cannot_tell_is_not_passed_over(broker: Broker, app: Celery, epoch: str) -> None:
+    # It may be the last that is heard of the job.
+    request = take(broker, epoch, "job")
+    broker.client.config_set("min-replicas-to-write", 1)
+    app.backend.retry_policy = {"max_retries": 1, "interval_start": 0.0}
+    try:
+        with pytest.raises(EndNotStored, match="FAILURE of job job could not be stored"):
+            app.backend.store_result("job", TOLD, "FAILURE", request=request)
+    finally:
+        broker.client.config_set("min-replicas-to-write", 0)
+
+
 @pytest.mark.parametrize("error", [StaleCommit("refused"), EndNotStored("Redis was away")])
 def test_an_end_that_was_refused_or_not_stored_is_not_replaced_by_a_failure(
     error: Exception, broker: Broker, app: Celery, epoch: str

@@ -91,9 +91,9 @@ def make_jobs() -> Jobs:
         return str(self.request.hostname)
 
     @app.task(base=ClusterTask, bind=True, shared=False, name="jobs.once", request_type="llm", rerun_on_crash=False)
-    def once(self: Any) -> None:
-        """Kill the process that runs it; must not be run twice."""
-        note(f"started:{self.request.id}", self.request.hostname)
+    def once(self: Any, name: str = "") -> None:
+        """Kill the process that runs it; must not be run twice. Jobs of one name are counted as one."""
+        note(f"started:{name or self.request.id}", str(self.request.hostname))
         os.kill(os.getpid(), signal.SIGKILL)
 
     @app.task(base=ClusterTask, bind=True, shared=False, name="jobs.silent", request_type="llm", ignore_result=True)

@@ -155,6 +155,15 @@ def test_a_job_that_must_not_run_twice_fails_with_its_process(jobs: Jobs, new_wo
         wait_until_nothing_is_left(jobs)
 
 
+def test_what_calls_a_task_for_each_item_is_run_twice_no_more_than_that_task(jobs: Jobs, new_worker: NewWorker) -> None:
+    with running(new_worker("a")):
+        for name, calls in [("map", jobs.once.map(["map"])), ("starmap", jobs.once.starmap([("starmap",)]))]:
+            with pytest.raises(NodeLost, match="it is not to be run twice"):
+                calls.delay().get(timeout=END_S)
+            assert jobs.cluster.client.llen(f"test:started:{name}") == 1, name
+        wait_until_nothing_is_left(jobs)
+
+
 @pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
 def test_a_memory_error_is_the_failure_of_its_job_alone(pool: str, jobs: Jobs, new_worker: NewWorker) -> None:
     with running(new_worker("a", pool=pool)) as (worker,):

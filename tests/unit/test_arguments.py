@@ -6,11 +6,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from functools import wraps
 from importlib import import_module
 from typing import Any
 
 import pytest
-from celery import Celery, chain
+from celery import Celery, Task, chain
 from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import BaseModel
@@ -234,6 +235,82 @@ def test_a_task_gets_the_values_that_its_model_has_parsed(eager: Celery) -> None
     assert add(["4"]) == 4
     with pytest.raises(InvalidArguments, match=r"numbers\.0"):
         add(["x"])
+
+
+def test_a_decorator_may_hand_on_what_it_is_given_or_add_to_it(eager: Celery) -> None:
+    def logged(function: Any) -> Any:
+        @wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return function(*args, **kwargs)
+
+        return run
+
+    def in_session(function: Any) -> Any:
+        @wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return function("session", *args, **kwargs)
+
+        return run
+
+    @eager.task(base=ClusterTask, affinity="user", shared=False)
+    @logged
+    def greet(user: str, word: str = "hello") -> str:
+        return f"{word} {user}"
+
+    @eager.task(base=ClusterTask, affinity="user", shared=False)
+    @in_session
+    def store(session: str, user: str, *, key: str) -> str:
+        return f"{session} {user} {key}"
+
+    assert greet.delay("ann").get() == "hello ann"
+    assert greet.affinity_of(["ann"], {}) == "ann"
+    assert store.delay("ann", key="k").get() == "session ann k"
+    assert store.affinity_of([], {"user": "ann", "key": "k"}) == "ann"
+
+
+def test_what_neither_a_decorator_nor_its_function_takes_is_refused(app: Celery) -> None:
+    def in_session(function: Any) -> Any:
+        @wraps(function)
+        def run(user: str) -> Any:
+            return function("session", user)
+
+        return run
+
+    @app.task(base=ClusterTask, shared=False)
+    @in_session
+    def forget(session: str, user: str) -> None:
+        """Nothing: no node runs it."""
+
+    assert forget.check_arguments(["ann"], {}).arguments == {"user": "ann"}
+    with pytest.raises(InvalidArguments, match="missing a required argument: 'session'"):
+        forget.delay()
+
+
+class Prepared(Task):  # type: ignore[misc]
+    """A base of the user's, which is not the first."""
+
+    bound_to: Any = None
+
+    def __init__(self) -> None:
+        self.prepared = True
+
+    @classmethod
+    def on_bound(cls, app: Any) -> None:
+        cls.bound_to = app
+
+
+class Mine(ClusterTask, Prepared):
+    abstract = True
+
+
+def test_a_base_of_ones_own_is_made_and_bound_as_well(app: Celery) -> None:
+    @app.task(base=Mine, shared=False)
+    def work() -> None:
+        """Nothing: no node runs it."""
+
+    assert work.prepared
+    assert work.bound_to is app
+    assert work.acks_late
 
 
 def test_a_wrong_result_in_a_chain_fails_the_job_that_gets_it(app: Celery) -> None:

@@ -267,6 +267,19 @@ def _errors(app: Celery, cluster: Cluster) -> None:
         raise Ignore
 
     @_task(app, bind=True)
+    def tell_an_end(self: Any, state: str, then: str) -> int:
+        """Store a state that is an end, and come to another one; return how often it ran."""
+        started = note(cluster, f"started:{self.request.id}", self.request.hostname)
+        self.update_state(state=state, meta={"exc_type": "ValueError", "exc_message": ["told"]})
+        if then == "fail":
+            raise ValueError("raised")
+        if then == "retry" and started == 1:
+            raise self.retry(countdown=0)
+        if then == "die" and started == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return started
+
+    @_task(app, bind=True)
     def die(self: Any, times: int) -> int:
         """Kill its own process so many times; return how often it ran."""
         started = note(cluster, f"started:{self.request.id}", self.request.hostname)

@@ -71,6 +71,21 @@ def test_an_ignored_job_keeps_the_state_that_it_gave_itself(jobs: Jobs, state: s
     assert result.state == state
 
 
+@pytest.mark.parametrize("state", [states.SUCCESS, states.FAILURE])
+@pytest.mark.parametrize(("then", "runs"), [("return", 1), ("retry", 2), ("die", 2)])
+def test_an_end_that_a_job_tells_before_it_comes_to_it_is_no_end(jobs: Jobs, state: str, then: str, runs: int) -> None:
+    result = chain(jobs.tell_an_end.s(state, then), jobs.add.s(10)).delay()
+    # The parents of a chain are not asked, which may be in the state that they told.
+    assert result.get(timeout=END_S, propagate=False) == runs + 10
+    assert (result.parent.state, result.parent.result) == (states.SUCCESS, runs)
+
+
+def test_an_error_replaces_what_its_job_told_before(jobs: Jobs) -> None:
+    result = jobs.tell_an_end.apply_async((states.FAILURE, "fail"), link_error=jobs.old_errback.s("told and raised"))
+    assert jobs.wait_for_notes("told and raised") == [result.id]
+    assert str(result.result) == "raised"
+
+
 def test_a_job_whose_process_is_killed_is_run_again(jobs: Jobs) -> None:
     result = jobs.die.delay(1)
     assert result.get(timeout=END_S) == 2
