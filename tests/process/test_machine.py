@@ -109,6 +109,21 @@ def test_no_process_is_left_behind_by_up(end: signal.Signals, redis_binary: str,
 
 
 @pytest.mark.timeout(240)
+def test_a_terminal_that_closes_lets_jobs_end_though_shell_and_kernel_both_tell_of_it(
+    jobs: Jobs, tmp_path: Path
+) -> None:
+    with up(tmp_path, "--app", "tests.process.jobs", "--pool", "threads", nodes=1) as process:
+        job = jobs.work.delay(4)
+        wait_until(lambda: starts_of(jobs, [job])[job.id], START_S, "it runs")
+        process.send_signal(signal.SIGHUP)
+        threading.Event().wait(0.1)
+        process.send_signal(signal.SIGHUP)
+        process.wait(START_S)
+    assert job.state == "SUCCESS"
+    wait_until_nothing_is_left(jobs)
+
+
+@pytest.mark.timeout(240)
 def test_up_restarts_a_node_that_dies(redis_binary: str, tmp_path: Path) -> None:
     with up(tmp_path) as process:
 
