@@ -23,7 +23,7 @@ from cluster_tasks.broker.message import (
     STRATEGY_PROPERTY,
 )
 from cluster_tasks.clock import Clock
-from cluster_tasks.errors import ConfigurationError, UnavailableError
+from cluster_tasks.errors import ClusterError, ConfigurationError
 from cluster_tasks.keys import Keys
 from cluster_tasks.model import Node, Request
 from cluster_tasks.settings import ClusterSettings
@@ -70,15 +70,19 @@ class ClusterView:
         return self._healthy
 
     def refresh(self) -> None:
-        """Read the nodes now; keep the last view if the registry does not answer."""
+        """Read the nodes now; keep the last view if the registry cannot be read, for whatever reason."""
         with self._refreshing:
             try:
                 self._nodes = tuple(self._read())
-            except UnavailableError as exc:
+            except Exception as exc:
+                # A wrong setting or a bug must not end the thread that reads: senders would wait for it at each job.
+                bug = None if isinstance(exc, ClusterError) else exc
                 if self._healthy and self._name:
-                    logger.warning("the registry of %s does not answer, so no job is sent there: %s", self._name, exc)
+                    told = "the registry of %s does not answer, so no job is sent there: %s"
+                    logger.warning(told, self._name, exc, exc_info=bug)
                 elif self._healthy:
-                    logger.warning("the registry does not answer, jobs are placed by the last view: %s", exc)
+                    told = "the registry does not answer, jobs are placed by the last view: %s"
+                    logger.warning(told, exc, exc_info=bug)
                 self._healthy = False
             else:
                 if not self._healthy:

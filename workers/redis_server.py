@@ -113,8 +113,8 @@ class RedisServer:
     def start(self) -> None:
         """Start, and return once it answers; a server that runs already is left alone.
 
-        Raises ConfigurationError if there is no binary, BrokerUnavailable with the last lines of the log if the
-        server ends or stays silent.
+        One that reads its data is waited for, however long that takes. Raises ConfigurationError if there is no binary,
+        BrokerUnavailable with the last lines of the log if the server ends or stays silent.
         """
         if self.running:
             return
@@ -217,6 +217,9 @@ class RedisServer:
                         return
                 except redis.RedisError as exc:
                     refusal = f"{type(exc).__name__}: {exc}"
+                    if isinstance(exc, redis.BusyLoadingError):
+                        # The more data it has, the longer it reads them, and after a kill it would begin anew.
+                        deadline = time.monotonic() + START_TIMEOUT_S
                 time.sleep(0.01)
         raise BrokerUnavailable(
             f"redis-server did not answer within {START_TIMEOUT_S:g} s ({refusal}): {self._last_words()}"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from cluster_tasks.cluster import Cluster
-from cluster_tasks.errors import ClusterError, NodeNotFound
+from cluster_tasks.errors import ClusterError, NodeNotFound, UnavailableError
 from cluster_tasks.model import NodeStatus
 from workers.local import BEYOND_DRAIN_S, COORDINATOR, JOIN_TIMEOUT_S, NODE, SPARE, last_words, local_node_id
 from workers.supervision import ENDED, RUNNING, STOPPING, SupervisorClient, turn_to_change
@@ -115,8 +115,17 @@ class RollingRestart:
         if self._supervisor.states()[name] in ENDED:
             self._supervisor.start(name)
             return
-        with suppress(NodeNotFound):
-            self._cluster.resume(node_id)
+        deadline = time.monotonic() + self._start_timeout_s
+        while True:
+            try:
+                with suppress(NodeNotFound):
+                    self._cluster.resume(node_id)
+                return
+            except UnavailableError:
+                # What was away while the node drained may still be.
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(LOOK_EVERY_S)
 
     def _epoch_online(self, name: str) -> str:
         """The epoch of a node that takes jobs; empty if it does not."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shlex
 import signal
+from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import click
@@ -70,9 +72,15 @@ def up(
 
 def interrupt_on_signals() -> None:
     """Let SIGTERM and a terminal that closes do what Ctrl-C does."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number, interrupt in ((signal.SIGTERM, signal.default_int_handler), (signal.SIGHUP, _hang_up)):
         if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, signal.default_int_handler)
+            signal.signal(number, interrupt)
+
+
+def _hang_up(number: int, frame: FrameType | None) -> None:
+    # Of a terminal that closes both shell and kernel tell: nobody is in such a hurry.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.default_int_handler(number, frame)
 
 
 def run(local: LocalCluster) -> None:
@@ -85,7 +93,8 @@ def run(local: LocalCluster) -> None:
             click.echo(banner(local))
             local.keep_running(lambda news: click.echo(news, err=True))
         except KeyboardInterrupt:
-            click.echo("Ending: jobs that run may finish. Ctrl-C again ends at once.")
+            with suppress(OSError):  # The terminal may be gone.
+                click.echo("Ending: jobs that run may finish. Ctrl-C again ends at once.")
 
 
 def banner(local: LocalCluster) -> str:

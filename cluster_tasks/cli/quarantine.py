@@ -13,7 +13,7 @@ from cluster_tasks.cli.completing import quarantined_ids
 from cluster_tasks.cli.group import ClusterGroup, json_option, pass_cluster
 from cluster_tasks.cli.tables import Column, moment, print_json, print_rows, printable
 from cluster_tasks.cluster import Cluster
-from cluster_tasks.errors import JobNotFound
+from cluster_tasks.errors import ClusterError, JobNotFound, UnavailableError
 from cluster_tasks.failover.quarantine import RETRY_OF, Quarantined
 
 LIST_COLUMNS = (
@@ -80,13 +80,22 @@ def _for_each(cluster: Cluster, job_ids: tuple[str, ...], every: bool, task: str
     for job_id in job_ids:
         do(job_id)
     chosen = [] if job_ids else [job.id for job in cluster.quarantine.each(task)]
+    failed = False
     for job_id in chosen:
-        with suppress(JobNotFound):  # Somebody else was faster.
-            do(job_id)
+        try:
+            with suppress(JobNotFound):  # Somebody else was faster.
+                do(job_id)
+        except UnavailableError:
+            raise
+        except ClusterError as exc:
+            failed = True
+            click.echo(f"Error: {printable(str(exc))}", err=True)
     if not job_ids and not chosen:
         click.echo(
             "there is no such job in quarantine: `celery -A APP cluster quarantine list` lists those that are", err=True
         )
+    if failed:
+        raise SystemExit(1)
 
 
 def _choosing(command: Callable[..., None]) -> Callable[..., None]:
@@ -103,7 +112,8 @@ def _choosing(command: Callable[..., None]) -> Callable[..., None]:
 def retry(cluster: Cluster, job_ids: tuple[str, ...], every: bool, task: str, as_json: bool) -> None:
     """Send jobs again, each as a new one whose id is printed.
 
-    The new job tells in its header retry_of which one it was. With --json an object a line.
+    The new job tells in its header retry_of which one it was. With --json an object a line. With --all or --task one
+    that cannot be sent again keeps no other from it, and the exit code is 1.
 
     \b
     Example: celery -A cluster_tasks cluster quarantine retry 5f9d1c3e-…

@@ -129,7 +129,11 @@ def tell_collections(table: AssignmentTable, store: WarmStore) -> None:
             continue
         found[name] = Division(layout.generation, layout.shards)
     for name, division in found.items():
-        if known.get(name) != division:
+        held = known.get(name)
+        if held and held.generation > division.generation:
+            # The store was restored from a backup or made anew: those who hold shards could not load what is known.
+            table.withdraw(name, held.generation)
+        if held != division:
             table.announce(name, division)
     # An empty store may be a folder that this node alone sees.
     for name in known.keys() - found.keys() if found else ():

@@ -201,6 +201,22 @@ def test_an_alert_that_the_webhook_cannot_take_lets_the_others_pass_and_is_tried
     assert [event["facts"]["node"] for event in hook.taken] == ["0", "1", "2", "bad"]
 
 
+def test_what_a_sender_left_behind_is_found_behind_many_that_the_webhook_cannot_take(
+    client: redis.Redis, events: EventLog, hook: Hook, new_sender: NewSender
+) -> None:
+    CannotTake(hook, "bad")
+    AlertQueue(client, Keys()).open()
+    for node in [*["bad"] * 11, "good"]:
+        events.add("node lost", node=node)
+    # A sender that has ended in their midst.
+    client.xreadgroup("alerts", "alerts", {Keys().events: ">"})
+    new_sender(claim_after_s=1.0, longest_wait_s=0.1, put_off_after_s=0.0)
+    wait_until(lambda: hook.taken, message="the good one arrives")
+    hook.behave = None
+    wait_until(lambda: nothing_is_pending(client), message="all arrive")
+    assert [event["facts"]["node"] for event in hook.taken] == ["good", *["bad"] * 11]
+
+
 def test_an_alert_that_has_become_too_old_while_it_was_tried_is_given_up(
     client: redis.Redis, events: EventLog, hook: Hook, new_sender: NewSender
 ) -> None:

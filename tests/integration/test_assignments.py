@@ -405,6 +405,18 @@ def test_a_collection_that_was_dropped_is_withdrawn_but_an_empty_store_proves_no
     assert site.table.divisions()["docs"] == Division(2, 4)
 
 
+def test_a_store_that_was_made_anew_or_restored_is_believed_though_redis_knows_of_later_generations(
+    site: Site, store: CollectionStore
+) -> None:
+    site.join("a")
+    site.table.announce("docs", Division(3, 8))
+    tell_collections(site.table, store)
+    assert site.table.divisions() == {"docs": Division(GENERATION, 4)}
+    site.manager().plan()
+    keeper(site, store, "a").step()
+    assert site.ready() == [{"a"}] * 4
+
+
 def test_the_collections_are_looked_at_by_one_of_all(site: Site, store: CollectionStore) -> None:
     site.join("a", "b")
     keeper(site, store, "a").step()

@@ -449,6 +449,17 @@ def test_what_is_said_of_a_job_cannot_steer_the_terminal_either(jobs: Jobs) -> N
     assert refused.startswith(r"Error: job broken\x9b2J cannot be sent again")
 
 
+def test_a_record_that_cannot_be_read_keeps_no_other_from_being_sent_again(jobs: Jobs) -> None:
+    for job_id in ("first", "broken", "last"):
+        jobs.cluster.quarantine.put(job_id, "jobs.work", make_message(job_id, "llm"), [])
+    jobs.cluster.client.hset(jobs.cluster.keys.quarantine, "broken", "no JSON")
+    done = ask(jobs.app, "quarantine", "retry", "--all")
+    assert [line.partition(" is sent again")[0] for line in done.stdout.splitlines()] == ["first", "last"]
+    assert done.stderr == "Error: job broken cannot be sent again, for its record cannot be read: drop it\n"
+    assert done.exit_code == 1
+    assert jobs.cluster.quarantine.ids() == ["broken"]
+
+
 def test_events_are_followed_until_interrupted(jobs: Jobs) -> None:
     jobs.cluster.events.add("node lost", node="a@host")
     with started("events", "--follow", "--json") as process:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from tests.waiting import wait_until
 from workers.redis_server import PORTS, RedisServer, find_redis_server, free_port
 
 pytestmark = pytest.mark.usefixtures("redis_binary")
+SLOW_TO_LOAD = ("key-load-delay 1500", "loading-process-events-interval-bytes 1024")
+"""Each key takes 1.5 ms, and Redis answers in between."""
 
 
 @pytest.fixture
@@ -82,6 +85,19 @@ def test_an_append_only_server_remembers_what_it_answered_before_a_crash(tmp_pat
         server.kill()
         server.start()
         assert client.get("kept") == b"yes"
+
+
+def test_a_server_that_reads_its_data_for_long_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with RedisServer(tmp_path, appendonly=True, extra=SLOW_TO_LOAD) as server, connect(server.url) as client:
+        client.mset({f"key-{number}": number for number in range(1_000)})
+        client.bgrewriteaof()
+        wait_until(lambda: not client.info("persistence")["aof_rewrite_in_progress"], message="it is written")
+        server.stop()
+        monkeypatch.setattr("workers.redis_server.START_TIMEOUT_S", 0.5)
+        began_s = time.monotonic()
+        server.start()
+        assert time.monotonic() - began_s > 2 * 0.5
+        assert client.get("key-999") == b"999"
 
 
 def test_without_the_append_only_file_nothing_outlives_a_stop(server: RedisServer) -> None:

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NoReturn
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -21,7 +22,7 @@ import pytest
 from celery import Celery
 
 from cluster_tasks import Cluster, NodeFilter, NodeRole, NodeStatus
-from cluster_tasks.errors import ClusterError
+from cluster_tasks.errors import BrokerUnavailable, ClusterError
 from cluster_tasks.tasks import embed
 from tests.process.accounts import finish, starts_of, wait_until_nothing_is_left
 from tests.process.jobs import Jobs, make_jobs
@@ -106,6 +107,21 @@ def test_no_process_is_left_behind_by_up(end: signal.Signals, redis_binary: str,
         process.wait(START_S)
         _, alive = psutil.wait_procs(family, timeout=START_S)
         assert not alive
+
+
+@pytest.mark.timeout(240)
+def test_a_terminal_that_closes_lets_jobs_end_though_shell_and_kernel_both_tell_of_it(
+    jobs: Jobs, tmp_path: Path
+) -> None:
+    with up(tmp_path, "--app", "tests.process.jobs", "--pool", "threads", nodes=1) as process:
+        job = jobs.work.delay(4)
+        wait_until(lambda: starts_of(jobs, [job])[job.id], START_S, "it runs")
+        process.send_signal(signal.SIGHUP)
+        threading.Event().wait(0.1)
+        process.send_signal(signal.SIGHUP)
+        process.wait(START_S)
+    assert job.state == "SUCCESS"
+    wait_until_nothing_is_left(jobs)
 
 
 @pytest.mark.timeout(240)
@@ -253,6 +269,35 @@ def test_a_rolling_restart_that_is_ended_leaves_no_node_drained_or_stopped(
         assert starts_of(jobs, [job]) == {job.id: 1}, "it was waited for"
         end(lambda: supervisor.states()["node1"] != RUNNING, signal.SIGTERM, 0)
         jobs.app.close()
+
+
+class AwayForAMoment:
+    """A cluster whose Redis goes away while a node drains, and comes back after a few questions."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster, self._failures = cluster, 3
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cluster, name)
+
+    def drain(self, node_id: str, timeout_s: float) -> NoReturn:
+        self._cluster.drain(node_id)
+        raise BrokerUnavailable("draining")
+
+    def resume(self, node_id: str) -> None:
+        if self._failures:
+            self._failures -= 1
+            raise BrokerUnavailable("resuming")
+        self._cluster.resume(node_id)
+
+
+@pytest.mark.timeout(240)
+def test_a_node_that_was_to_be_restarted_takes_jobs_again_though_redis_was_away(jobs: Jobs, tmp_path: Path) -> None:
+    with up(tmp_path, "--app", "tests.process.jobs", nodes=1):
+        away: Any = AwayForAMoment(jobs.cluster)
+        with pytest.raises(BrokerUnavailable, match="draining"):
+            RollingRestart(away, tmp_path, drain_timeout_s=1, start_timeout_s=START_S).run(lambda _: None)
+        assert not jobs.cluster.epochs.lists().draining
 
 
 def test_a_rolling_restart_says_where_no_cluster_runs(jobs: Jobs, tmp_path: Path) -> None:
