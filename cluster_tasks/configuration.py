@@ -102,7 +102,6 @@ def configure(app: Celery, settings: ClusterSettings) -> None:
         # Kombu drops a connection that has said nothing for a second longer than this.
         "health_check_interval": 1,
         **conf.broker_transport_options, "master_name": settings.sentinel_master, "cluster_name": settings.name,
-        "cluster_timezone": getattr(app.timezone, "key", "UTC"),
         "cluster_max_message_bytes": settings.max_message_bytes,
         "cluster_max_result_bytes": settings.max_result_bytes,
     }  # fmt: skip

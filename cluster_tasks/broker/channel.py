@@ -10,12 +10,10 @@ import logging
 import os
 import threading
 from collections.abc import Collection
-from datetime import tzinfo
 from functools import cached_property
 from hashlib import sha1
 from queue import Empty
 from typing import Any, Literal
-from zoneinfo import ZoneInfo
 
 import redis
 from kombu.transport import redis as stock
@@ -56,7 +54,7 @@ WITHIN = b"within "
 """What a doorbell says, before seconds, when there is nothing to fetch yet."""
 _SUFFIXES = priority_suffixes()
 _FETCH = fetching_script()
-_OPTIONS = ("cluster_name", "cluster_timezone", "cluster_max_message_bytes")
+_OPTIONS = ("cluster_name", "cluster_max_message_bytes")
 _GLANCE = script_source(__package__, "glance")
 _FETCH_SHA = sha1(_FETCH.encode(), usedforsecurity=False).hexdigest()
 
@@ -105,8 +103,6 @@ class ClusterChannel(stock.Channel):
 
     QoS = ClusterQoS
     cluster_name = DEFAULT_NAME
-    cluster_timezone = "UTC"
-    """Of due times that name none."""
     cluster_max_message_bytes = 0
     """0: no limit."""
     from_transport_options = (*stock.Channel.from_transport_options, *_OPTIONS)  # type: ignore[assignment]
@@ -170,7 +166,7 @@ class ClusterChannel(stock.Channel):
     def _put_job(self, queue: str, message: dict[str, Any], way: dict[str, Any], batch: Any) -> None:
         target = queue if self.keys.node_of(queue) else ""
         placement = place_message(message, self._encoded(message), self.keys, target)
-        due, hedge = due_time(message, self._timezone), Hedge.of(message["properties"])
+        due, hedge = due_time(message), Hedge.of(message["properties"])
         with refusals_as_outages(self._placer.client):
             if FOLLOWS_PROPERTY in way:
                 self._follow(placement, due, Sequel(*way[FOLLOWS_PROPERTY]))
@@ -220,10 +216,6 @@ class ClusterChannel(stock.Channel):
     def _put_control(self, queue: str, message: dict[str, Any]) -> None:
         last = self.keys.queued_control(message["headers"].get("task", ""))
         self._queue_control([queue, last], [dumps(message)])
-
-    @cached_property
-    def _timezone(self) -> tzinfo:
-        return ZoneInfo(self.cluster_timezone)
 
     def _purge(self, queue: str) -> int:
         if queue == self.keys.delayed:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from bisect import bisect
 from dataclasses import dataclass
-from datetime import UTC, datetime, tzinfo
+from datetime import UTC, datetime
 from typing import Any
 
 from cluster_tasks.keys import ANY_TYPE, PRIORITY_STEPS, Keys, priority_suffixes
@@ -100,7 +100,7 @@ def request_type_of(properties: dict[str, Any]) -> str:
     return declared if isinstance(declared, str) and REQUEST_TYPE.fullmatch(declared) else ANY_TYPE
 
 
-def due_time(payload: dict[str, Any], _: tzinfo = UTC) -> float | None:
+def due_time(payload: dict[str, Any]) -> float | None:
     """When a job is to run, in seconds since 1970; None: now, or it cannot be told, which is the worker's to refuse."""
     eta = (payload.get("headers") or {}).get("eta")
     if not isinstance(eta, str):
