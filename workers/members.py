@@ -83,7 +83,7 @@ class _Run:
     def __init__(self, task: Any, request: dict[str, Any]) -> None:
         self._task, self._request = task, request
         self._delivery = Delivery.of(request["properties"])
-        self._expires_at = expiry(request.get("expires"), task.app.timezone)
+        self._expires_at = expiry(request.get("expires"))
 
     def run(self, message_id: str, members: Sequence[Member]) -> bool:
         """Return whether all have ended. Raises StaleCommit, EndNotStored, redis.RedisError."""

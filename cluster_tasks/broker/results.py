@@ -111,6 +111,10 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
         return self._storing("kept_end")
 
     @cached_property
+    def _followed_script(self) -> redis.commands.core.Script:
+        return self._storing("followed")
+
+    @cached_property
     def _has_ended_script(self) -> redis.commands.core.Script:
         return self._storing("has_ended")
 
@@ -216,7 +220,7 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
         if not (job_id and next_id):
             return False
         with refusals_as_outages(self.client):
-            followed: Any = self.client.smembers(self._keys.followed(job_id))
+            followed: Any = self._followed_script([self._keys.followed(job_id)])
         return any(parse_attempt(bytes_to_str(each))[0] == next_id for each in followed)
 
     def mark_as_revoked(

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from datetime import datetime, tzinfo
+from datetime import UTC, datetime
 from functools import cached_property, partial, wraps
 from typing import Any, ClassVar
 
@@ -174,7 +174,7 @@ class ClusterTask(Task):  # type: ignore[misc]
         instead = type(self).instead
         if instead is None or self.app.conf.task_always_eager:
             return None
-        signature = instead(self.app, expiry(expires, self.app.timezone), priority, **self._given(bound))
+        signature = instead(self.app, expiry(expires), priority, **self._given(bound))
         return None if signature is None else _alone(signature.apply_async(task_id=task_id or uuid()))
 
     def _given(self, bound: inspect.BoundArguments) -> dict[str, Any]:
@@ -393,15 +393,13 @@ def _alone(result: Any) -> Any:
     return result
 
 
-def expiry(expires: Any, timezone: tzinfo) -> float | None:
-    """Return when a job expires, in seconds since 1970, of what Celery is told or tells of it.
-
-    ``timezone`` is that of times which name none.
-    """
+def expiry(expires: Any) -> float | None:
+    """Return when a job expires, in seconds since 1970, of what Celery is told or tells of it."""
     if isinstance(expires, str):
         expires = datetime.fromisoformat(expires)
     if isinstance(expires, datetime):
-        return (expires if expires.tzinfo else expires.replace(tzinfo=timezone)).timestamp()
+        # Whatever the time zone of the app is: so Celery's workers read it.
+        return (expires if expires.tzinfo else expires.replace(tzinfo=UTC)).timestamp()
     return None if expires is None else time.time() + float(expires)
 
 

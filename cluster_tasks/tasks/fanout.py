@@ -127,7 +127,7 @@ def search_nodes(
     Until ``deadline`` in seconds since 1970; None: until ``task`` expires.
     """
     if deadline is None:
-        deadline = expiry(task.request.expires, task.app.timezone)
+        deadline = expiry(task.request.expires)
     priority = (task.request.delivery_info or {}).get("priority")
     jobs = jobs_of(task.app, shares, asked, deadline, priority, allow_partial=allow_partial, ticket=ticket)
     replaced: dict[str, Any] = task.replace(jobs)

@@ -80,7 +80,7 @@ def answer(
     asked = (collection, k, where, question, mode_of(mode, question))
     reranking = reranking_of(rerank, candidates, k, allow_degraded)
     # Not as option of the steps: Celery ends no chain of which one expires.
-    deadline = expiry(task.request.expires, task.app.timezone)
+    deadline = expiry(task.request.expires)
     until = {} if deadline is None else {"deadline": deadline}
     options = {"rerank": reranking} if reranking else {}
     if mode == "text":

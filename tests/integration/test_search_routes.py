@@ -147,11 +147,11 @@ def test_a_preference_that_cannot_be_told_is_none(app: Celery) -> None:
 def test_an_expiry_is_understood_as_celery_does() -> None:
     now = datetime.now(UTC)
     berlin = datetime.now().astimezone().tzinfo
-    assert expiry(None, UTC) is None
-    assert expiry(now, UTC) == now.timestamp()
-    assert expiry(now.isoformat(), UTC) == now.timestamp()
-    assert expiry(now.replace(tzinfo=None), UTC) == now.timestamp()
-    assert expiry(now.astimezone(berlin), UTC) == now.timestamp()
-    in_a_minute = expiry(60, UTC)
+    assert expiry(None) is None
+    assert expiry(now) == now.timestamp()
+    assert expiry(now.isoformat()) == now.timestamp()
+    assert expiry(now.replace(tzinfo=None)) == now.timestamp()
+    assert expiry(now.astimezone(berlin)) == now.timestamp()
+    in_a_minute = expiry(60)
     assert in_a_minute is not None
     assert in_a_minute >= (now + timedelta(seconds=60)).timestamp()

@@ -18,9 +18,10 @@ from cluster_tasks.errors import EndNotStored, StaleCommit
 from tests.broker import Broker
 
 
-@pytest.fixture
-def app(redis_url: str) -> Iterator[Celery]:
-    with Celery("sequels", set_as_current=False, broker=redis_url) as app:
+@pytest.fixture(params=["0", "5"], ids=["results beside the jobs", "in another database"])
+def app(redis_url: str, request: pytest.FixtureRequest) -> Iterator[Celery]:
+    results = f"{redis_url.rpartition('/')[0]}/{request.param}"
+    with Celery("sequels", set_as_current=False, broker=redis_url, backend=results) as app:
         Cluster(app)
 
         @app.task(base=ClusterTask, shared=False, name="work", request_type="any")
