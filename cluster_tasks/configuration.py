@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib.util import find_spec
@@ -164,7 +163,8 @@ def _check_same(app: Celery, key: str, setting: str, url: str, tls: object) -> N
     told = getattr(app.conf, key)
     if any(_is_same_place(each, url) for each in (told, with_tls(told, tls))):
         return
-    where = variable if os.environ.get(variable := URLS[key]) else key
+    # Celery's own view shows a variable before what is configured.
+    where = key if told == app.conf.get(key) else URLS[key]
     raise ConfigurationError(
         f"{where}={masked(told)} is not {ENV_PREFIX}{setting.upper()}, which is {masked(url)}: Celery would work "
         "with the one and the cluster with the other; set only one of them (celery -b counts as CELERY_BROKER_URL)"

@@ -43,13 +43,15 @@ def with_tls(url: str, options: object) -> str:
     if not options or not separator or scheme not in ("redis", "rediss"):
         return url
     address, _, query = rest.partition("?")
-    told = options if isinstance(options, Mapping) else {}
-    named = {name: _tls_word(told[name]) for name in CLUSTER_OPTIONS if name in told}
+    told = dict(options) if isinstance(options, Mapping) else {}
+    if "ssl_cert_reqs" in told:
+        told["ssl_cert_reqs"] = _name_of_check(told["ssl_cert_reqs"])
+    named = {name: told[name] for name in CLUSTER_OPTIONS if told.get(name)}
     return f"rediss://{address}?{urlencode({**named, **dict(parse_qsl(query, keep_blank_values=True))})}".rstrip("?")
 
 
-def _tls_word(value: object) -> str:
-    # ``ssl_cert_reqs`` may be None as well, which is no check.
+def _name_of_check(value: object) -> str:
+    # None is no check, as in redis-py.
     return value.name if isinstance(value, VerifyMode) else str(value or "none")
 
 

@@ -33,7 +33,7 @@ from cluster_tasks.broker.message import (
 from cluster_tasks.broker.placement import Placer, fetching_script, let_go_arguments, placing_script
 from cluster_tasks.broker.publishing import PUBLISH_PROPERTY, begin_publish, end_publish
 from cluster_tasks.broker.sequels import FOLLOWS_PROPERTY, Sequel
-from cluster_tasks.broker.unpacking import unpacked_size
+from cluster_tasks.broker.unpacking import too_large, unpacked_size
 from cluster_tasks.errors import ConfigurationError, InvalidQueue, PayloadTooLarge, StaleCommit
 from cluster_tasks.keys import DEFAULT_NAME, Keys, priority_suffixes
 from cluster_tasks.model import check_node_id
@@ -206,8 +206,7 @@ class ClusterChannel(stock.Channel):
 
     def _refuse_bomb(self, message: dict[str, Any], size: int) -> None:
         if size < (unpacked := self._unpacked(message, size)) and unpacked > self.cluster_max_message_bytes:
-            most = self.cluster_max_message_bytes
-            raise PayloadTooLarge(f"unpacked it would have more than {most} bytes, or it would take too long")
+            raise too_large(self.cluster_max_message_bytes)
 
     def _follow(self, placement: Placement, due: float | None, sequel: Sequel) -> None:
         if not self._placer.follow(placement, sequel, due, IDLE_WAIT_S):

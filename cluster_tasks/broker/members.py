@@ -20,8 +20,7 @@ from kombu.utils.json import dumps
 from kombu.utils.uuid import uuid
 
 from cluster_tasks.broker.message import INTERRUPTED, check_payload
-from cluster_tasks.broker.unpacking import unpacked_size
-from cluster_tasks.errors import PayloadTooLarge
+from cluster_tasks.broker.unpacking import too_large, unpacked_size
 
 MEMBERS_HEADER = "members"
 
@@ -97,7 +96,7 @@ def _body(payload: Mapping[str, Any], most: int) -> Any:
         body = b64decode(body)
     if compression := payload["headers"].get("compression"):
         if 0 < most < unpacked_size(body, compression, most):
-            raise PayloadTooLarge(f"unpacked it would have more than {most} bytes, or it would take too long")
+            raise too_large(most)
         body = decompress(body, compression)
     return loads(body, payload["content-type"], payload["content-encoding"], accept={"application/json"})
 

@@ -91,37 +91,15 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
         return int(self.app.conf.broker_transport_options.get("cluster_max_result_bytes", 0))
 
     @cached_property
-    def _note_script(self) -> redis.commands.core.Script:
-        return self._storing("note")
+    def _scripts(self) -> dict[str, redis.commands.core.Script]:
+        return {}
 
-    @cached_property
-    def _commit_script(self) -> redis.commands.core.Script:
-        return self._storing("commit")
-
-    @cached_property
-    def _commit_members_script(self) -> redis.commands.core.Script:
-        return self._storing("commit_members")
-
-    @cached_property
-    def _end_unheld_script(self) -> redis.commands.core.Script:
-        return self._storing("end_unheld")
-
-    @cached_property
-    def _kept_end_script(self) -> redis.commands.core.Script:
-        return self._storing("kept_end")
-
-    @cached_property
-    def _followed_script(self) -> redis.commands.core.Script:
-        return self._storing("followed")
-
-    @cached_property
-    def _has_ended_script(self) -> redis.commands.core.Script:
-        return self._storing("has_ended")
-
-    def _storing(self, name: str) -> redis.commands.core.Script:
-        parts = (script_source(__package__, part) for part in ("storing", name))
-        script: redis.commands.core.Script = RememberedScript(self.client, "\n".join((self._databases, *parts)))
-        return script
+    def _script(self, name: str) -> redis.commands.core.Script:
+        """``scripts/<name>.lua``, which reaches jobs and results though they are in two databases."""
+        if name not in self._scripts:
+            parts = (script_source(__package__, part) for part in ("storing", name))
+            self._scripts[name] = RememberedScript(self.client, "\n".join((self._databases, *parts)))
+        return self._scripts[name]
 
     @cached_property
     def _databases(self) -> str:
@@ -220,7 +198,7 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
         if not (job_id and next_id):
             return False
         with refusals_as_outages(self.client):
-            followed: Any = self._followed_script([self._keys.followed(job_id)])
+            followed: Any = self._script("followed")([self._keys.followed(job_id)])
         return any(parse_attempt(bytes_to_str(each))[0] == next_id for each in followed)
 
     def mark_as_revoked(
@@ -292,7 +270,7 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
 
     def _commit_members(self, names: Sequence[str], arguments: Sequence[Any]) -> list[int]:
         try:
-            done: list[int] = self.ensure(self._run, (self._commit_members_script, names, arguments))
+            done: list[int] = self.ensure(self._run, (self._script("commit_members"), names, arguments))
         except (redis.ConnectionError, redis.TimeoutError) as exc:
             raise EndNotStored(f"the ends of jobs of one message could not be stored: {exc!r}") from exc
         return done
@@ -414,16 +392,16 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
 
     def kept_end(self, task_id: str) -> Any:
         """The end of a job whose result has expired, or was not wanted, and that something still follows; or None."""
-        kept = self._kept_end_script([self._keys.kept_end(task_id)])
+        kept = self._script("kept_end")([self._keys.kept_end(task_id)])
         return self.decode_result(kept) if kept else None
 
     def has_ended(self, task_id: str) -> bool:
         """Whether a job has come to its end. A state that is one may also be what its task told while it ran."""
-        return bool(self._has_ended_script([self._keys.terminal(task_id)]))
+        return bool(self._script("has_ended")([self._keys.terminal(task_id)]))
 
     def _note(self, delivery: Delivery, task_id: str, encoded: Any, lives_s: int) -> None:
         with refusals_as_outages(self.client):
-            self._note_script(self._job_keys(delivery, task_id), [delivery.tag, encoded, lives_s])
+            self._script("note")(self._job_keys(delivery, task_id), [delivery.tag, encoded, lives_s])
 
     def _commit(self, delivery: Delivery, request: Any, state: str, encoded: Any, lives_s: int, kept: Any) -> None:
         keys, task_id, hedge = self._keys, request.id, Hedge.of(request.properties)
@@ -439,7 +417,7 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
             names += [keys.hedges(second), keys.hedged(second), keys.durations(hedge.kind)]
             arguments += [task_id, hedge.after_s, hedging.REMEMBERED_S, hedging.DURATIONS, hedging.DURATIONS_LIVE_S]
         try:
-            done = self.ensure(self._run, (self._commit_script, names, arguments))
+            done = self.ensure(self._run, (self._script("commit"), names, arguments))
         except (redis.ConnectionError, redis.TimeoutError) as exc:
             raise EndNotStored(f"the end {state} of job {task_id} could not be stored: {exc!r}") from exc
         if done != 1:
@@ -464,7 +442,7 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
         own = node.unacked_key if node is not None and node.epoch else ""
         named = json.dumps(bytes_to_str(task_id))
         arguments = [REVOKED_UNHELD, encoded, int(self.expires or 0), keys.node_prefix, keys.unacked_prefix, own]
-        self._end_unheld_script(names, [*arguments, f'"id": {named}', f'"id":{named}'])
+        self._script("end_unheld")(names, [*arguments, f'"id": {named}', f'"id":{named}'])
 
     def _job_keys(self, delivery: Delivery, task_id: str) -> tuple[str, str, str]:
         keys, result = self._keys, bytes_to_str(self.get_key_for_task(task_id))

@@ -11,6 +11,8 @@ from typing import Any
 
 from kombu import compression as kombus
 
+from cluster_tasks.errors import PayloadTooLarge
+
 DICTIONARY = 128 * 1024 * 1024
 """Bytes that lzma may use for itself; its largest preset takes 65 MiB. To zstd its library gives no more by default."""
 STREAMS = 100
@@ -45,6 +47,11 @@ def _unpackers() -> dict[Any, Callable[[], Any]]:
 
 _UNPACKERS = _unpackers()
 """By Kombu's decoder."""
+
+
+def too_large(most: int) -> PayloadTooLarge:
+    """The error of a message that has more than ``most`` bytes when it is unpacked, or too many streams."""
+    return PayloadTooLarge(f"unpacked it would have more than {most} bytes, or it would take too long")
 
 
 def unpacked_size(body: bytes, compression: str, most: int) -> int:

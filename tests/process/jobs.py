@@ -56,11 +56,7 @@ def make_jobs() -> Jobs:
     @app.task(base=ClusterTask, bind=True, shared=False, name="jobs.patient", request_type="llm", affinity="key")
     def patient(self: Any, key: str = "") -> str:
         """Run until the test lets it go, see ``let_go``; return the node that did it."""
-        note(f"started:{self.request.id}", self.request.hostname)
-        with notes() as client:
-            while not client.exists(f"test:go:{self.request.id}"):
-                time.sleep(0.02)
-        return str(self.request.hostname)
+        return run_until_let_go(self)
 
     @app.task(base=ClusterTask, bind=True, shared=False, name="jobs.flaky", request_type="llm", max_retries=3)
     def flaky(self: Any, failures: int) -> str:
@@ -165,6 +161,15 @@ def make_jobs() -> Jobs:
 def notes() -> redis.Redis:
     """The Redis of what tasks note, which they reach by a way of its own where a test breaks that of the node."""
     return redis.Redis.from_url(os.environ.get("TEST_NOTES_URL") or os.environ["CLUSTER_BROKER_URL"])
+
+
+def run_until_let_go(task: Any) -> str:
+    """Note that the job of a task has started, and wait until the test lets it go; return the node."""
+    note(f"started:{task.request.id}", task.request.hostname)
+    with notes() as client:
+        while not client.exists(f"test:go:{task.request.id}"):
+            time.sleep(0.02)
+    return str(task.request.hostname)
 
 
 def note(key: str, value: str) -> list[str]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
-from tests.process.jobs import Jobs, make_jobs, note, notes
+from tests.process.jobs import Jobs, make_jobs, run_until_let_go
 
 PLAIN = "mixed.plain"
 
@@ -17,11 +16,7 @@ def make_mixed() -> Jobs:
     @made.app.task(bind=True, shared=False, name=PLAIN)
     def plain(self: Any) -> str:
         """Run until the test lets it go, see ``let_go``; return the worker that did it."""
-        note(f"started:{self.request.id}", self.request.hostname)
-        with notes() as client:
-            while not client.exists(f"test:go:{self.request.id}"):
-                time.sleep(0.02)
-        return str(self.request.hostname)
+        return run_until_let_go(self)
 
     return made
 

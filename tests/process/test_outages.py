@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 from celery import chord, states
 from kombu.exceptions import OperationalError
 
@@ -25,6 +26,7 @@ from tests.waiting import wait_until
 from workers.redis_server import RedisServer, free_port
 
 Fault = Callable[[Jobs, RedisServer], AbstractContextManager[None]]
+Alone = Callable[[str], AbstractContextManager[tuple[Jobs, WorkerProcess, redis.Redis]]]
 LASTS_S = 3.0
 SILENT_S = 10.0
 """Longer than a node waits for replies before it goes on without them."""
@@ -97,6 +99,25 @@ def lasting_redis(redis_binary: str, tmp_path: Path) -> Iterator[RedisServer]:
         yield server
 
 
+@pytest.fixture
+def alone(
+    lasting_redis: RedisServer, redis_server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Alone:
+    """Runs one worker of an app on a Redis that will have a fault; what tasks note is in another one."""
+    monkeypatch.setenv("CLUSTER_BROKER_URL", lasting_redis.url)
+
+    @contextmanager
+    def run(app: str) -> Iterator[tuple[Jobs, WorkerProcess, redis.Redis]]:
+        jobs, environ = make_jobs(), {"TEST_NOTES_URL": redis_server.url}
+        worker = WorkerProcess("a", lasting_redis.url, tmp_path, app=app, pool="threads", environ=environ)
+        with running(worker), connect(redis_server.url) as notes:
+            yield jobs, worker, notes
+            wait_until_nothing_is_left(jobs)
+        jobs.app.close()
+
+    return run
+
+
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_nodes_outlast_a_redis_that_is(
@@ -123,15 +144,8 @@ def test_nodes_outlast_a_redis_that_is(
     jobs.app.close()
 
 
-def test_what_must_not_run_twice_fails_if_its_end_cannot_be_stored(
-    lasting_redis: RedisServer, redis_server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CLUSTER_BROKER_URL", lasting_redis.url)
-    jobs, environ = make_jobs(), {"TEST_NOTES_URL": redis_server.url}
-    worker = WorkerProcess(
-        "a", lasting_redis.url, tmp_path, app="tests.process.impatient", pool="threads", environ=environ
-    )
-    with running(worker), connect(redis_server.url) as notes:
+def test_what_must_not_run_twice_fails_if_its_end_cannot_be_stored(alone: Alone, lasting_redis: RedisServer) -> None:
+    with alone("tests.process.impatient") as (jobs, worker, notes):
         once = jobs.stubborn_once.delay(LASTS_S)
         once_id = once.id
         wait_until(lambda: notes.llen(f"test:started:{once_id}"), END_S, "it runs")
@@ -141,20 +155,14 @@ def test_what_must_not_run_twice_fails_if_its_end_cannot_be_stored(
         with pytest.raises(NodeLost, match="its end could not be stored"):
             once.get(timeout=END_S)
         assert notes.llen(f"test:started:{once_id}") == 1
-        wait_until_nothing_is_left(jobs)
-    del once
-    jobs.app.close()
+        del once
 
 
 @pytest.mark.parametrize("fault", [refusing_writes_for_lack_of_memory, restarted])
 def test_a_job_whose_next_step_cannot_be_published_does_not_fail_for_it(
-    fault: Fault, lasting_redis: RedisServer, redis_server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fault: Fault, alone: Alone, lasting_redis: RedisServer
 ) -> None:
-    monkeypatch.setenv("CLUSTER_BROKER_URL", lasting_redis.url)
-    jobs, environ = make_jobs(), {"TEST_NOTES_URL": redis_server.url}
-    app = "tests.process.impatient"
-    worker = WorkerProcess("a", lasting_redis.url, tmp_path, app=app, pool="threads", environ=environ)
-    with running(worker), connect(redis_server.url) as notes:
+    with alone("tests.process.impatient") as (jobs, worker, notes):
         last = (jobs.patient.si() | jobs.work.si()).apply_async()
         first: Any = last.parent
         first_id = first.id
@@ -165,27 +173,16 @@ def test_a_job_whose_next_step_cannot_be_published_does_not_fail_for_it(
             told = rf"the end of job jobs\.patient\[{first_id}\] is not stored|Connection to Redis lost: Retry"
             wait_until(lambda: re.search(told, worker.read_log()), END_S, "it cannot be published")
         assert [last.get(timeout=END_S), first.get(timeout=END_S)] == [worker.id] * 2
-        wait_until_nothing_is_left(jobs)
-    del first, last
-    jobs.app.close()
+        del first, last
 
 
-def test_a_chord_whose_failure_redis_refuses_to_store_fails_when_it_can(
-    lasting_redis: RedisServer, redis_server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CLUSTER_BROKER_URL", lasting_redis.url)
-    jobs, environ = make_jobs(), {"TEST_NOTES_URL": redis_server.url}
-    worker = WorkerProcess(
-        "a", lasting_redis.url, tmp_path, app="tests.process.refused", pool="threads", environ=environ
-    )
-    with running(worker), connect(redis_server.url) as notes:
+def test_a_chord_whose_failure_redis_refuses_to_store_fails_when_it_can(alone: Alone) -> None:
+    with alone("tests.process.refused") as (jobs, _, notes):
         body = jobs.work.si().on_error(jobs.app.signature("jobs.refuse"))
         failed = chord([jobs.verbose.si(5, 0.0)], body)()
         wait_until(lambda failed=failed: failed.state == states.FAILURE, END_S, "it fails")
         assert notes.llen("test:refused") > 1, "it was refused"
-        wait_until_nothing_is_left(jobs)
-    del failed
-    jobs.app.close()
+        del failed
 
 
 def test_a_producer_is_told_why_redis_refuses_a_job(jobs: Jobs, redis_server: RedisServer) -> None:

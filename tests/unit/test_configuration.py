@@ -140,6 +140,12 @@ def test_what_celery_is_told_of_tls_holds_for_the_cluster_too(scheme: str) -> No
     assert cluster.client.connection_pool.connection_kwargs["ssl_cert_reqs"] == "none"
 
 
+def test_what_is_not_told_of_tls_is_not_in_the_url() -> None:
+    options = {"ssl_keyfile": None, "ssl_certfile": None, "ssl_ca_certs": None, "ssl_cert_reqs": None}
+    asked = configured(broker_url="rediss://h/0", broker_use_ssl=options)
+    assert asked.settings.broker_url.get_secret_value() == "rediss://h/0?ssl_cert_reqs=none"
+
+
 def test_what_the_url_says_of_tls_wins() -> None:
     asked = configured(broker_url="rediss://h/0?ssl_cert_reqs=optional", broker_use_ssl={"ssl_cert_reqs": None})
     assert asked.settings.broker_url.get_secret_value() == "rediss://h/0?ssl_cert_reqs=optional"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 
 import pytest
 
@@ -34,10 +33,9 @@ def test_a_registry_that_cannot_be_read_at_all_holds_up_no_sender_and_is_seen_on
     registry = Registry(error)
     view = ClusterView(registry.list, SystemClock(), snapshot_s=0.02)
     assert view.nodes() == ()
-    monkeypatch.setattr(router, "WORTH_WAITING_S", 60.0)
-    began_s = time.monotonic()
+    # Who waits for it again comes to no end.
+    monkeypatch.setattr(router, "WORTH_WAITING_S", 1e6)
     assert view.nodes() == ()
-    assert time.monotonic() - began_s < 30
     assert not view.answers
     registry.error = None
     wait_until(lambda: [node.id for node in view.nodes()] == ["a"], message="the view follows")

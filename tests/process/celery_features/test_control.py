@@ -61,8 +61,12 @@ def test_nodes_begin_and_end_to_consume_an_ordinary_queue(jobs: Jobs) -> None:
     jobs.command("add_consumer", jobs.node_ids[1], queue="reports")
     assert jobs.describe.apply_async(queue="reports").get(timeout=END_S)["hostname"] == jobs.node_ids[1]
     jobs.command("cancel_consumer", jobs.node_ids[1], queue="reports")
-    queues = jobs.inspect(jobs.node_ids[1]).active_queues()[jobs.node_ids[1]]
-    assert "reports" not in {queue["name"] for queue in queues}
+
+    def consumed() -> set[str]:
+        return {queue["name"] for queue in jobs.inspect(jobs.node_ids[1]).active_queues()[jobs.node_ids[1]]}
+
+    # A worker answers first, and ends to consume in its next turn.
+    wait_until(lambda: "reports" not in consumed(), END_S, "it has ended to consume")
     waiting = jobs.describe.apply_async(queue="reports")
     # The node goes on with its list meanwhile.
     assert jobs.echo.delay("cluster").get(timeout=END_S) == "cluster"
