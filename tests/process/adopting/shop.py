@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from functools import cache
 from typing import Any, ClassVar
 
 import redis
@@ -48,8 +49,12 @@ class AuditedJob(ClusterTask, Audited):
 
 def note(key: str, value: str) -> None:
     """Append to a list in Redis."""
-    with redis.Redis.from_url(os.environ["SHOP_URL"]) as client:
-        client.rpush(f"test:{key}", value)
+    _store(os.environ["SHOP_URL"]).rpush(f"test:{key}", value)
+
+
+@cache
+def _store(url: str) -> redis.Redis:
+    return redis.Redis.from_url(url)
 
 
 def make_shop(adopted: bool, late: bool = False) -> Celery:
