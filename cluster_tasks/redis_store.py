@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from importlib.resources import files
 from threading import RLock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import parse_qs, urlsplit, urlunsplit
 from weakref import WeakSet
 
 import redis
 from redis.backoff import NoBackoff
+from redis.client import Pipeline
 from redis.commands.core import Script
 from redis.retry import Retry
 from redis.sentinel import Sentinel, SentinelConnectionPool
@@ -191,6 +192,30 @@ class RememberedScript(Script):
             # Forgotten again between the two steps of redis-py, which are to load it and to run it.
             keys, args = keys or (), args or ()
             return (client or self.registered_client).eval(str(self.script), len(keys), *keys, *args)
+
+
+class ScriptCall(NamedTuple):
+    """A script and what it is called with: by itself, or in one round trip with others."""
+
+    script: Script
+    keys: Sequence[str]
+    arguments: Sequence[Any]
+
+    def run(self) -> Any:
+        """Call it now. Raises redis.RedisError."""
+        return self.script(self.keys, self.arguments)
+
+    def add_to(self, pipe: Pipeline) -> None:
+        """Call it when ``pipe`` is executed; what it returns is one of the answers."""
+        self.script(self.keys, self.arguments, pipe)
+
+
+def run_together(client: redis.Redis, calls: Iterable[ScriptCall]) -> list[Any]:
+    """Call scripts together and return what each returned; others may come in between. Raises redis.RedisError."""
+    with client.pipeline(transaction=False) as pipe:
+        for call in calls:
+            call.add_to(pipe)
+        return pipe.execute()
 
 
 def load_script(client: redis.Redis, package: str, name: str) -> Script:

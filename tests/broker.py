@@ -153,7 +153,7 @@ class Broker:
     ) -> int:
         """Give back what an epoch holds."""
         source, not_started = self.keys.unacked(node_id, epoch), self.keys.not_started(node_id, epoch)
-        return self.placer.move_held(source, not_started, moved, Why.REQUEUE, crash)
+        return int(self.placer.move_held(source, not_started, moved, Why.REQUEUE, crash).run())
 
     def listed(self, queue: str) -> list[str]:
         """The jobs of a list, the next one first, more urgent ones before others."""

@@ -380,7 +380,7 @@ class Deliveries:
             if acked:
                 self._placer.let_go(unacked, acked)
             for tag, (placement, crash) in returned.items():
-                self._placer.move_held(unacked, not_started, [(tag, placement)], Why.REQUEUE, crash)
+                self._placer.move_held(unacked, not_started, [(tag, placement)], Why.REQUEUE, crash).run()
             for tag, message in unreadable.items():
                 self._placer.set_aside_held(unacked, tag, message)
         except redis.RedisError as exc:

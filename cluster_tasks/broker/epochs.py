@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import chain
@@ -14,7 +14,7 @@ import redis
 
 from cluster_tasks.errors import BrokerUnavailable, NodeNotFound
 from cluster_tasks.keys import ANY_TYPE, Keys, node_suffixes
-from cluster_tasks.redis_store import foreign_errors, load_script, text
+from cluster_tasks.redis_store import ScriptCall, foreign_errors, load_script, run_together, text
 
 Event = Mapping[str, str | float]
 """Fields of an entry in the event stream."""
@@ -207,13 +207,20 @@ class EpochTable:
 
     def fence(self, node_id: str, seen: Beat, event: Event = MappingProxyType({})) -> bool:
         """End an epoch, unless it has beaten since it was ``seen``; False if it has, or had ended. Safe to repeat."""
-        return self._end(node_id, seen.epoch, str(seen.counter), Ending.LOST, event)
+        return self.fence_all([(node_id, seen, event)])[0]
+
+    def fence_all(self, silent: Sequence[tuple[str, Beat, Event]]) -> list[bool]:
+        """The same for many, given by node id, as each was seen, and event; in as many round trips as for one."""
+        with foreign_errors(BrokerUnavailable, f"fencing {', '.join(node_id for node_id, *_ in silent)}"):
+            calls = [self._end(name, seen.epoch, str(seen.counter), Ending.LOST, event) for name, seen, event in silent]
+            return [bool(ended) for ended in run_together(self._client, calls)]
 
     def close(self, node_id: str, epoch: str, event: Event = MappingProxyType({})) -> bool:
         """End an epoch in good order, whether it beats or not; False if it had ended. Safe to repeat."""
-        return self._end(node_id, epoch, "", Ending.CLOSED, event)
+        with foreign_errors(BrokerUnavailable, f"closing an epoch of {node_id}"):
+            return bool(self._end(node_id, epoch, "", Ending.CLOSED, event).run())
 
-    def _end(self, node_id: str, epoch: str, counter: str, ending: Ending, event: Event) -> bool:
+    def _end(self, node_id: str, epoch: str, counter: str, ending: Ending, event: Event) -> ScriptCall:
         keys, queue, suffixes = self._keys, self._keys.node_queue(node_id), node_suffixes()
         names = [keys.epochs, keys.beats, keys.serves, keys.draining, keys.backlog, keys.idle, keys.fenced]
         names += [keys.unacked(node_id, epoch), keys.remains_unacked(node_id, epoch), keys.bell(node_id)]
@@ -222,9 +229,7 @@ class EpochTable:
         arguments: list[str | float] = [queue, epoch, counter, f"{node_id}/{epoch}", ending]
         arguments += [keys.remains(node_id, epoch), LOST_LIVES_S if ending is Ending.LOST else 0]
         arguments += [MAX_EVENTS, len(suffixes), *suffixes, *chain(*event.items())]
-        with foreign_errors(BrokerUnavailable, f"ending an epoch of {node_id}"):
-            ended = self._fence(names, arguments)
-        return bool(ended)
+        return ScriptCall(self._fence, names, arguments)
 
     def fenced(self) -> list[Fenced]:
         """Return the epochs that have ended and are not forgotten, sorted by node id and epoch."""
@@ -232,12 +237,22 @@ class EpochTable:
             found: Any = self._client.hgetall(self._keys.fenced)
         return sorted(_read_fenced(text(member), text(ended)) for member, ended in found.items())
 
-    def forget(self, node_id: str, epoch: str, event: Event = MappingProxyType({})) -> bool:
-        """Forget an epoch whose remains are moved; False if another was first. Safe to repeat."""
+    def forget(self, events: Mapping[tuple[str, str], Event]) -> list[bool]:
+        """Forget epochs whose remains are moved, by node id and epoch; False where another was first. Safe to repeat.
+
+        However many they are, it takes as many round trips as for one.
+        """
         keys = self._keys
-        with foreign_errors(BrokerUnavailable, f"forgetting an epoch of {node_id}"):
-            arguments = [f"{node_id}/{epoch}", MAX_EVENTS, *chain(*event.items())]
-            return bool(self._forget([keys.fenced, keys.events, keys.opened], arguments))
+        calls = [
+            ScriptCall(
+                self._forget,
+                [keys.fenced, keys.events, keys.opened, keys.not_started(node_id, epoch)],
+                [f"{node_id}/{epoch}", MAX_EVENTS, *chain(*event.items())],
+            )
+            for (node_id, epoch), event in events.items()
+        ]
+        with foreign_errors(BrokerUnavailable, f"forgetting epochs of {', '.join(node_id for node_id, _ in events)}"):
+            return [bool(forgotten) for forgotten in run_together(self._client, calls)]
 
     def knowing(self, task: str, request_type: str) -> list[str]:
         """Return the ids of the nodes that know a task, serve its type and may be given jobs, sorted.

@@ -15,7 +15,7 @@ from cluster_tasks.broker.message import Placement, job_of
 from cluster_tasks.broker.publishing import REMEMBERED_S, Publish
 from cluster_tasks.broker.sequels import Sequel
 from cluster_tasks.keys import Keys
-from cluster_tasks.redis_store import RememberedScript, load_script, run_script, script_source, text
+from cluster_tasks.redis_store import RememberedScript, ScriptCall, load_script, run_script, script_source, text
 
 _PACKAGE = "cluster_tasks.broker"
 MOVED = "moved_"
@@ -155,8 +155,8 @@ class Placer:
     def move_held(
         self, source: str, not_started: str, held: Iterable[tuple[str, Placement]], why: Why,
         crash: Crash | None = None,
-    ) -> int:  # fmt: skip
-        """Move deliveries out of the hash ``source``; return how many were still there.
+    ) -> ScriptCall:  # fmt: skip
+        """Return the call that moves deliveries out of the hash ``source``, and tells how many were still there.
 
         Those whose tags are not in the set ``not_started`` are charged with ``crash``, if there was one.
         """
@@ -166,7 +166,7 @@ class Placer:
             kind = placement.request_type
             arguments += [tag, placement.queue, placement.waiting, keys.suspect_queue(kind)]
             arguments += [keys.crashes(placement.job_id or tag), kind, placement.suffix, placement.message]
-        return cast(int, self._move_held([*self.index, source, not_started, keys.counters], arguments))
+        return ScriptCall(self._move_held, [*self.index, source, not_started, keys.counters], arguments)
 
     def split(
         self, source: str, not_started: str, tag: str, crashes: str, members: Sequence[Placement], crash: Crash | None
@@ -197,11 +197,14 @@ class Placer:
         arguments = [self._keys.bell_prefix, job_id, *placement.arguments()]
         return bool(self._unquarantine([*self.index, self._keys.quarantine, self._keys.quarantined], arguments))
 
-    def move_listed(self, source: str, queue: str, listed: Sequence[Placement], why: Why) -> int:
-        """Move the head of the list ``source``, part of ``queue`` in the index; return how many were moved."""
+    def move_listed(self, source: str, queue: str, listed: Sequence[Placement], why: Why) -> ScriptCall:
+        """Return the call that moves the head of the list ``source``, part of ``queue`` in the index.
+
+        It tells how many were moved.
+        """
         arguments = [part for placement in listed for part in placement.arguments()]
         names = [*self.index, source, self._keys.counters]
-        return cast(int, self._move_listed(names, [self._keys.bell_prefix, queue, why.counter, *arguments]))
+        return ScriptCall(self._move_listed, names, [self._keys.bell_prefix, queue, why.counter, *arguments])
 
     def move_newest(self, source: str, queue: str, first: int, listed: Sequence[Placement]) -> list[str]:
         """Move messages out of the list ``source``, part of ``queue`` in the index; return where those went that were.

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any, cast
+from itertools import chain
+from typing import Any, NamedTuple
 
 import redis
+from redis.client import Pipeline
 
-from cluster_tasks.broker.message import Placement, replace_message
+from cluster_tasks.broker.message import replace_message
 from cluster_tasks.broker.placement import Crash, Placer, Why
 from cluster_tasks.errors import BrokerUnavailable
 from cluster_tasks.keys import BOUND, Keys, node_suffixes, priority_suffixes
-from cluster_tasks.redis_store import foreign_errors, text
+from cluster_tasks.redis_store import ScriptCall, foreign_errors, text
 
 CHUNK = 100
+"""Messages that one script moves: Redis does nothing else meanwhile."""
+READ_AT_ONCE, FEWEST = 500, 10
+"""Messages that are read in one round trip: so many of all hashes and lists, as each may be long; but these of each."""
+
+
+class Remains(NamedTuple):
+    """An epoch that has ended."""
+
+    node_id: str
+    epoch: str
+    crash: Crash | None = None
+    """What is charged with all that it was at work on; None: it ended in good order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,24 +51,25 @@ class Evacuation:
     def __init__(self, client: redis.Redis, keys: Keys) -> None:
         self._client, self._keys, self._placer = client, keys, Placer(client, keys)
 
-    def move_remains(self, node_id: str, epoch: str, crash: Crash | None = None) -> Moved:
-        """Move all that a fence put away, what was held before what was listed.
+    def move_remains(self, *ended: Remains) -> Moved:
+        """Move all that the fences of these epochs put away, what was held before what was listed.
 
-        What the epoch was at work on is charged with ``crash``, if it was one.
+        However many they are, it takes as many round trips as for the one that has the most.
         """
         keys = self._keys
-        with foreign_errors(BrokerUnavailable, f"evacuating {node_id}"):
-            not_started = keys.not_started(node_id, epoch)
+        sources: list[_Source] = []
+        for node_id, epoch, crash in ended:
             why = Why.DRAIN if crash is None else Why.FAILOVER
-            moved = Moved(self._move_hash(keys.remains_unacked(node_id, epoch), not_started, why, crash))
-            moved += Moved(listed=self._move_lists(keys.remains(node_id, epoch), why))
-            self._client.delete(not_started)
-        return moved
+            held = keys.remains_unacked(node_id, epoch)
+            sources.append(_Held(self._placer, keys, held, keys.not_started(node_id, epoch), why, crash))
+            sources += self._lists(keys.remains(node_id, epoch), node_suffixes(), why)
+        with foreign_errors(BrokerUnavailable, f"evacuating {', '.join(each.node_id for each in ended)}"):
+            return self._empty(sources)
 
     def hand_over(self, node_id: str) -> Moved:
         """Move the list of a node that drains; what it holds stays with it."""
         with foreign_errors(BrokerUnavailable, f"handing over the list of {node_id}"):
-            return Moved(listed=self._move_lists(self._keys.node_queue(node_id), Why.DRAIN))
+            return self._empty(self._lists(self._keys.node_queue(node_id), node_suffixes(), Why.DRAIN))
 
     def hand_back(
         self, node_id: str, epoch: str, crash: Crash | None = None, tags: Collection[str] | None = None
@@ -65,17 +79,19 @@ class Evacuation:
         The node cannot commit them any more. It has to be draining, or it may be given the same jobs again.
         """
         with foreign_errors(BrokerUnavailable, f"taking back what {node_id} holds"):
-            source, not_started = self._keys.unacked(node_id, epoch), self._keys.not_started(node_id, epoch)
-            held: dict[bytes, bytes] = cast(Any, self._client.hgetall(source))
+            source = self._held(node_id, epoch, Why.DRAIN, crash)
+            with self._client.pipeline() as pipe:
+                pipe.hgetall(source.key)
+                pipe.smembers(source.not_started)
+                held, idle = pipe.execute()
             taken = {tag: held[tag] for tag in held if tags is None or text(tag) in tags}
-            return Moved(self._move_chunk(source, not_started, taken, Why.DRAIN, crash))
+            call = source.move(source.deliveries(taken, idle))
+            return Moved(held=call.run() if call else 0)
 
     def hand_over_unbound(self, node_id: str) -> Moved:
         """Move the list of a node that may not take from it; what no other node can run stays."""
         with foreign_errors(BrokerUnavailable, f"handing over the list of {node_id}"):
-            queue = self._keys.node_queue(node_id)
-            moved = (self._move_list(queue, suffix, Why.EJECTION) for suffix in priority_suffixes())
-            return Moved(listed=sum(moved))
+            return self._empty(self._lists(self._keys.node_queue(node_id), priority_suffixes(), Why.EJECTION))
 
     def move_orphans(self) -> Moved:
         """Move what belongs to no epoch that stands, and forget what no table of epochs knows any more.
@@ -85,7 +101,7 @@ class Evacuation:
         is given its first job, and a Redis that has lost its last writes is as it was at one moment before, so what it
         still has of an epoch is not without the name.
         """
-        keys, moved = self._keys, Moved()
+        keys = self._keys
         with foreign_errors(BrokerUnavailable, "looking for orphans"):
             # Read before the epochs that stand: one that is none of them was ended, never just begun.
             opened: Any = self._client.smembers(keys.opened)
@@ -97,66 +113,141 @@ class Evacuation:
                 epochs, fenced = pipe.execute()
             standing = {text(queue): text(epoch) for queue, epoch in epochs.items()}
             # Of those that were fenced what they held is put away, and their notes are needed still.
+            orphans: dict[str, _Held] = {}
             for name in map(text, opened - set(fenced)):
                 node_id, _, epoch = name.rpartition("/")
                 if standing.get(keys.node_queue(node_id)) != epoch:
-                    not_started = keys.not_started(node_id, epoch)
-                    moved += Moved(self._move_hash(keys.unacked(node_id, epoch), not_started, Why.ORPHAN))
-                    self._client.delete(not_started)
-                    self._client.srem(keys.opened, name)
-            for queue in queues:
-                node_id = keys.node_of(queue) or ""
-                if node_id and keys.node_queue(node_id) not in standing:
-                    moved += Moved(listed=self._move_lists(keys.node_queue(node_id), Why.ORPHAN))
+                    orphans[name] = self._held(node_id, epoch, Why.ORPHAN)
+            nodes = filter(None, map(keys.node_of, queues))
+            unowned = sorted({keys.node_queue(node_id) for node_id in nodes} - standing.keys())
+            lists = chain(*(self._lists(queue, node_suffixes(), Why.ORPHAN) for queue in unowned))
+            moved = self._empty([*orphans.values(), *lists])
+            if orphans:
+                with self._client.pipeline() as pipe:
+                    pipe.delete(*(source.not_started for source in orphans.values()))
+                    pipe.srem(keys.opened, *orphans)
+                    pipe.execute()
         return moved
 
-    def _move_hash(self, source: str, not_started: str, why: Why, crash: Crash | None = None) -> int:
-        moved = 0
-        while self._client.hlen(source):
-            scan = self._client.hscan_iter(source, count=CHUNK)
-            while chunk := dict(islice(scan, CHUNK)):
-                moved += self._move_chunk(source, not_started, chunk, why, crash)
+    def _held(self, node_id: str, epoch: str, why: Why, crash: Crash | None = None) -> _Held:
+        keys = self._keys
+        return _Held(self._placer, keys, keys.unacked(node_id, epoch), keys.not_started(node_id, epoch), why, crash)
+
+    def _lists(self, base: str, suffixes: Iterable[str], why: Why) -> list[_Listed]:
+        return [
+            _Listed(self._placer, self._keys, base + suffix, base + (BOUND if suffix.startswith(BOUND) else ""), why)
+            for suffix in suffixes
+        ]
+
+    def _empty(self, sources: Sequence[_Source]) -> Moved:
+        """Move all messages out of these, in turns of one round trip for all of them."""
+        moved, left = Moved(), list(sources)
+        moves: list[tuple[_Source, ScriptCall]] = []
+        while left:
+            count = min(CHUNK, max(FEWEST, READ_AT_ONCE // len(left)))
+            with self._client.pipeline(transaction=False) as pipe:
+                for _, move in moves:
+                    move.add_to(pipe)
+                for source in left:
+                    source.ask(pipe, count)
+                answers = iter(pipe.execute())
+            for source, _ in moves:
+                moved += source.moved(next(answers))
+            found = [(source, messages) for source in left if (messages := source.take(answers))]
+            moves = [(source, call) for source, messages in found if (call := source.move(messages))]
+            left = [source for source, _ in found]
         return moved
 
-    def _move_chunk(
-        self, source: str, not_started: str, chunk: dict[bytes, bytes], why: Why, crash: Crash | None
-    ) -> int:
+
+class _Delivery(NamedTuple):
+    tag: bytes
+    message: bytes
+    interrupted: bool
+    """Whether its message has to say that the job may have begun. A crash that it is charged with tells as much."""
+
+    @property
+    def order(self) -> list[bytes]:
+        """Its place among those of its epoch: the numbers at the end of its tag, comparable as text."""
+        return [part.zfill(20) for part in self.tag.split(b".")]
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """Deliveries of an epoch: a hash."""
+
+    placer: Placer
+    keys: Keys
+    key: str
+    not_started: str
+    why: Why
+    crash: Crash | None = None
+
+    def ask(self, pipe: Pipeline, count: int) -> None:
+        pipe.hrandfield(self.key, count, withvalues=True)
+        pipe.smembers(self.not_started)
+
+    def take(self, answers: Iterator[Any]) -> list[Any]:
+        found, idle = next(answers), next(answers)
+        # The third version of Redis' protocol has pairs.
+        flat = iter(chain(*found) if found and isinstance(found[0], list) else found)
+        return self.deliveries(dict(zip(flat, flat, strict=True)), idle)
+
+    def deliveries(self, fields: Mapping[bytes, bytes], idle: Collection[bytes]) -> list[_Delivery]:
         # Each goes to the front, so the one that was fetched first comes last.
-        newest_first = sorted(chunk.items(), key=_fetched, reverse=True)
-        # A crash tells as much; without one the message has to say that its job may have begun.
-        idle: Any = self._client.smembers(not_started) if crash is None else chunk.keys()
-        held = list(self._readable(source, newest_first, idle))
-        return self._placer.move_held(source, not_started, held, why, crash) if held else 0
+        found = (_Delivery(tag, fields[tag], self.crash is None and tag not in idle) for tag in fields)
+        return sorted(found, key=lambda delivery: delivery.order, reverse=True)
 
-    def _readable(
-        self, source: str, fields: Iterable[tuple[bytes, bytes]], idle: Collection[bytes]
-    ) -> Iterator[tuple[str, Placement]]:
-        for tag, message in fields:
+    def move(self, deliveries: Iterable[_Delivery]) -> ScriptCall | None:
+        """Return the call that moves them; None if nobody can read one of them, and all are set aside."""
+        readable = []
+        for tag, message, interrupted in deliveries:
             try:
-                yield text(tag), replace_message(message, self._keys, delivered=True, interrupted=tag not in idle)
+                placement = replace_message(message, self.keys, delivered=True, interrupted=interrupted)
+                readable.append((text(tag), placement))
             except ValueError:
-                self._placer.set_aside_held(source, tag, message)
+                self.placer.set_aside_held(self.key, tag, message)
+        return self.placer.move_held(self.key, self.not_started, readable, self.why, self.crash) if readable else None
 
-    def _move_lists(self, base: str, why: Why) -> int:
-        return sum(self._move_list(base, suffix, why) for suffix in node_suffixes())
-
-    def _move_list(self, base: str, suffix: str, why: Why) -> int:
-        source, queue = base + suffix, base + (BOUND if suffix.startswith(BOUND) else "")
-        moved = 0
-        while messages := cast(list[bytes], self._client.lrange(source, -CHUNK, -1)):
-            placements = []
-            for message in reversed(messages):
-                try:
-                    placements.append(replace_message(message, self._keys, delivered=False))
-                except ValueError:
-                    break
-            if placements:
-                moved += self._placer.move_listed(source, queue, placements, why)
-            else:
-                self._placer.set_aside_listed(source, queue, messages[-1])
-        return moved
+    def moved(self, count: int) -> Moved:
+        return Moved(held=count)
 
 
-def _fetched(field: tuple[bytes, bytes]) -> list[bytes]:
-    """The place of a delivery among those of its epoch: the numbers at the end of its tag, comparable as text."""
-    return [part.zfill(20) for part in field[0].split(b".")]
+@dataclass(frozen=True, slots=True)
+class _Listed:
+    """Messages that wait: a list, part of ``queue`` in the index."""
+
+    placer: Placer
+    keys: Keys
+    key: str
+    queue: str
+    why: Why
+
+    def ask(self, pipe: Pipeline, count: int) -> None:
+        pipe.lrange(self.key, -count, -1)
+
+    def take(self, answers: Iterator[Any]) -> list[Any]:
+        messages: list[bytes] = next(answers)
+        # The head of a list is its end.
+        return messages[::-1]
+
+    def move(self, messages: Sequence[bytes]) -> ScriptCall | None:
+        """Return the call that moves those before the first that nobody can read; None if there are none.
+
+        That one is set aside when it is the head.
+        """
+        readable = []
+        for message in messages:
+            try:
+                readable.append(replace_message(message, self.keys, delivered=False))
+            except ValueError:
+                break
+        if readable:
+            return self.placer.move_listed(self.key, self.queue, readable, self.why)
+        self.placer.set_aside_listed(self.key, self.queue, messages[0])
+        return None
+
+    def moved(self, count: int) -> Moved:
+        return Moved(listed=count)
+
+
+_Source = _Held | _Listed

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 
-from cluster_tasks.broker.epochs import Beat, Ending, EpochTable, Fenced
+from cluster_tasks.broker.epochs import Beat, Ending, EpochTable, Event, Fenced
 from cluster_tasks.broker.placement import Crash
 from cluster_tasks.clock import Clock
 from cluster_tasks.errors import BrokerUnavailable, RegistryUnavailable
 from cluster_tasks.failover.detector import Detector, Silent
-from cluster_tasks.failover.evacuation import Evacuation
+from cluster_tasks.failover.evacuation import Evacuation, Remains
 from cluster_tasks.failover.events import EventLog
 from cluster_tasks.registry.base import Registry
 
@@ -59,7 +59,7 @@ class HealthCheck:
     def act(self, silent: list[Silent]) -> int:
         """Fence these nodes, move their work and whatever else has no owner; return how many were fenced."""
         # All fences first: they are quick, and what one node leaves behind must not let the others run on.
-        fenced = sum(self._fence(node.node_id, node.beat, node.silent_s) for node in silent)
+        fenced = self._fence(*silent)
         self.finish()
         if self._checks % ORPHANS_EVERY == 0 and (moved := self._evacuation.move_orphans()):
             self._events.add("jobs moved", node="", epoch="", held=moved.held, listed=moved.listed)
@@ -69,9 +69,9 @@ class HealthCheck:
 
     def fail_over(self, node_id: str, seen: Beat, silent_s: float) -> bool:
         """Fence a node and move its work. False if it has beaten since, or another observer was first."""
-        fenced = self._fence(node_id, seen, silent_s)
+        fenced = self._fence(Silent(node_id, seen, silent_s))
         self.finish()
-        return fenced
+        return fenced == 1
 
     def retire(self, node_id: str, epoch: str) -> bool:
         """End the epoch of a node that leaves in good order and give back what it holds; False if it had ended.
@@ -87,13 +87,19 @@ class HealthCheck:
     def finish(self) -> None:
         """Do what is left of every epoch that has ended, whoever ended it and died on the way. Safe to repeat.
 
-        An epoch is forgotten last, so that each step is done and told. The registry is not asked for anything: it may
-        be silent, and the next node may be dying. ``tell_registry`` is for another thread.
+        All epochs go through each step together: many nodes may die at once, and a round trip takes long where many
+        processes want to run. An epoch is forgotten last, so that each step is done and told. The registry is not asked
+        for anything: it may be silent, and the next node may be dying. ``tell_registry`` is for another thread.
         """
-        for ended in self._epochs.fenced():
-            self._evacuation.move_remains(ended.node_id, ended.epoch, self._crash(ended))
-            if self._forget(ended):
-                self._untold.add((ended.node_id, ended.epoch))
+        ended = self._epochs.fenced()
+        self._evacuation.move_remains(*(Remains(one.node_id, one.epoch, self._crash(one)) for one in ended))
+        events = {(one.node_id, one.epoch): self._moved(one) for one in ended}
+        for one, is_forgotten in zip(ended, self._epochs.forget(events), strict=True):
+            # Else another process was first, and has told.
+            if is_forgotten:
+                self._untold.add((one.node_id, one.epoch))
+                if events[one.node_id, one.epoch]:
+                    logger.warning("jobs moved from %s: %d held, %d listed", one.node_id, one.held, one.listed)
 
     def tell_registry(self) -> None:
         """Deregister the nodes whose failovers this process has finished, until the registry does not answer."""
@@ -119,26 +125,27 @@ class HealthCheck:
             if beat is None or beat.epoch != node.epoch:
                 self._registry.deregister(node.id, node.epoch)
 
-    def _fence(self, node_id: str, seen: Beat, silent_s: float) -> bool:
-        event = self._events.entry("node lost", node=node_id, epoch=seen.epoch, silent_s=round(silent_s, 3))
-        if not self._epochs.fence(node_id, seen, event):
-            return False
-        logger.warning("node lost: %s was silent for %.1f s", node_id, silent_s, extra={"node": node_id})
-        return True
+    def _fence(self, *silent: Silent) -> int:
+        fenced = self._epochs.fence_all([(node.node_id, node.beat, self._lost(node)) for node in silent])
+        for node, is_fenced in zip(silent, fenced, strict=True):
+            # Else it has beaten since, or another observer was first.
+            if is_fenced:
+                name, seconds = node.node_id, node.silent_s
+                logger.warning("node lost: %s was silent for %.1f s", name, seconds, extra={"node": name})
+        return sum(fenced)
+
+    def _lost(self, node: Silent) -> Event:
+        silent_s = round(node.silent_s, 3)
+        return self._events.entry("node lost", node=node.node_id, epoch=node.beat.epoch, silent_s=silent_s)
 
     def _crash(self, ended: Fenced) -> Crash | None:
         if ended.ending is Ending.CLOSED:
             return None
         return Crash(ended.node_id, ended.epoch, "the node was lost", self._clock.time())
 
-    def _forget(self, ended: Fenced) -> bool:
-        """Whether this process is the one that has finished it."""
+    def _moved(self, ended: Fenced) -> Event:
         node_id, epoch, ending, held, listed = ended
         if ending is Ending.CLOSED and not held + listed:
             # A node that left with nothing: that it left has been told.
-            return self._epochs.forget(node_id, epoch)
-        event = self._events.entry("jobs moved", node=node_id, epoch=epoch, held=held, listed=listed)
-        if not self._epochs.forget(node_id, epoch, event):
-            return False
-        logger.warning("jobs moved from %s: %d held, %d listed", node_id, held, listed)
-        return True
+            return {}
+        return self._events.entry("jobs moved", node=node_id, epoch=epoch, held=held, listed=listed)

@@ -63,7 +63,7 @@ def node_rows(
     for node_id, beat in beats.items():
         rows.setdefault(node_id, {"id": node_id, "status": UNREGISTERED, "epoch": beat.epoch})
         if node_id in silent_s:
-            rows[node_id] |= {"status": SILENT, "silent_s": round(silent_s[node_id], 1)}
+            rows[node_id] |= {"status": SILENT, "silent_s": silent_s[node_id]}
     for facts in _lost(events, beats, now):
         rows.setdefault(facts["id"], facts)
     return [rows[node_id] for node_id in sorted(rows)]

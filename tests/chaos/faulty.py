@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import redis
@@ -22,7 +22,7 @@ class Fuse:
 
     def __init__(self) -> None:
         self.commands = 0
-        """How many were sent."""
+        """How many were sent; each of a pipeline counts, a transaction as one: Redis does all of it or nothing."""
         self._burns_at = -1
         self._before: Callable[[], None] | None = None
         self._loses_reply = self._reply_is_lost = False
@@ -40,22 +40,34 @@ class Fuse:
         burns, self.commands = self.commands == self._burns_at, self.commands + 1
         if burns and self._before is not None:
             self._before()
-        self._reply_is_lost = burns and self._loses_reply
+        self._reply_is_lost |= burns and self._loses_reply
 
     def reply_is_lost(self) -> bool:
-        """Whether the reply that has come never came."""
+        """Whether the reply that has come never came, and with it what else was asked for in its pipeline."""
         lost, self._reply_is_lost = self._reply_is_lost, False
         return lost
+
+
+class _Pipeline(list[Any]):
+    """Commands that are sent together, each as it is packed."""
 
 
 class _FaultyConnection(redis.Connection):
     fuse: Fuse
 
+    def pack_commands(self, commands: Iterable[Sequence[Any]]) -> Any:
+        commands = list(commands)
+        if commands[0][0] == "MULTI":
+            return super().pack_commands(commands)
+        return _Pipeline(super(_FaultyConnection, self).pack_commands([command]) for command in commands)
+
     def send_packed_command(self, command: Any, check_health: bool = True) -> None:
-        # What a connection says of itself when it is made is none of the process' commands.
-        if check_health:
-            self.fuse.sending()
-        super().send_packed_command(command, check_health=check_health)
+        # A process may end, or stop, when it has sent a part of a pipeline.
+        for part in command if isinstance(command, _Pipeline) else [command]:
+            # What a connection says of itself when it is made is none of the process' commands.
+            if check_health:
+                self.fuse.sending()
+            super().send_packed_command(part, check_health=check_health)
 
     def read_response(self, *args: Any, **kwargs: Any) -> Any:
         try:

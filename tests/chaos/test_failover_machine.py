@@ -29,7 +29,7 @@ from tests.chaos.world import LEASE_S, SERVES, STEP_S, Member, Observer, World
 NODES = st.sampled_from(sorted(SERVES.keys() - {"last"}))
 TYPES = st.sampled_from(["llm", "llm", "embedding", ANY_TYPE])
 FATES = st.sampled_from(["killed", "reply lost", "refused", "paused"])
-COMMANDS = st.one_of(st.just(1), st.integers(0, 20))
+COMMANDS = st.one_of(st.just(1), st.integers(0, 40))
 """At which one: 0 looks, 1 fences, the others move and tell."""
 MOST = 4
 """Observers at once."""

@@ -9,6 +9,7 @@ import pytest
 from cluster_tasks.broker.deliveries import Deliveries
 from cluster_tasks.broker.message import BATCH_PROPERTY
 from cluster_tasks.clock import ManualClock
+from cluster_tasks.failover.evacuation import Remains
 from tests.broker import Broker, make_message
 
 
@@ -119,7 +120,7 @@ def test_a_job_that_was_with_a_node_before_fills_a_place_by_itself(broker: Broke
     assert broker.fetch("a", epoch).jobs == ["a"]
     put(broker, "bcd")
     broker.epochs.close("a", epoch)
-    broker.evacuation.move_remains("a", epoch)
+    broker.evacuation.move_remains(Remains("a", epoch))
     assert broker.waiting() == list("abcd")
     epoch = broker.open("a")
     assert [broker.fetch("a", epoch).places for _ in range(2)] == [["a"], ["bcd"]]

@@ -60,7 +60,7 @@ def test_a_node_that_drained_is_rung_when_it_is_to_go_on(broker: Broker, epoch: 
 def test_a_node_whose_beats_were_awaited_is_rung_when_they_are_enough(broker: Broker) -> None:
     fenced = broker.open("a", "llm")
     assert broker.epochs.fence("a", broker.epochs.beats()["a"])
-    broker.epochs.forget("a", fenced)
+    broker.epochs.forget({("a", fenced): {}})
     epoch = broker.open("a", "llm", recovery_threshold=2)
     assert broker.fetch("a", epoch, serves=["llm"]).status == "limited"
     for _ in range(2):

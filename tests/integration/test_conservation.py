@@ -25,6 +25,7 @@ from hypothesis.stateful import (
 from cluster_tasks.broker.epochs import Limit, Phase, Predecessor
 from cluster_tasks.broker.members import split
 from cluster_tasks.broker.message import Placement, place_message, priority_suffix, replace_message
+from cluster_tasks.failover.evacuation import Remains
 from cluster_tasks.keys import ANY_TYPE
 from cluster_tasks.redis_store import load_script
 from tests.broker import SUFFIXES, Broker, job_of, make_members
@@ -343,8 +344,8 @@ class Conservation(RuleBasedStateMachine):
     @rule(data=st.data())
     def move_remains(self, data: st.DataObject) -> None:
         node, epoch = data.draw(st.sampled_from(sorted(self.fenced)))
-        self.broker.evacuation.move_remains(node, epoch)
-        assert self.broker.epochs.forget(node, epoch)
+        self.broker.evacuation.move_remains(Remains(node, epoch))
+        assert self.broker.epochs.forget({(node, epoch): {}}) == [True]
         for job in reversed(self.held.pop((node, epoch)).values()):
             if job in self.kinds:
                 self.push(self.foretell_place("", self.kinds[job]), job, front=True)

@@ -7,6 +7,7 @@ import pytest
 from cluster_tasks.broker.deliveries import Deliveries
 from cluster_tasks.broker.placement import Crash
 from cluster_tasks.clock import ManualClock
+from cluster_tasks.failover.evacuation import Remains
 from tests.broker import Broker, job_of
 from workers.redis_server import RedisServer
 
@@ -122,7 +123,7 @@ def test_what_is_held_back_is_not_charged_with_the_death_of_the_node(broker: Bro
     _, waits = fetch(broker, node)
     node.hold_back(waits)
     broker.epochs.fence("a", broker.epochs.beats()["a"])
-    assert broker.evacuation.move_remains("a", node.epoch, CRASH).held == 2
+    assert broker.evacuation.move_remains(Remains("a", node.epoch, CRASH)).held == 2
     assert broker.waiting() == ["held back"]
     assert [len(node.past(job).crashes) for job in ("started", "held back")] == [1, 0]
     assert not broker.client.keys("cluster:not_started:*")
@@ -152,7 +153,7 @@ def test_what_a_node_closed_in_good_order_held_is_nobodys_fault(broker: Broker, 
     fetch(broker, node)
     assert broker.epochs.close("a", node.epoch)
     assert [ended.ending for ended in broker.epochs.fenced()] == ["closed"]
-    broker.evacuation.move_remains("a", node.epoch)
+    broker.evacuation.move_remains(Remains("a", node.epoch))
     assert (broker.waiting(), node.past("one").crashes) == (["one"], ())
 
 
@@ -208,7 +209,7 @@ def test_an_epoch_that_has_ended_takes_what_runs_with_it(broker: Broker, node: D
     (tag,) = fetch(broker, node)
     assert node.next() is not None
     broker.epochs.close("a", node.epoch)
-    broker.evacuation.move_remains("a", node.epoch)
+    broker.evacuation.move_remains(Remains("a", node.epoch))
     node.begin(broker.open("a"))
     assert node.disown() == {tag}
 

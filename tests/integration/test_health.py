@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
+import redis
 
+from cluster_tasks.broker.epochs import EpochTable
 from cluster_tasks.clock import ManualClock
 from cluster_tasks.errors import RegistryUnavailable
-from cluster_tasks.failover.detector import Detector
+from cluster_tasks.failover.detector import Detector, Silent
+from cluster_tasks.failover.evacuation import Evacuation
 from cluster_tasks.failover.events import EventLog
 from cluster_tasks.failover.health import HealthCheck
 from cluster_tasks.model import Node
+from cluster_tasks.redis_store import connect
 from cluster_tasks.registry.memory import MemoryRegistry
 from tests.broker import Broker
 
@@ -131,6 +136,45 @@ def test_what_an_epoch_held_that_no_table_knows_any_more_is_found_once(
     assert broker.held("b", standing) == ["job of b"]
     assert client.smembers(keys.opened) == {f"b/{standing}".encode()}
     assert [event.kind for event in events.latest()] == ["jobs moved"]
+
+
+def test_a_hundred_lost_nodes_take_no_more_round_trips_than_one(
+    redis_url: str, broker: Broker, clock: ManualClock, registry: Discovery
+) -> None:
+    # Where many processes want to run each takes long, and all that these nodes had waits for the last of them.
+    sent: list[bytes] = []
+
+    class Counting(redis.Connection):
+        def send_packed_command(self, command: Any, check_health: bool = True) -> None:
+            sent.append(command)
+            super().send_packed_command(command, check_health=check_health)
+
+    client = connect(redis_url, connection_class=Counting)
+    keys, epochs = broker.keys, EpochTable(client, broker.keys)
+    health = HealthCheck(
+        epochs, Detector(clock, LEASE_S), Evacuation(client, keys), registry, EventLog(client, keys, clock), clock
+    )
+
+    def round_trips_to_lose(count: int) -> int:
+        names = [f"n{number}" for number in range(count)]
+        for name in names:
+            epoch = broker.open(name, "llm")
+            for number in range(4):
+                broker.publish(f"{name} {number}", name, priority=3 * number)
+            broker.fetch(name, epoch, 2)
+        sent.clear()
+        assert health.act([Silent(name, beat, LEASE_S) for name, beat in epochs.beats().items()]) == count
+        assert epochs.fenced() == []
+        jobs = [*broker.listed(keys.suspect_queue("any")), *broker.waiting()]
+        assert sorted(jobs) == sorted(f"{name} {number}" for name in names for number in range(4))
+        broker.client.flushall()
+        return len(sent)
+
+    # The first ones make a connection and look for orphans.
+    round_trips_to_lose(1)
+    one = round_trips_to_lose(1)
+    assert round_trips_to_lose(100) <= one <= 12
+    client.close()
 
 
 def test_no_name_is_left_of_epochs_that_have_ended(broker: Broker, health: HealthCheck) -> None:

@@ -16,6 +16,7 @@ from cluster_tasks.broker.hedging import HEDGE_PROPERTY, Hedge
 from cluster_tasks.broker.message import DELIVERY_PROPERTY, job_of
 from cluster_tasks.broker.sequels import complete, ending
 from cluster_tasks.errors import StaleCommit
+from cluster_tasks.failover.evacuation import Remains
 from cluster_tasks.redis_store import text
 from tests.broker import Broker
 from tests.waiting import wait_until
@@ -86,7 +87,7 @@ class Nodes:
     def lose(self, node_id: str) -> None:
         """Fence a node and give its jobs to others."""
         assert self.broker.epochs.fence(node_id, self.broker.epochs.beats()[node_id])
-        self.broker.evacuation.move_remains(node_id, self.epochs[node_id])
+        self.broker.evacuation.move_remains(Remains(node_id, self.epochs[node_id]))
 
     def count(self, counter: str) -> int:
         return int(self.broker.client.hget(self.broker.keys.counters, counter) or 0)

@@ -14,6 +14,7 @@ import pytest
 from cluster_tasks.broker.epochs import Beat, Predecessor
 from cluster_tasks.broker.message import Placement, place_message
 from cluster_tasks.clock import SystemClock
+from cluster_tasks.failover.evacuation import Remains
 from cluster_tasks.failover.events import EventLog
 from cluster_tasks.failover.rebalance import Rebalance
 from cluster_tasks.model import Capacity, Node, NodeRole
@@ -228,7 +229,7 @@ def test_nothing_is_lost_or_doubled_beside_fetches_fences_purges_and_others(brok
         opened = brokers[1].epochs.open(node_id, ["llm"])
         if isinstance(opened, Predecessor) and rng.random() < 0.02:
             brokers[1].epochs.close(node_id, opened.beat.epoch)
-            brokers[1].evacuation.move_remains(node_id, opened.beat.epoch)
+            brokers[1].evacuation.move_remains(Remains(node_id, opened.beat.epoch))
 
     def drain() -> None:
         if rng.random() < 0.02:
@@ -256,7 +257,7 @@ def test_nothing_is_lost_or_doubled_beside_fetches_fences_purges_and_others(brok
         if beat is not None:
             broker.epochs.close(node_id, beat.epoch)
     for node_id, epoch, *_ in broker.epochs.fenced():
-        broker.evacuation.move_remains(node_id, epoch)
+        broker.evacuation.move_remains(Remains(node_id, epoch))
     broker.evacuation.move_orphans()
     left = broker.waiting("llm")
     assert moved[0] > 0, "it did nothing"

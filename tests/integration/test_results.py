@@ -17,6 +17,7 @@ from cluster_tasks.broker.message import DELIVERY_PROPERTY, Delivery
 from cluster_tasks.broker.sequels import complete
 from cluster_tasks.clock import ManualClock
 from cluster_tasks.errors import EndNotStored, PayloadTooLarge, StaleCommit
+from cluster_tasks.failover.evacuation import Remains
 from tests.broker import Broker, make_message
 from tests.waiting import wait_until
 
@@ -138,7 +139,7 @@ def test_an_end_that_something_follows_outlives_its_result_while_its_delivery_st
     embedded = take_to_its_end(broker, app, epoch, wanted).errbacks
     wait_until(lambda: app.AsyncResult("job").state == "PENDING", message="the result expires")
     broker.epochs.fence("a", broker.epochs.beats()["a"])
-    broker.evacuation.move_remains("a", epoch)
+    broker.evacuation.move_remains(Remains("a", epoch))
     later = broker.open("b")
     (tag,) = broker.fetch("b", later).messages
     properties = {DELIVERY_PROPERTY: ["b", later, tag]}

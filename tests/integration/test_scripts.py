@@ -12,6 +12,7 @@ from cluster_tasks.broker.delays import delayed_jobs
 from cluster_tasks.broker.epochs import Beat, Predecessor, Standing
 from cluster_tasks.broker.message import replace_message
 from cluster_tasks.broker.placement import UNDECODABLE_KEPT, Crash, Why
+from cluster_tasks.failover.evacuation import Remains
 from cluster_tasks.redis_store import load_script, text
 from tests.broker import SUFFIXES, Broker, Fetched, job_of, make_message
 
@@ -506,8 +507,8 @@ def test_a_moved_list_stops_at_what_is_not_its_head(broker: Broker) -> None:
     for number in range(4):
         broker.publish(str(number), "a", "llm")
     placements = [replace_message(make_message(n, "llm"), broker.keys, delivered=False) for n in ("0", "1", "x", "2")]
-    assert broker.placer.move_listed("node.a", "node.a", placements, Why.DRAIN) == 2
-    assert broker.placer.move_listed("node.a", "node.a", placements, Why.DRAIN) == 0
+    assert broker.placer.move_listed("node.a", "node.a", placements, Why.DRAIN).run() == 2
+    assert broker.placer.move_listed("node.a", "node.a", placements, Why.DRAIN).run() == 0
     assert (broker.listed("node.a"), broker.waiting("llm")) == (["2", "3"], ["0", "1"])
     assert broker.epochs.lengths() == {"node.a": 2, "waiting.llm": 2}
 
@@ -543,7 +544,7 @@ def test_a_node_that_is_lost_is_counted_once_and_so_is_what_it_was_at_work_on(br
     broker.placer.hold_back(broker.keys.unacked("a", epoch), broker.keys.not_started("a", epoch), [first])
     for _ in range(2):
         broker.epochs.fence("a", Beat(epoch, 0))
-        broker.evacuation.move_remains("a", epoch, Crash("a", epoch, "it died", 0.0))
+        broker.evacuation.move_remains(Remains("a", epoch, Crash("a", epoch, "it died", 0.0)))
     assert counters(broker) == {"nodes_lost": 1, "crash_deliveries": 1, "moved_failover": 3}
 
 
@@ -551,7 +552,7 @@ def test_a_node_that_leaves_is_not_counted_as_lost(broker: Broker) -> None:
     epoch = broker.open("a", "llm")
     broker.publish("job", "a", "llm")
     broker.epochs.close("a", epoch)
-    broker.evacuation.move_remains("a", epoch)
+    broker.evacuation.move_remains(Remains("a", epoch))
     assert counters(broker) == {"moved_drain": 1}
 
 
