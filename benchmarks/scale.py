@@ -53,7 +53,7 @@ SHOWN = 5
 WORTH = 0.001
 """Of a processor at the largest size: of what costs less the growth is noise."""
 OVER_S = 300.0
-KEPT_UP = 0.8
+KEPT_UP = 0.95
 """Of the health checks that there are among the fewest nodes."""
 
 

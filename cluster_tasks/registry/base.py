@@ -10,7 +10,7 @@ import logging
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from threading import Event
-from typing import Protocol
+from typing import Any, Protocol
 
 from cluster_tasks.errors import RegistryUnavailable
 from cluster_tasks.model import EventType, Load, Node, NodeEvent, NodeFilter, NodeStatus
@@ -72,6 +72,26 @@ class Registry(Protocol):
 
     def close(self) -> None:
         """Release connections. Safe to repeat, also before first use."""
+
+
+class LastRead:
+    """The nodes of the last snapshot, each with what was read of it: lists are read more often than nodes beat."""
+
+    def __init__(self, decode: Callable[..., Node | None]) -> None:
+        """``decode`` is given the key of a node and its parts; it returns None for what is to be left out."""
+        self._decode = decode
+        self._known: dict[Any, tuple[tuple[Any, ...], Node]] = {}
+
+    def nodes(self, read: Mapping[Any, tuple[Any, ...]]) -> dict[str, Node]:
+        """Return the nodes by id; ``read`` has what now stands of each, by key. Only what is new is decoded."""
+        known, found = self._known, {}
+        for key, parts in read.items():
+            before = known.get(key)
+            node = before[1] if before is not None and before[0] == parts else self._decode(key, *parts)
+            if node is not None:
+                found[key] = parts, node
+        self._known = found
+        return {node.id: node for _, node in found.values()}
 
 
 def changes(before: Mapping[str, Node], after: Mapping[str, Node], at: float) -> Iterator[NodeEvent]:

@@ -40,7 +40,7 @@ from cluster_tasks.consul_store import (
 from cluster_tasks.errors import NodeNotFound, RegistryUnavailable
 from cluster_tasks.keys import Keys
 from cluster_tasks.model import Load, Node, NodeEvent, NodeFilter, NodeStatus
-from cluster_tasks.registry.base import ALL, changes, follow, note_told
+from cluster_tasks.registry.base import ALL, LastRead, changes, follow, note_told
 from cluster_tasks.registry.consul_catalog import Catalog
 
 logger = logging.getLogger(__name__)
@@ -89,6 +89,7 @@ class ConsulRegistry:
         self._written: dict[str, Entry] = {}
         """By id, the records that this process wrote last: a beat need not read what it renews."""
         self._unreadable: set[str] = set()
+        self._last = LastRead(lambda key, entry: self._read(key, _decoded(entry)))
 
     def register(self, node: Node) -> None:
         """As ``Registry.register``; shows the node in the catalog as well."""
@@ -213,8 +214,8 @@ class ConsulRegistry:
                 # A tree that may not be read looks empty; a single key does not. What it holds is newer than the nodes.
                 self._client.read(self._head)
         head = entries.pop(self._head, Entry(self._head, b"", 0))
-        nodes = (self._read(key, _decoded(entry)) for key, entry in entries.items() if key.startswith(self._nodes))
-        return {node.id: node for node in nodes if node}, _link(head)
+        nodes = self._last.nodes({key: (entry,) for key, entry in entries.items() if key.startswith(self._nodes)})
+        return nodes, _link(head)
 
     def _write(
         self, node_id: str, change: Callable[[Fields | None], Fields | None], known: Entry | None = None

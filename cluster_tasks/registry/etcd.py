@@ -36,7 +36,7 @@ from cluster_tasks.etcd_store import (
 )  # fmt: skip
 from cluster_tasks.keys import Keys
 from cluster_tasks.model import Load, Node, NodeEvent, NodeFilter, NodeStatus
-from cluster_tasks.registry.base import ALL, BEATEN, follow
+from cluster_tasks.registry.base import ALL, BEATEN, LastRead, follow
 from cluster_tasks.registry.etcd_watch import Following, Place, Snapshot
 
 logger = logging.getLogger(__name__)
@@ -76,6 +76,7 @@ class EtcdRegistry:
         # What this process wrote last of its nodes, so that a beat need not read first.
         self._beaten: dict[str, _Entry] = {}
         self._unreadable: set[str] = set()
+        self._last = LastRead(lambda _, record, load: self._read(record, load))
 
     def register(self, node: Node) -> None:
         """As ``Registry.register``: a key under a lease of the URL's ``ttl``."""
@@ -189,9 +190,9 @@ class EtcdRegistry:
         for each in reply.found[0]:
             kind, _, node_id = each.key.removeprefix(self._folder).partition("/")
             found.setdefault(kind, {})[node_id] = each
-        nodes = (self._read(each, found["loads"].get(node_id)) for node_id, each in found["nodes"].items())
+        nodes = self._last.nodes({name: (record, found["loads"].get(name)) for name, record in found["nodes"].items()})
         mark = found["mark"].get("")
-        return Snapshot({node.id: node for node in nodes if node}, Place(reply.revision, mark.value if mark else None))
+        return Snapshot(nodes, Place(reply.revision, mark.value if mark else None))
 
     def _commit(self, node_id: str, revision: int, then: Sequence[Operation], doing: str) -> int:
         """Do ``then`` if the record is still that of ``revision``; return the new revision, 0 if it is not."""

@@ -21,7 +21,7 @@ from cluster_tasks.errors import NodeNotFound, RegistryUnavailable
 from cluster_tasks.keys import Keys
 from cluster_tasks.model import EventType, Load, Node, NodeEvent, NodeFilter, NodeStatus
 from cluster_tasks.redis_store import connect, foreign_errors, load_script, text
-from cluster_tasks.registry.base import ALL, BEATEN, changes, follow, note_told
+from cluster_tasks.registry.base import ALL, BEATEN, LastRead, changes, follow, note_told
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +52,7 @@ class RedisRegistry:
         self._client = connect(store) if isinstance(store, str) else store
         self._keys, self._clock, self._events_kept = keys, clock, events_kept
         self._unreadable: set[str] = set()
-        self._known: dict[Any, tuple[Any, Any, Node]] = {}
-        """Record, state and node of the last snapshot, by key: it is read more often than nodes beat."""
+        self._last = LastRead(lambda key, record, state: self._read(text(key), record, state))
         self._scripts = {
             name: load_script(self._client, "cluster_tasks.registry", name)
             for name in ("register", "beat", "deregister", "set_status")
@@ -141,17 +140,8 @@ class RedisRegistry:
             pipe.hgetall(self._keys.loads)
             pipe.xrevrange(self._keys.node_events, count=1)
             records, states, last = pipe.execute()
-        known, read = self._known, {}
-        for key, record in records.items():
-            if (state := states.get(key)) is None:
-                continue
-            before = known.get(key)
-            is_same = before is not None and before[:2] == (record, state)
-            node = before[2] if before is not None and is_same else self._read(text(key), record, state)
-            if node is not None:
-                read[key] = record, state, node
-        self._known = read
-        return {node.id: node for _, _, node in read.values()}, text(last[0][0]) if last else None
+        nodes = self._last.nodes({key: (records[key], states[key]) for key in records if key in states})
+        return nodes, text(last[0][0]) if last else None
 
     def _events_after(self, cursor: str) -> tuple[str, Sequence[NodeEvent]] | None:
         """Wait up to a second for events after the id ``cursor``; return the last id read and the events.

@@ -192,6 +192,19 @@ def test_a_filter_chooses_nodes(registry: Registry, where: NodeFilter, expected:
     assert "".join(each.id for each in registry.list(where)) == expected
 
 
+def test_a_list_decodes_what_is_new_and_nothing_else(registry: Registry) -> None:
+    # Producers read the nodes more often than nodes beat, in a thread beside the one that places jobs.
+    for node_id in "ab":
+        registry.register(node(node_id))
+    same, old = registry.list()
+    registry.beat("b", LOADED, NodeStatus.BUSY)
+    first, second = registry.list()
+    assert first is same
+    assert (old.load, second.load) == (Load(), LOADED)
+    registry.register(node("a", "2"))
+    assert [each.epoch for each in registry.list()] == ["2", "1"]
+
+
 def test_a_beat_renews_load_status_and_time_and_nothing_else(registry: Registry, clock: ManualClock) -> None:
     registry.register(RICH)
     clock.advance(7.25)

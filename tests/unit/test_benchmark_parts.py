@@ -131,7 +131,7 @@ def test_what_a_busy_machine_said_is_not_recorded() -> None:
     def looked(size: int, checks_per_s: float) -> tuple[scale.Idle, Recording]:
         return scale.Idle(size, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, checks_per_s), Recording([], [], 10.0)
 
-    kept_up = scale.those_that_kept_up([looked(25, 2.0), looked(50, 1.9), looked(100, 1.5), looked(120, 1.7)])
+    kept_up = scale.those_that_kept_up([looked(25, 2.0), looked(50, 1.9), looked(100, 1.82), looked(120, 1.95)])
     assert [cost.size for cost, _ in kept_up] == [25, 50, 120]
 
 
