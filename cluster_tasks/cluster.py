@@ -37,7 +37,7 @@ from cluster_tasks.errors import (
     UnavailableError,
 )
 from cluster_tasks.failover.alerts import AlertQueue, AlertSender, Webhook
-from cluster_tasks.failover.detector import Detector
+from cluster_tasks.failover.detector import Detector, Silent
 from cluster_tasks.failover.draining import Draining
 from cluster_tasks.failover.ejection import Ejection
 from cluster_tasks.failover.evacuation import Evacuation, Moved
@@ -474,9 +474,7 @@ class Cluster:
         now = self.epochs.beats()
         if alive := sorted(node_id for node_id, beat in now.items() if before.get(node_id) != beat):
             raise ClusterError(f"nodes live, and would take the jobs: stop them first: {', '.join(alive)}")
-        for node_id, beat in now.items():
-            self.health.fail_over(node_id, beat, self.settings.lease_s)
-        self.health.act([])
+        self.health.act([Silent(node_id, beat, self.settings.lease_s) for node_id, beat in now.items()])
         self.evacuation.move_orphans()
         self.health.tell_registry()
         return Release(self.client, self.keys, lambda headers: queue or self._own_queue(headers)).run()
