@@ -11,7 +11,7 @@ from contextlib import ExitStack, closing
 from itertools import chain, islice
 from multiprocessing import get_context
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event, Semaphore, Thread
 from types import TracebackType
 from typing import Any, Self
 
@@ -495,6 +495,10 @@ def test_any_sequence_of_changes_is_told_as_it_happened(
     assert rest(registry, events) == expected
 
 
+MIDST = 10
+"""Calls after which a thread is in the midst of them."""
+
+
 def live(registry: Registry, node_id: str) -> None:
     """The life of a node, in a process of its own, that says where it hangs."""
     faulthandler.dump_traceback_later(WAIT_S)
@@ -529,16 +533,20 @@ def test_a_fork_in_the_midst_of_calls_leaves_both_processes_a_registry(registry:
     registry.register(node("parent"))
     done = Event()
 
-    def beat_all_the_time() -> int:
+    def beat_all_the_time(beaten: Semaphore) -> int:
         beats = 0
         while not done.is_set():
             registry.beat("parent", LOADED, NodeStatus.ONLINE)
             beats += 1
+            beaten.release()
         return beats
 
     with ThreadPoolExecutor(2) as pool:
-        beating = [pool.submit(beat_all_the_time) for _ in range(2)]
+        beaten = [Semaphore(0), Semaphore(0)]
+        beating = [pool.submit(beat_all_the_time, each) for each in beaten]
         try:
+            # Coverage locks what a thread runs for the first time, and has no hook for forks.
+            assert all(each.acquire(timeout=WAIT_S) for each in beaten for _ in range(MIDST))
             live_in_forks(registry)
         finally:
             done.set()
