@@ -19,7 +19,7 @@ from cluster_tasks.redis_store import ScriptCall, foreign_errors, text
 CHUNK = 100
 """Messages that one script moves: Redis does nothing else meanwhile."""
 READ_AT_ONCE, FEWEST = 500, 10
-"""Messages that are read in one round trip: so many of all hashes and lists, as each may be long; but these of each."""
+"""Messages that are read in one round trip: so many of all lists, as each may be long; but these of each."""
 
 
 class Remains(NamedTuple):
@@ -183,7 +183,8 @@ class _Held:
     crash: Crash | None = None
 
     def ask(self, pipe: Pipeline, count: int) -> None:
-        pipe.hrandfield(self.key, count, withvalues=True)
+        # A hash has no order, so they are read together if they can be: no more than a node has slots.
+        pipe.hrandfield(self.key, CHUNK, withvalues=True)
         pipe.smembers(self.not_started)
 
     def take(self, answers: Iterator[Any]) -> list[Any]:

@@ -9,18 +9,30 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from redis.connection import AbstractConnection
 
+from tests.chaos.faulty import Pipeline
 from tests.process.jobs import make_jobs
 
 BEGINS, ENDS = b"node lost", b":checks\r\n"
-_send = AbstractConnection.send_packed_command
+_send, _pack = AbstractConnection.send_packed_command, AbstractConnection.pack_commands
 _failover = threading.local()
 
 
-def _count_and_send(self: Any, command: Any, check_health: bool = True) -> None:
+def _pack_parts(self: Any, commands: Iterable[Sequence[Any]]) -> Pipeline:
+    return Pipeline.pack(partial(_pack, self), commands)
+
+
+def _send_parts(self: Any, command: Any, check_health: bool = True) -> None:
+    for part in Pipeline.parts(command):
+        _count_and_send(self, part, check_health)
+
+
+def _count_and_send(self: Any, command: Any, check_health: bool) -> None:
     packed = b"".join(command) if isinstance(command, list) else command
     if BEGINS in packed and not hasattr(_failover, "commands"):
         _failover.commands = 0
@@ -35,5 +47,6 @@ def _count_and_send(self: Any, command: Any, check_health: bool = True) -> None:
     _send(self, command, check_health=check_health)
 
 
-AbstractConnection.send_packed_command = _count_and_send
+AbstractConnection.send_packed_command = _send_parts
+AbstractConnection.pack_commands = _pack_parts
 app = make_jobs().app

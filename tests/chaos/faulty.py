@@ -48,22 +48,32 @@ class Fuse:
         return lost
 
 
-class _Pipeline(list[Any]):
-    """Commands that are sent together, each as it is packed."""
+class Pipeline(list[Any]):
+    """Commands that are sent together, each as it is packed: a process may end when it has sent a part of them.
+
+    A transaction is one of them, for Redis does all of it or nothing.
+    """
+
+    @classmethod
+    def pack(cls, pack: Callable[[list[Any]], Any], commands: Iterable[Sequence[Any]]) -> Pipeline:
+        """Pack with redis-py's ``pack``, which takes several commands."""
+        commands = list(commands)
+        return cls([pack(commands)] if commands[0][0] == "MULTI" else (pack([command]) for command in commands))
+
+    @classmethod
+    def parts(cls, packed: Any) -> Sequence[Any]:
+        """Return what was packed, one after the other."""
+        return packed if isinstance(packed, cls) else [packed]
 
 
 class _FaultyConnection(redis.Connection):
     fuse: Fuse
 
     def pack_commands(self, commands: Iterable[Sequence[Any]]) -> Any:
-        commands = list(commands)
-        if commands[0][0] == "MULTI":
-            return super().pack_commands(commands)
-        return _Pipeline(super(_FaultyConnection, self).pack_commands([command]) for command in commands)
+        return Pipeline.pack(super().pack_commands, commands)
 
     def send_packed_command(self, command: Any, check_health: bool = True) -> None:
-        # A process may end, or stop, when it has sent a part of a pipeline.
-        for part in command if isinstance(command, _Pipeline) else [command]:
+        for part in Pipeline.parts(command):
             # What a connection says of itself when it is made is none of the process' commands.
             if check_health:
                 self.fuse.sending()

@@ -548,6 +548,21 @@ def test_a_node_that_is_lost_is_counted_once_and_so_is_what_it_was_at_work_on(br
     assert counters(broker) == {"nodes_lost": 1, "crash_deliveries": 1, "moved_failover": 3}
 
 
+def test_jobs_of_nodes_that_die_together_keep_their_order(broker: Broker) -> None:
+    names = [f"n{number}" for number in range(12)]
+    for name in names:
+        epoch = broker.open(name, "llm")
+        for number in range(80):
+            broker.publish(f"{name} {number}", name, "llm")
+        broker.fetch(name, epoch, 40)
+        broker.epochs.close(name, epoch)
+    broker.evacuation.move_remains(*(Remains(name, epoch) for name, epoch, *_ in broker.epochs.fenced()))
+    jobs = [job.split() for job in broker.waiting("llm")]
+    assert {number for _, number in jobs[: 12 * 40]} == {str(number) for number in range(40)}, "held before listed"
+    for name in names:
+        assert [int(number) for other, number in jobs if other == name] == list(range(80))
+
+
 def test_a_node_that_leaves_is_not_counted_as_lost(broker: Broker) -> None:
     epoch = broker.open("a", "llm")
     broker.publish("job", "a", "llm")
