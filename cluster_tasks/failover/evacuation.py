@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -17,9 +17,7 @@ from cluster_tasks.keys import BOUND, Keys, node_suffixes, priority_suffixes
 from cluster_tasks.redis_store import ScriptCall, foreign_errors, text
 
 CHUNK = 100
-"""Messages that one script moves: Redis does nothing else meanwhile."""
-READ_AT_ONCE, FEWEST = 500, 10
-"""Messages that are read in one round trip: so many of all lists, as each may be long; but these of each."""
+"""Messages that are read and moved at once, of all hashes and lists together: each may be long."""
 
 
 class Remains(NamedTuple):
@@ -54,17 +52,18 @@ class Evacuation:
     def move_remains(self, *ended: Remains) -> Moved:
         """Move all that the fences of these epochs put away, what was held before what was listed.
 
-        However many they are, it takes as many round trips as for the one that has the most.
+        However many they are, it takes a few round trips, and two more for each hundred messages.
         """
         keys = self._keys
-        sources: list[_Source] = []
+        held: list[_Held] = []
+        listed: list[_Listed] = []
         for node_id, epoch, crash in ended:
             why = Why.DRAIN if crash is None else Why.FAILOVER
-            held = keys.remains_unacked(node_id, epoch)
-            sources.append(_Held(self._placer, keys, held, keys.not_started(node_id, epoch), why, crash))
-            sources += self._lists(keys.remains(node_id, epoch), node_suffixes(), why)
+            source, not_started = keys.remains_unacked(node_id, epoch), keys.not_started(node_id, epoch)
+            held.append(_Held(self._placer, keys, source, not_started, why, crash))
+            listed += self._lists(keys.remains(node_id, epoch), node_suffixes(), why)
         with foreign_errors(BrokerUnavailable, f"evacuating {', '.join(each.node_id for each in ended)}"):
-            return self._empty(sources)
+            return self._empty(held, listed)
 
     def hand_over(self, node_id: str) -> Moved:
         """Move the list of a node that drains; what it holds stays with it."""
@@ -121,7 +120,7 @@ class Evacuation:
             nodes = filter(None, map(keys.node_of, queues))
             unowned = sorted({keys.node_queue(node_id) for node_id in nodes} - standing.keys())
             lists = chain(*(self._lists(queue, node_suffixes(), Why.ORPHAN) for queue in unowned))
-            moved = self._empty([*orphans.values(), *lists])
+            moved = self._empty([*orphans.values()], [*lists])
             if orphans:
                 with self._client.pipeline() as pipe:
                     pipe.delete(*(source.not_started for source in orphans.values()))
@@ -139,12 +138,21 @@ class Evacuation:
             for suffix in suffixes
         ]
 
-    def _empty(self, sources: Sequence[_Source]) -> Moved:
-        """Move all messages out of these, in turns of one round trip for all of them."""
-        moved, left = Moved(), list(sources)
+    def _empty(self, *stages: Sequence[_Source]) -> Moved:
+        """Move all messages out of these, stage after stage, those of one together."""
+        with self._client.pipeline(transaction=False) as pipe:
+            for source in chain(*stages):
+                source.look(pipe)
+            answers = pipe.execute()
+        full = {source.key for source, answer in zip(chain(*stages), answers, strict=True) if source.has(answer)}
+        moves = (self._empty_stage([source for source in stage if source.key in full]) for stage in stages)
+        return sum(moves, Moved())
+
+    def _empty_stage(self, left: Sequence[_Source]) -> Moved:
+        moved = Moved()
         moves: list[tuple[_Source, ScriptCall]] = []
-        while left:
-            count = min(CHUNK, max(FEWEST, READ_AT_ONCE // len(left)))
+        while left or moves:
+            count = max(1, CHUNK // max(1, len(left)))
             with self._client.pipeline(transaction=False) as pipe:
                 for _, move in moves:
                     move.add_to(pipe)
@@ -153,9 +161,9 @@ class Evacuation:
                 answers = iter(pipe.execute())
             for source, _ in moves:
                 moved += source.moved(next(answers))
-            found = [(source, messages) for source in left if (messages := source.take(answers))]
-            moves = [(source, call) for source, messages in found if (call := source.move(messages))]
-            left = [source for source, _ in found]
+            found = [(source, source.take(answers)) for source in left]
+            moves = [(source, call) for source, messages in found if messages and (call := source.move(messages))]
+            left = [source for source, messages in found if source.may_have_more(messages)]
         return moved
 
 
@@ -165,15 +173,15 @@ class _Delivery(NamedTuple):
     interrupted: bool
     """Whether its message has to say that the job may have begun. A crash that it is charged with tells as much."""
 
-    @property
-    def order(self) -> list[bytes]:
-        """Its place among those of its epoch: the numbers at the end of its tag, comparable as text."""
-        return [part.zfill(20) for part in self.tag.split(b".")]
+
+def _order(tag: bytes) -> list[bytes]:
+    """The place of a delivery among those of its epoch: the numbers at the end of its tag, comparable as text."""
+    return [part.zfill(20) for part in tag.split(b".")]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Held:
-    """Deliveries of an epoch: a hash."""
+    """Deliveries of an epoch: a hash, to which nothing is added."""
 
     placer: Placer
     keys: Keys
@@ -181,22 +189,34 @@ class _Held:
     not_started: str
     why: Why
     crash: Crash | None = None
+    tags: list[bytes] = field(default_factory=list)
+    """Those that are to be read, in the order in which they were fetched."""
+    asked: list[bytes] = field(default_factory=list)
+
+    def look(self, pipe: Pipeline) -> None:
+        pipe.hkeys(self.key)
+
+    def has(self, answer: Any) -> bool:
+        self.tags = sorted(answer, key=_order)
+        return bool(self.tags)
 
     def ask(self, pipe: Pipeline, count: int) -> None:
-        # A hash has no order, so they are read together if they can be: no more than a node has slots.
-        pipe.hrandfield(self.key, CHUNK, withvalues=True)
+        self.tags, self.asked = self.tags[:-count], self.tags[-count:]
+        pipe.hmget(self.key, self.asked)
         pipe.smembers(self.not_started)
 
     def take(self, answers: Iterator[Any]) -> list[Any]:
-        found, idle = next(answers), next(answers)
-        # The third version of Redis' protocol has pairs.
-        flat = iter(chain(*found) if found and isinstance(found[0], list) else found)
-        return self.deliveries(dict(zip(flat, flat, strict=True)), idle)
+        messages, idle = next(answers), next(answers)
+        found = zip(self.asked, messages, strict=True)
+        return self.deliveries({tag: message for tag, message in found if message is not None}, idle)
+
+    def may_have_more(self, _: Sequence[Any]) -> bool:
+        return bool(self.tags)
 
     def deliveries(self, fields: Mapping[bytes, bytes], idle: Collection[bytes]) -> list[_Delivery]:
         # Each goes to the front, so the one that was fetched first comes last.
-        found = (_Delivery(tag, fields[tag], self.crash is None and tag not in idle) for tag in fields)
-        return sorted(found, key=lambda delivery: delivery.order, reverse=True)
+        tags = sorted(fields, key=_order, reverse=True)
+        return [_Delivery(tag, fields[tag], self.crash is None and tag not in idle) for tag in tags]
 
     def move(self, deliveries: Iterable[_Delivery]) -> ScriptCall | None:
         """Return the call that moves them; None if nobody can read one of them, and all are set aside."""
@@ -223,6 +243,12 @@ class _Listed:
     queue: str
     why: Why
 
+    def look(self, pipe: Pipeline) -> None:
+        pipe.llen(self.key)
+
+    def has(self, answer: Any) -> bool:
+        return bool(answer)
+
     def ask(self, pipe: Pipeline, count: int) -> None:
         pipe.lrange(self.key, -count, -1)
 
@@ -230,6 +256,9 @@ class _Listed:
         messages: list[bytes] = next(answers)
         # The head of a list is its end.
         return messages[::-1]
+
+    def may_have_more(self, messages: Sequence[Any]) -> bool:
+        return bool(messages)
 
     def move(self, messages: Sequence[bytes]) -> ScriptCall | None:
         """Return the call that moves those before the first that nobody can read; None if there are none.

