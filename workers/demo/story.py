@@ -150,8 +150,13 @@ class Story:
         pid = self._local.supervisor.pids()[node.name]
         events = self._cluster.events.latest(1)
         seconds, microseconds = self._cluster.client.time()
-        os.kill(pid, signal.SIGKILL)
+        # It may have done meanwhile what it had, so it is stopped for the last look.
+        os.kill(pid, signal.SIGSTOP)
         running, listed = self._held(node)
+        if not running:
+            os.kill(pid, signal.SIGCONT)
+            return None
+        os.kill(pid, signal.SIGKILL)
         self._console.print(f"{node.id} is killed: it ran {running} jobs, and {listed} were in its list")
         loss = Loss(node.id, running + listed)
         return _Kill(node, seconds + microseconds / 1e6, loss, events[-1].id if events else "0")
