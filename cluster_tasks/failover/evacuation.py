@@ -144,7 +144,7 @@ class Evacuation:
             for source in chain(*stages):
                 source.look(pipe)
             answers = pipe.execute()
-        full = {source.key for source, answer in zip(chain(*stages), answers, strict=True) if source.has(answer)}
+        full = {source.key for source, answer in zip(chain(*stages), answers, strict=True) if source.note(answer)}
         moves = (self._empty_stage([source for source in stage if source.key in full]) for stage in stages)
         return sum(moves, Moved())
 
@@ -189,14 +189,15 @@ class _Held:
     not_started: str
     why: Why
     crash: Crash | None = None
-    tags: list[bytes] = field(default_factory=list)
+    tags: list[bytes] = field(init=False, default_factory=list)
     """Those that are to be read, in the order in which they were fetched."""
-    asked: list[bytes] = field(default_factory=list)
+    asked: list[bytes] = field(init=False, default_factory=list)
 
     def look(self, pipe: Pipeline) -> None:
         pipe.hkeys(self.key)
 
-    def has(self, answer: Any) -> bool:
+    def note(self, answer: Any) -> bool:
+        """Take in what the look has found; return whether there is anything."""
         self.tags = sorted(answer, key=_order)
         return bool(self.tags)
 
@@ -246,7 +247,7 @@ class _Listed:
     def look(self, pipe: Pipeline) -> None:
         pipe.llen(self.key)
 
-    def has(self, answer: Any) -> bool:
+    def note(self, answer: Any) -> bool:
         return bool(answer)
 
     def ask(self, pipe: Pipeline, count: int) -> None:

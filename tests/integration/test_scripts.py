@@ -563,6 +563,25 @@ def test_jobs_of_nodes_that_die_together_keep_their_order(broker: Broker) -> Non
         assert [int(number) for other, number in jobs if other == name] == list(range(80))
 
 
+@pytest.mark.parametrize("held", [8, 0])
+def test_what_many_nodes_had_is_read_in_answers_that_redis_may_give(broker: Broker, held: int) -> None:
+    # Of 160 messages of 32 KiB; redis.conf has such limits where clients are many.
+    name = "client-output-buffer-limit"
+    before = broker.client.config_get(name)[name]
+    for number in range(20):
+        epoch = broker.open(f"n{number}", "llm")
+        for job in range(8):
+            broker.put(make_message(f"{number}-{job}", "llm", filler="x" * 2**15), f"node.n{number}")
+        broker.fetch(f"n{number}", epoch, held)
+        broker.epochs.close(f"n{number}", epoch)
+    broker.client.config_set(name, f"normal {4 * 2**20} 0 0")
+    try:
+        moved = broker.evacuation.move_remains(*(Remains(node, epoch) for node, epoch, *_ in broker.epochs.fenced()))
+    finally:
+        broker.client.config_set(name, before)
+    assert (moved.held, moved.listed) == (20 * held, 20 * (8 - held))
+
+
 def test_a_node_that_leaves_is_not_counted_as_lost(broker: Broker) -> None:
     epoch = broker.open("a", "llm")
     broker.publish("job", "a", "llm")
