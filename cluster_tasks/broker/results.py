@@ -233,7 +233,10 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
 
         ``one_by_one``: each is committed when it is marked, and only results that are marked together are gathered.
         """
-        ends = Ends(self._commit_members, self._keys, delivery, message_id, ENDED_LIVES_S, one_by_one)
+        ends = Ends(
+            self._commit_members, self._keys, bytes_to_str(self.task_keyprefix), delivery, message_id, ENDED_LIVES_S,
+            one_by_one,
+        )  # fmt: skip
         with gathered(ends):
             yield ends
 
@@ -255,7 +258,7 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
             except EncodeError as exc:
                 failed[task_id] = exc
                 continue
-            ends.add(task_id, bytes_to_str(self.get_key_for_task(task_id)), written, lives_s, "", states.SUCCESS)
+            ends.add(task_id, written, lives_s, "", states.SUCCESS)
         return failed
 
     @contextmanager
@@ -400,14 +403,13 @@ class _FencedCommit(RedisBackend):  # type: ignore[misc]
         return bool(self._script("has_ended")([self._keys.terminal(task_id)]))
 
     def _note(self, delivery: Delivery, task_id: str, encoded: Any, lives_s: int) -> None:
-        with refusals_as_outages(self.client):
-            self._script("note")(self._job_keys(delivery, task_id), [delivery.tag, encoded, lives_s])
+        self._run(self._script("note"), self._job_keys(delivery, task_id), [delivery.tag, encoded, lives_s])
 
     def _commit(self, delivery: Delivery, request: Any, state: str, encoded: Any, lives_s: int, kept: Any) -> None:
         keys, task_id, hedge = self._keys, request.id, Hedge.of(request.properties)
         same_end = REVOKED_UNHELD if state == states.REVOKED else ""
         if (ends := gathering(delivery)) is not None:
-            ends.end(task_id, bytes_to_str(self.get_key_for_task(task_id)), encoded, lives_s, same_end, state)
+            ends.end(task_id, encoded, lives_s, same_end, state)
             return
         names = [*self._job_keys(delivery, task_id), keys.counters, keys.crashes(task_id), keys.followed(task_id)]
         names.append(keys.kept_end(task_id))

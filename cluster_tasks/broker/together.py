@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import chain
 from typing import Any, NamedTuple
 
 from cluster_tasks.broker.message import Delivery
@@ -28,10 +29,6 @@ class HadEnded(StaleCommit):
 
 class _End(NamedTuple):
     job_id: str
-    marker: str
-    result: str
-    crashes: str
-    followed: str
     written: Any
     lives_s: int
     same_end: str
@@ -42,22 +39,22 @@ class Ends:
     """What a delivery of a message has to tell of its members."""
 
     def __init__(
-        self, commit: Commit, keys: Keys, delivery: Delivery, message_id: str, message_lives_s: int, one_by_one: bool
-    ) -> None:
+        self, commit: Commit, keys: Keys, result_prefix: str, delivery: Delivery, message_id: str,
+        message_lives_s: int, one_by_one: bool,
+    ) -> None:  # fmt: skip
         self.delivery, self._one_by_one = delivery, one_by_one
         self.refused: set[str] = set()
         """Members that had ended before."""
         self._commit, self._keys, self._message_id, self._lives_s = commit, keys, message_id, message_lives_s
+        self._prefixes = keys.terminal(""), result_prefix, keys.crashes(""), keys.followed("")
         self._ends: list[_End] = []
         self._bytes = 0
         self._told: list[str | int] = []
-        """Marker and seconds to live of each end that was committed before."""
+        """Job, and seconds that its marker lives, of each end that was committed before."""
 
-    def add(self, job_id: str, result: str, written: Any, lives_s: int, same_end: str, state: str) -> None:
+    def add(self, job_id: str, written: Any, lives_s: int, same_end: str, state: str) -> None:
         """Have a member end so, now or with those that follow. Raises as ``tell`` does."""
-        keys = self._keys
-        names = keys.terminal(job_id), result, keys.crashes(job_id), keys.followed(job_id)
-        self._ends.append(_End(job_id, *names, written, lives_s, same_end, state))
+        self._ends.append(_End(job_id, written, lives_s, same_end, state))
         self._bytes += len(written)
         if self._bytes >= AT_ONCE_BYTES:
             self.tell()
@@ -79,9 +76,8 @@ class Ends:
             return
         keys, told = self._keys, self._told if last else []
         names = [keys.unacked(self.delivery.node_id, self.delivery.epoch), keys.counters]
-        arguments = [self.delivery.tag, self._lives_s if last else "", MARKER_LIVES_S, len(told) // 2, *told]
-        for end in self._ends:
-            arguments += end[1:]
+        about = self.delivery.tag, self._lives_s if last else "", MARKER_LIVES_S, len(told) // 2
+        arguments = [*about, *self._prefixes, *told, *chain.from_iterable(self._ends)]
         reply = self._commit([*names, keys.terminal(self._message_id)], arguments)
         if 0 in reply:
             raise StaleCommit(
@@ -91,7 +87,7 @@ class Ends:
             if done < 0:
                 logger.warning("result %s of job %s refused: it had ended before", end.state, end.job_id)
                 self.refused.add(end.job_id)
-            self._told += [end.marker, end.lives_s]
+            self._told += [end.job_id, end.lives_s]
         self._ends.clear()
         self._bytes = 0
 

@@ -23,6 +23,7 @@ MOST_BYTES = 192 * 1024
 NEEDS_ONE_EACH = ("time_limit", "soft_time_limit", "queue", "exchange", "routing_key")
 """Options of a task for which Celery looks at a message, or by which it may go to others than nodes."""
 READ_AT_ONCE = 512
+_told = json.JSONEncoder(default=repr).encode
 SHORTEST_WAIT_S, LONGEST_WAIT_S = 0.005, 0.1
 """Between two looks at results that are not there yet."""
 
@@ -208,7 +209,7 @@ def _chunks(calls: Sequence[_Call], most: int) -> Iterator[list[_Call]]:
     chunk: list[_Call] = []
     size = 0
     for call in calls:
-        length = len(json.dumps(call, default=repr)) if most > 1 else 0
+        length = len(_told(call)) if most > 1 else 0
         if chunk and (len(chunk) == most or size + length > MOST_BYTES):
             yield chunk
             chunk, size = [], 0
