@@ -113,7 +113,7 @@ class Cluster:
         for used in ("amqp", "control"):
             app.__dict__.pop(used, None)
         app.steps["worker"].add("workers.bootsteps:NodeStep")
-        app.steps["consumer"].add("workers.bootsteps:ResyncStep")
+        app.steps["consumer"].update(f"workers.bootsteps:{name}" for name in ("EventsStep", "ResyncStep"))
         duties = {
             CHECK_HEALTH: self._check_health, REBALANCE: self._rebalance_a_little,
             OPTIMIZE: self.optimize_collections,

@@ -46,6 +46,8 @@ logger = logging.getLogger(__name__)
 REFUSED_POOLS = ("gevent", "eventlet")
 STOCK_REQUEST = Task.Request
 JOIN_AGAIN_S = 2.0
+EVENTS_TOGETHER_S = 0.1
+"""So long events of jobs wait for others, to be published as one."""
 
 
 class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
@@ -211,6 +213,47 @@ class ResyncStep(bootsteps.StartStopStep):  # type: ignore[misc]
         again = node.resync({request.message.delivery_tag for request in [*state.active_requests, *sent]})
         if again:
             logger.warning("%d jobs that the broken connection had dropped are delivered again", again)
+
+
+class EventsStep(bootsteps.StartStopStep):  # type: ignore[misc]
+    """Has fewer publishes for the events of jobs: Celery's loop makes one at each turn, which may be three a job."""
+
+    label = "EventsTogether"
+    requires = ("celery.worker.consumer.events:Events",)
+
+    def __init__(self, consumer: Any, **options: Any) -> None:
+        super().__init__(consumer, **options)
+        self._is_due = False
+
+    def include_if(self, consumer: Any) -> bool:
+        """Where there is no loop, Celery publishes each at once."""
+        return consumer.hub is not None
+
+    def start(self, consumer: Any) -> None:
+        """After each connection, which has a dispatcher of its own."""
+        dispatcher, hub = consumer.event_dispatcher, consumer.hub
+
+        def publish() -> None:
+            # First: what is added meanwhile is published next.
+            self._is_due = False
+            dispatcher.flush()
+
+        def wait() -> None:
+            if not self._is_due:
+                self._is_due = True
+                hub.call_later(EVENTS_TOGETHER_S, publish)
+
+        self._is_due = False
+        # Events come from threads of the pool, too, and timers are the loop's.
+        dispatcher.on_send_buffered = lambda: self._is_due or hub.call_soon(wait)
+
+    def stop(self, consumer: Any) -> None:
+        """Publish what waits; where the connection broke, what cannot be is passed on to the next dispatcher."""
+        if consumer.event_dispatcher is not None:
+            consumer.event_dispatcher.flush()
+
+    # Of jobs that have ended since the loop has.
+    shutdown = stop
 
 
 def _unasked_end() -> BaseException | None:

@@ -9,8 +9,10 @@ import json
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
 import pytest
+import redis
 
 from cluster_tasks.broker.channel import BELL_WAIT_S, GLANCE_EVERY_S, IDLE_WAIT_S
 from cluster_tasks.failover.watchers import SEATS
@@ -95,6 +97,21 @@ def test_to_publish_a_job_is_one_script(jobs: Jobs, monitor: Monitor, wanted: bo
             # Its number grows with what this process has published before; it follows eight keys and the bells.
             number, origin = command.words[3 + 8 + 1], message["headers"]["origin"]
             assert command.size - len(number) - len(origin) <= PUBLISH_BYTES
+
+
+def test_what_is_published_to_all_needs_no_client_of_its_own(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    # An event of a node is published in the same way.
+    jobs.app.control.broadcast("enable_events")
+    made, built = redis.Redis.__init__, list[redis.Redis]()
+
+    def count(client: redis.Redis, *args: Any, **options: Any) -> None:
+        built.append(client)
+        made(client, *args, **options)
+
+    monkeypatch.setattr(redis.Redis, "__init__", count)
+    for _ in range(JOBS):
+        jobs.app.control.broadcast("enable_events")
+    assert not built
 
 
 @pytest.mark.parametrize("wanted", [True, False], ids=["result", "no result"])
