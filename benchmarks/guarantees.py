@@ -117,8 +117,8 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
 def main() -> int:
     benchmark = Benchmark("guarantees", __doc__)
     pools = ["prefork", "threads", "solo"]
-    benchmark.option("--jobs", short=500, full=2_000, help="jobs of each turn")
-    benchmark.option("--answers", short=200, full=1_000, help="jobs that are sent one at a time")
+    benchmark.option("--jobs", short=400, full=2_000, help="jobs of each turn")
+    benchmark.option("--answers", short=150, full=1_000, help="jobs that are sent one at a time")
     benchmark.option("--rounds", short=1, full=3, help="rounds of each row")
     benchmark.option("--pools", short=["threads"], full=pools, type=str, nargs="+", choices=pools, help="which ones")
     benchmark.note("ratio: with over without, of jobs/s or of the time; price: what that is in percent of without.")

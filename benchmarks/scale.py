@@ -272,7 +272,7 @@ def simulated_rows(costs: Mapping[int, Mapping[str, Cost]], real: Idle) -> Itera
 
 
 benchmark = Benchmark("scale", __doc__)
-benchmark.option("--nodes", short=[18, 36], full=[25, 50, 100], nargs="+", type=int, help="sizes of the real cluster")
+benchmark.option("--nodes", short=[12, 30], full=[25, 50, 100], nargs="+", type=int, help="sizes of the real cluster")
 benchmark.option(
     "--simulated", short=[1_000, 3_000], full=[100, 300, 1_000, 3_000, 10_000], nargs="+", type=int, help="sizes"
 )

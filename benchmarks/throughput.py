@@ -252,8 +252,7 @@ def main() -> int:
     benchmark.option("--rounds", short=1, full=2, help="rounds of each row")
     benchmark.option("--workers", short=[1], full=[1, 2], type=int, nargs="+", help="how many work together")
     benchmark.option("--results", short=[True], full=[True, False], type=_yes, nargs="+", help="yes, no or both")
-    some = [PREFORK, THREADS]
-    benchmark.option("--pools", short=some, full=[*POOLS], type=str, nargs="+", choices=POOLS, help="which ones")
+    benchmark.option("--pools", short=[PREFORK], full=[*POOLS], type=str, nargs="+", choices=POOLS, help="which ones")
     names = [peer.name for peer in PEERS]
     benchmark.option("--peers", short=names, full=names, type=str, nargs="*", choices=names, help="just these")
     benchmark.note("ratio: jobs/s of the cluster over those of the other, median of the rounds.")
