@@ -232,6 +232,9 @@ class EventsStep(bootsteps.StartStopStep):  # type: ignore[misc]
     def start(self, consumer: Any) -> None:
         """After each connection, which has a dispatcher of its own."""
         dispatcher, hub = consumer.event_dispatcher, consumer.hub
+        if dispatcher is None:
+            # It has none with --without-heartbeat and without -E.
+            return
 
         def publish() -> None:
             # First: what is added meanwhile is published next.

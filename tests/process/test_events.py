@@ -101,3 +101,9 @@ def test_the_end_of_a_job_is_told_though_its_node_is_shutting_down(
         let_go(jobs.cluster.client, job)
         wait_until(lambda: node.exit_code() is not None, END_S, "it has ended")
     assert "task-succeeded" in {event["type"] for event in listener.listen() if event["uuid"] == job.id}
+
+
+def test_a_node_that_tells_nothing_does_its_jobs(jobs: Jobs, new_worker: NewWorker) -> None:
+    # Without Celery's own heartbeat it has no dispatcher of events.
+    with running(new_worker("n1", slots=1, options=("--without-heartbeat",))):
+        assert jobs.verbatim.delay(1).get(timeout=END_S) == 1
