@@ -15,28 +15,26 @@ local stands = redis.call('HEXISTS', KEYS[1], tag) == 1
 local terminal, result, crashes, followed = unpack(ARGV, 5, 8)
 local first, reply = 9 + 2 * tonumber(ARGV[4]), {}
 
--- Set the marker of a job unless there is one. Returns whether it was set.
 local function mark(marker, own, lives)
-  if lives == '0' then return redis.call('SETNX', marker, own) == 1 end
-  if not last then lives = math.max(tonumber(lives), tonumber(ARGV[3])) end
-  return redis.call('SET', marker, own, 'NX', 'EX', lives)
+  if lives == '0' then redis.call('SET', marker, own)
+  elseif last then redis.call('SET', marker, own, 'EX', lives)
+  else redis.call('SET', marker, own, 'EX', math.max(tonumber(lives), tonumber(ARGV[3]))) end
 end
 
 for i = first, #ARGV, 5 do
   local id, written, lives, same, how = unpack(ARGV, i, i + 4)
   local marker, own = terminal .. id, tag .. ' ' .. how .. ' ' .. lives
-  if stands and mark(marker, own, lives) then
+  local ended_by = redis.call('GET', marker)
+  if not ended_by and stands then
+    mark(marker, own, lives)
     if written ~= '' then store(result .. id, written, lives) end
     redis.call('DEL', crashes .. id, followed .. id)
     reply[#reply + 1] = 1
+  elseif ended_by == own or (stands and ended_by == same) then
+    reply[#reply + 1] = 1
   else
-    local ended_by = redis.call('GET', marker)
-    if ended_by == own or (stands and ended_by == same) then
-      reply[#reply + 1] = 1
-    else
-      redis.call('HINCRBY', KEYS[2], 'stale_commits', 1)
-      reply[#reply + 1] = stands and -1 or 0
-    end
+    redis.call('HINCRBY', KEYS[2], 'stale_commits', 1)
+    reply[#reply + 1] = stands and -1 or 0
   end
 end
 if stands and last then
