@@ -9,11 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 from pydantic_core import SchemaValidator, from_json, to_json
-from pydantic_core.core_schema import float_schema, list_schema
+from pydantic_core.core_schema import is_instance_schema, list_schema
 
 _SCALARS = frozenset({str, int, float, bool, type(None)})
 _TEXTS = frozenset({str})
-_VECTORS = SchemaValidator(list_schema(float_schema(strict=True), strict=True))
+# A float_schema, though strict, takes whatever can be made a float of: a Decimal, too.
+_VECTORS = SchemaValidator(list_schema(is_instance_schema(float), strict=True, fail_fast=True))
 _MARK = "__type__"
 """By this Celery knows a value that JSON has no type for."""
 

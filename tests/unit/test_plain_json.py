@@ -8,6 +8,7 @@ from collections import namedtuple
 from datetime import UTC, datetime
 from decimal import Decimal
 from enum import IntEnum
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -54,7 +55,7 @@ CIRCLE.append(CIRCLE)
     "value",
     [
         datetime(2026, 1, 1, tzinfo=UTC), Decimal("1.5"), uuid.UUID(int=1), b"bytes", {1: "one"}, {"a": [{2}]},
-        Level.LOW, Point(1, 2), [1.0, object()], "\ud800", CIRCLE,
+        Level.LOW, Point(1, 2), [1.0, object()], [1.0, Decimal("2.5")], [1.0, Fraction(1, 2)], "\ud800", CIRCLE,
     ],
     ids=lambda value: type(value).__name__,
 )  # fmt: skip
