@@ -12,10 +12,12 @@ from typing import Any
 import redis
 from celery import Task, bootsteps, signals
 from celery.concurrency.prefork import TaskPool as PreforkPool
+from celery.concurrency.solo import TaskPool as SoloPool
 from celery.exceptions import WorkerShutdown, WorkerTerminate
 from celery.platforms import EX_FAILURE, EX_OK
 from celery.worker import state
 from kombu.exceptions import OperationalError
+from vine import promise
 
 from cluster_tasks.broker import deliveries
 from cluster_tasks.broker.deliveries import Deliveries
@@ -223,40 +225,54 @@ class EventsStep(bootsteps.StartStopStep):  # type: ignore[misc]
 
     def __init__(self, consumer: Any, **options: Any) -> None:
         super().__init__(consumer, **options)
+        self._consumer = consumer
+        self._dispatcher: Any = None
+        # One for all: the loop keeps what it is to call in a set, and may not turn for long.
+        self._wait = promise(self._wait_for_others)
         self._is_due = False
 
     def include_if(self, consumer: Any) -> bool:
         """Where there is no loop, Celery publishes each at once."""
         return consumer.hub is not None
 
+    def create(self, consumer: Any) -> None:
+        """Before the first dispatcher is made: each is given what is called when an event waits."""
+        # In solo the loop does not turn while a job runs: the end of one would be told after that of the next.
+        if not isinstance(consumer.pool, SoloPool):
+            consumer.on_send_event_buffered = self._buffered
+
     def start(self, consumer: Any) -> None:
-        """After each connection, which has a dispatcher of its own."""
-        dispatcher, hub = consumer.event_dispatcher, consumer.hub
-        if dispatcher is None:
-            # It has none with --without-heartbeat and without -E.
-            return
-
-        def publish() -> None:
-            # First: what is added meanwhile is published next.
-            self._is_due = False
-            dispatcher.flush()
-
-        def wait() -> None:
-            if not self._is_due:
-                self._is_due = True
-                hub.call_later(EVENTS_TOGETHER_S, publish)
-
+        """After each connection, which has a dispatcher of its own: of what waits, Celery passes on a part."""
+        last, self._dispatcher = self._dispatcher, consumer.event_dispatcher
+        # Timers have ended with the connection.
         self._is_due = False
-        # Events come from threads of the pool, too, and timers are the loop's.
-        dispatcher.on_send_buffered = lambda: self._is_due or hub.call_soon(wait)
+        if last is not None and (waiting := last._group_buffer.pop("task", None)):
+            self._dispatcher._group_buffer["task"][:0] = waiting
+            consumer.on_send_event_buffered()
 
-    def stop(self, consumer: Any) -> None:
-        """Publish what waits; where the connection broke, what cannot be is passed on to the next dispatcher."""
+    def shutdown(self, consumer: Any) -> None:
+        """Publish what waits when the worker ends; if only its connection has broken, the next dispatcher does."""
+        self._publish()
         if consumer.event_dispatcher is not None:
-            consumer.event_dispatcher.flush()
+            # Celery has said so before, but a monitor takes whoever tells anything after that for alive.
+            consumer.event_dispatcher.send("worker-offline")
 
-    # Of jobs that have ended since the loop has.
-    shutdown = stop
+    def _buffered(self) -> None:
+        # Events come from threads of the pool, too, and timers are the loop's.
+        if not self._is_due:
+            self._consumer.hub.call_soon(self._wait)
+
+    def _wait_for_others(self) -> None:
+        if not self._is_due:
+            self._is_due = True
+            self._consumer.hub.call_later(EVENTS_TOGETHER_S, self._publish)
+
+    def _publish(self) -> None:
+        # First: what is added meanwhile is published next.
+        self._is_due = False
+        # There is none with --without-heartbeat and without -E.
+        if self._consumer.event_dispatcher is not None:
+            self._consumer.event_dispatcher.flush()
 
 
 def _unasked_end() -> BaseException | None:

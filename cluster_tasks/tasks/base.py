@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -119,8 +118,8 @@ class ClusterTask(Task):  # type: ignore[misc]
         return inspect.signature(self.run)
 
     @cached_property
-    def _names(self) -> tuple[tuple[str, ...], frozenset[str]] | None:
-        """The names of all parameters, and of those that are needed; None if one is not just given by place or name."""
+    def _by_place_or_name(self) -> tuple[tuple[str, ...], frozenset[str]] | None:
+        """The names of all parameters, and of those that are needed; None if one is not positional-or-keyword."""
         parameters = self._signature.parameters.values()
         if any(one.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD for one in parameters):
             return None
@@ -189,7 +188,7 @@ class ClusterTask(Task):  # type: ignore[misc]
 
     def _given(self, bound: inspect.BoundArguments) -> dict[str, Any]:
         given = dict(bound.arguments)
-        if self._names is None or bound.signature is not self._signature:
+        if self._by_place_or_name is None or bound.signature is not self._signature:
             given |= given.pop(_rest_of_arguments(bound.signature), {})
         return given
 
@@ -272,10 +271,10 @@ class ClusterTask(Task):  # type: ignore[misc]
         return bound
 
     def _bound(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
-        if self._names is not None:
+        if self._by_place_or_name is not None:
             # What bind does, in a fifth of its time; to say what is wrong is left to it.
-            names, needed = self._names
-            given = OrderedDict(zip(names, args, strict=False))
+            names, needed = self._by_place_or_name
+            given: dict[str, Any] = dict(zip(names, args, strict=False))
             given.update((name, kwargs[name]) for name in names[len(args) :] if name in kwargs)
             if len(given) == len(args) + len(kwargs) and given.keys() >= needed:
                 return inspect.BoundArguments(self._signature, given)

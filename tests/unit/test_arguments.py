@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 import threading
@@ -434,3 +435,28 @@ def test_threads_share_what_jobs_of_an_app_work_with(eager: Celery) -> None:
         thread.join()
     assert all(backends is backends_of(eager) for backends in found)
     assert backends_of(eager).embeddings is backends_of(eager).embeddings
+
+
+def bound_to_nothing() -> None: ...
+
+
+def bound_to_two(a: int, b: int) -> None: ...
+
+
+def bound_with_defaults(a: int, b: int = 2, c: int = 3) -> None: ...
+
+
+def bound_with_rest(a: int, *rest: int, b: int = 2, **others: int) -> None: ...
+
+
+@pytest.mark.parametrize("run", [bound_to_nothing, bound_to_two, bound_with_defaults, bound_with_rest])
+@given(args=st.lists(st.integers(), max_size=4), kwargs=st.dictionaries(st.sampled_from("abcd"), st.integers()))
+def test_arguments_are_bound_as_python_binds_them(run: Any, args: list[int], kwargs: dict[str, int]) -> None:
+    task = Celery("user", set_as_current=False).task(base=ClusterTask, name="bound", request_type="llm")(run)
+    try:
+        as_ever = inspect.signature(run).bind(*args, **kwargs)
+    except TypeError:
+        with pytest.raises(InvalidArguments):
+            task.check_arguments(args, kwargs)
+    else:
+        assert task.check_arguments(args, kwargs) == as_ever
