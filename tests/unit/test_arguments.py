@@ -452,7 +452,8 @@ def bound_with_rest(a: int, *rest: int, b: int = 2, **others: int) -> None: ...
 @pytest.mark.parametrize("run", [bound_to_nothing, bound_to_two, bound_with_defaults, bound_with_rest])
 @given(args=st.lists(st.integers(), max_size=4), kwargs=st.dictionaries(st.sampled_from("abcd"), st.integers()))
 def test_arguments_are_bound_as_python_binds_them(run: Any, args: list[int], kwargs: dict[str, int]) -> None:
-    task = Celery("user", set_as_current=False).task(base=ClusterTask, name="bound", request_type="llm")(run)
+    app = Celery("user", set_as_current=False)
+    task = app.task(base=ClusterTask, shared=False, name="bound", request_type="llm")(run)
     try:
         as_ever = inspect.signature(run).bind(*args, **kwargs)
     except TypeError:
